@@ -1,0 +1,1 @@
+"""The Python face of `torch.ops.dflash`, one module per op group."""

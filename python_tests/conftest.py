@@ -1,0 +1,33 @@
+"""Fixtures shared by all tests: the device under test and a generator seeded by the test's name."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import torch
+
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """CPU generator; the same test draws the same numbers in every run."""
+    generator = torch.Generator()
+    generator.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    return generator
