@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dflash_kernels.engine.draft import DrafterLike
 from dflash_kernels.engine.kv_pool import DrafterKvPool
 from dflash_kernels.engine.sampling import SamplingParams
 from dflash_kernels.engine.stats import EngineStats, RequestStats
 from dflash_kernels.engine.step import Mode, StepRunner, Ticket
 from dflash_kernels.engine.target import TargetRunner, default_stop_ids
-from dflash_kernels.engine.text import StreamDecoder
+from dflash_kernels.engine.text import StreamDecoder, encode_prompt
 
 Prompt = str | Sequence[int]
 
@@ -77,12 +78,34 @@ class _Request:
         return max(len(self.result.token_ids), 1) + self.in_flight
 
 
+class GenerationStream:
+    """Iterator over a call's :class:`TokenEvent`; ``results`` fill up while it runs, in the prompts' order."""
+
+    def __init__(self, events: Iterator[TokenEvent], results: list[GenerationResult], aborted: set[int]) -> None:
+        self.results = results
+        self._events, self._aborted = events, aborted
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        return self
+
+    def __next__(self) -> TokenEvent:
+        return next(self._events)
+
+    def abort(self, index: int) -> None:
+        """End request ``index`` before the next step; its last event has the reason "abort"."""
+        self._aborted.add(index)
+
+    def close(self) -> None:
+        """End all requests and free what they hold."""
+        self._events.close()  # type: ignore[attr-defined]
+
+
 class Engine:
     """DFlash generation for one target model and, optionally, a drafter that fits it.
 
     Args:
         target: transformers causal LM on its device.
-        drafter: a :class:`dflash_kernels.model.drafter.Drafter`; None allows only plain decoding.
+        drafter: a drafter bound to that target (:class:`DrafterLike`); None allows only plain decoding.
         tokenizer: transformers tokenizer; needed for string prompts and for text in the results.
         max_batch: requests that run at the same time; more prompts wait.
         max_len: longest text, prompt included, in tokens.
@@ -92,6 +115,7 @@ class Engine:
             the pool can hold their longest possible text.
         prefill_chunk: prompt tokens per pass.
         use_graphs: replay steps as CUDA graphs (CUDA only).
+        run_ahead: steps launched before the last one's tokens are looked at, 0 or 1; None: 1 on CUDA, 0 elsewhere.
 
     Raises:
         ValueError: the drafter does not fit the target, or a size is out of range.
@@ -100,7 +124,7 @@ class Engine:
     def __init__(
         self,
         target: nn.Module,
-        drafter: Any = None,
+        drafter: DrafterLike | None = None,
         tokenizer: Any = None,
         *,
         max_batch: int = 8,
@@ -110,6 +134,7 @@ class Engine:
         num_pages: int | None = None,
         prefill_chunk: int = 1024,
         use_graphs: bool = True,
+        run_ahead: int | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"Engine: max_batch must be >= 1, got {max_batch}")
@@ -117,6 +142,8 @@ class Engine:
             raise ValueError(f"Engine: max_len must be >= 2, got {max_len}")
         if prefill_chunk < 1:
             raise ValueError(f"Engine: prefill_chunk must be >= 1, got {prefill_chunk}")
+        if run_ahead not in (None, 0, 1):
+            raise ValueError(f"Engine: run_ahead must be 0 or 1, got {run_ahead}")
         self.max_batch, self.max_len, self.prefill_chunk = max_batch, max_len, prefill_chunk
         self.tokenizer, self.drafter = tokenizer, drafter
         self.block_size = int(drafter.block_size) if drafter is not None else 1
@@ -145,8 +172,7 @@ class Engine:
         self.steps = StepRunner(self.target, drafter, self.pool, rows=max_batch, use_graphs=use_graphs)
         self.stop_token_ids = default_stop_ids(target, tokenizer)
         self.last_stats = EngineStats()
-        self._depth = 1 if self.device.type == "cuda" else 0
-        self._aborted: set[int] = set()
+        self._depth = int(self.device.type == "cuda") if run_ahead is None else run_ahead
         self._busy = False
 
     # -- public calls -------------------------------------------------------------------------------------------
@@ -165,10 +191,10 @@ class Engine:
         Raises:
             ValueError: an empty or over-long prompt, an id out of the vocabulary, a string without a tokenizer.
         """
-        requests = self._make_requests(prompts, params)
-        for _ in self._run(requests, self._mode(mode)):
+        stream = self.stream(prompts, params, mode=mode)
+        for _ in stream:
             pass
-        return [request.result for request in requests]
+        return stream.results
 
     def decode_plain(
         self,
@@ -184,27 +210,21 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         mode: Mode | None = None,
-    ) -> Iterator[TokenEvent]:
+    ) -> GenerationStream:
         """Like :meth:`generate`, yielding a :class:`TokenEvent` per request and step as the tokens become known.
 
         Inputs are checked at the call. Closing the iterator ends all its requests and frees what they hold.
         """
-        return self._run(self._make_requests(prompts, params), self._mode(mode))
-
-    def abort(self, index: int) -> None:
-        """End request ``index`` of the running :meth:`stream` at the next step."""
-        self._aborted.add(index)
+        requests = self._make_requests(prompts, params)
+        aborted: set[int] = set()
+        events = self._run(requests, self._mode(mode), aborted)
+        return GenerationStream(events, [request.result for request in requests], aborted)
 
     def encode(self, text: str, chat: bool = True) -> list[int]:
         """Token ids of a prompt; with ``chat`` and a chat template, as a user's message waiting for its answer."""
         if self.tokenizer is None:
             raise ValueError("Engine: a string prompt needs a tokenizer; pass token ids or a tokenizer")
-        if chat and getattr(self.tokenizer, "chat_template", None):
-            rendered = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-            return list(self.tokenizer.encode(rendered, add_special_tokens=False))
-        return list(self.tokenizer.encode(text))
+        return encode_prompt(self.tokenizer, text, chat)
 
     def close(self) -> None:
         """Remove the hooks from the target model and drop its cache."""
@@ -244,9 +264,7 @@ class Engine:
                 )
             bad = next((t for t in ids if not 0 <= t < self.target.vocab_size), None)
             if bad is not None:
-                raise ValueError(
-                    f"Engine: prompt {index} must hold ids in 0..{self.target.vocab_size - 1}, got {bad}"
-                )
+                raise ValueError(f"Engine: prompt {index} must hold ids in 0..{self.target.vocab_size - 1}, got {bad}")
             resolved = wanted.resolved(self.stop_token_ids)
             request = _Request(
                 GenerationResult(index, ids),
@@ -269,11 +287,10 @@ class Engine:
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
-    def _run(self, requests: list[_Request], mode: Mode) -> Iterator[TokenEvent]:
+    def _run(self, requests: list[_Request], mode: Mode, aborted: set[int]) -> Iterator[TokenEvent]:
         if self._busy:
             raise RuntimeError("Engine: another stream of this engine is still open; finish or close it first")
         self._busy = True
-        self._aborted.clear()
         stats = self.last_stats = EngineStats(mode=mode)
         replays, captures = self.steps.replays, self.steps.captures
         waiting = deque(requests)
@@ -281,7 +298,7 @@ class Engine:
         pending: deque[tuple[Ticket, list[_Request], bool]] = deque()
         try:
             while waiting or running or pending:
-                yield from self._abort_marked(waiting, running)
+                yield from self._abort_marked(aborted, waiting, running)
                 while waiting and len(running) < self.max_batch and self._admit(waiting[0], mode):
                     request = waiting.popleft()
                     pending.append((self._prefill(request, len(running), mode), [request], True))
@@ -382,10 +399,12 @@ class Engine:
             self.pool.release(request.pool_row)
             request.pool_row = None
 
-    def _abort_marked(self, waiting: deque[_Request], running: list[_Request]) -> Iterator[TokenEvent]:
-        if not self._aborted:
+    def _abort_marked(
+        self, aborted: set[int], waiting: deque[_Request], running: list[_Request]
+    ) -> Iterator[TokenEvent]:
+        if not aborted:
             return
-        for request in [r for r in (*waiting, *running) if r.result.index in self._aborted]:
+        for request in [r for r in (*waiting, *running) if r.result.index in aborted]:
             request.result.finish_reason = "abort"
             if request in running:
                 self._retire(request, running)
@@ -393,10 +412,10 @@ class Engine:
                 request.done = True
                 waiting.remove(request)
             yield TokenEvent(request.result.index, (), "", None, "abort")
-        self._aborted.clear()
+        aborted.clear()
 
 
-def check_fit(target: nn.Module, drafter: Any, max_positions: int) -> None:
+def check_fit(target: nn.Module, drafter: DrafterLike, max_positions: int) -> None:
     """Check that a drafter belongs to a target: hidden size, vocabulary, tapped layers, rope table.
 
     Raises:
@@ -424,5 +443,5 @@ def _as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     listed = list(prompts)
     if listed and all(isinstance(p, int) for p in listed):
-        return [listed]  # one prompt given as ids
-    return listed  # type: ignore[return-value]
+        return [[int(p) for p in listed if isinstance(p, int)]]  # one prompt given as ids
+    return [p for p in listed if not isinstance(p, int)]

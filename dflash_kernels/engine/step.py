@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from dflash_kernels import ops
+from dflash_kernels.engine.draft import DrafterLike
 from dflash_kernels.engine.kv_pool import DrafterKvPool
 from dflash_kernels.engine.sampling import SamplingParams, SamplingRows
 from dflash_kernels.engine.target import TargetRunner
@@ -91,7 +92,7 @@ class StepRunner:
     def __init__(
         self,
         target: TargetRunner,
-        drafter: Any,
+        drafter: DrafterLike | None,
         pool: DrafterKvPool | None,
         *,
         rows: int,
@@ -155,7 +156,7 @@ class StepRunner:
 
     @torch.inference_mode()
     def remove(self, row: int, last: int, last_len: int) -> None:
-        """Take ``row`` out of the batch; row ``last`` (its first ``last_len`` cached positions) moves into its place."""
+        """Take ``row`` out of the batch; row ``last``, of ``last_len`` cached positions, moves into its place."""
         if row != last:
             self.target.move_row(last, row, min(last_len, self.target.max_positions))
             for state in (self.anchor_ids, self.prefix_lens, self.active, self.pool_rows):
@@ -206,7 +207,7 @@ class StepRunner:
             candidates, positions = anchors[:, None], lens[:, None]
             output = self.target.forward(candidates, positions, kv_len, taps=False)
         else:
-            assert self.pool is not None
+            assert self.pool is not None and self.drafter is not None
             pool_rows, table = self.pool_rows[batch], self.pool.req_to_token
             self.pool.reserve(pool_rows, (lens + self.block_size) * active)
             block_ids, positions, slots = ops.prepare_block(
@@ -233,7 +234,7 @@ class StepRunner:
         pool_rows: torch.Tensor,
     ) -> torch.Tensor:
         """Drafter forward and LM head: the T - 1 proposed tokens of each row, [B, T-1] int64."""
-        assert self.pool is not None
+        assert self.pool is not None and self.drafter is not None
         rows, block = block_ids.shape
         hidden = self.drafter.forward(
             block_ids,
@@ -253,7 +254,7 @@ class StepRunner:
         self, taps: list[torch.Tensor], positions: torch.Tensor, slots: torch.Tensor, commit_lens: torch.Tensor | None
     ) -> None:
         """Write the context K and V of all drafter layers for the committed rows."""
-        assert self.pool is not None
+        assert self.pool is not None and self.drafter is not None
         self.drafter.inject(taps, positions, slots, commit_lens, self.pool.k_caches, self.pool.v_caches)
 
     def _verify(

@@ -144,7 +144,9 @@ class TargetRunner:
         self.num_layers = len(layers)
         for layer in self.tap_layers:
             if not 0 <= layer < self.num_layers:
-                raise ValueError(f"drafter taps target layer {layer}, but the target has layers 0..{self.num_layers - 1}")
+                raise ValueError(
+                    f"drafter taps target layer {layer}, but the target has layers 0..{self.num_layers - 1}"
+                )
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise ValueError(
@@ -188,9 +190,9 @@ class TargetRunner:
     ) -> TargetOutput:
         """One pass over ``input_ids`` [B, T] at ``positions`` [B, T] (int64), rows ``first_row ..``.
 
-        A query at position p sees the row's keys 0..p, its own pass included; later keys are stale and hidden. ``kv_len``
-        is a host bound above every position of the pass: keys beyond it are not read. ``start`` (B = 1 only) says that
-        the positions are ``start .. start + T``.
+        A query at position p sees the row's keys 0..p, its own pass included; later keys are stale and hidden.
+        ``kv_len`` is a host bound above every position of the pass: keys beyond it are not read. ``start`` (B = 1 only)
+        says that the positions are ``start .. start + T``.
         """
         plan = self._plan
         plan.positions, plan.first_row, plan.kv_len, plan.start = positions, first_row, kv_len, start

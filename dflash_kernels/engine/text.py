@@ -7,6 +7,15 @@ from typing import Any
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
+def encode_prompt(tokenizer: Any, text: str, chat: bool = True) -> list[int]:
+    """Token ids of a prompt; with ``chat`` and a chat template, as a user's message waiting for its answer."""
+    if chat and getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(rendered, add_special_tokens=False))
+    return list(tokenizer.encode(text))
+
+
 class StreamDecoder:
     """Turns a growing list of token ids into text pieces whose concatenation is the decoded whole.
 

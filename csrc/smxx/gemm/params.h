@@ -1,0 +1,34 @@
+// Plain parameters of the bf16 GEMM shared by the drafter's linear layers.
+//
+//   C[m, n] = bf16( sum_k A[m, k] * W[n, k] + bias[n] )          fp32 accumulation, rounded once
+//   C[m, n] = bf16( C[m, n] + residual[m, n] )                   with a residual: rounded once more
+//
+// bf16 data is passed as uint16_t, so that no CUDA header is needed here.
+#pragma once
+
+#include <cstdint>
+
+#include "common/live_rows.h"
+
+namespace dflash::gemm {
+
+constexpr int kMaxSources = 8;
+
+struct GemmParams {
+  // A [M, K] as num_sources matrices [M, K / num_sources], side by side along K. Columns are contiguous.
+  const uint16_t* a[kMaxSources] = {};
+  int64_t a_stride[kMaxSources] = {};  // elements between rows; a multiple of 8
+  int num_sources = 1;
+  const uint16_t* w = nullptr;  // [N, K], contiguous
+  const uint16_t* bias = nullptr;      // [N]; nullptr: none
+  const uint16_t* residual = nullptr;  // [M, N]; may be c itself; nullptr: none
+  int64_t residual_stride = 0;         // elements between rows
+  uint16_t* c = nullptr;               // [M, N]
+  int64_t c_stride = 0;                // elements between rows
+  int64_t m = 0;
+  int64_t n = 0;  // even
+  int64_t k = 0;  // all sources together; K / num_sources is a multiple of 8
+  LiveRows live;  // dead rows are neither loaded nor stored
+};
+
+}  // namespace dflash::gemm

@@ -1,0 +1,27 @@
+// Plain parameters of RMSNorm over rows.
+//
+//   out[r, c] = bf16( bf16?( x[r, c] * rsqrt(mean_c(x^2) + eps) ) * weight[c] )      fp32 math
+//
+// The inner rounding is Hugging Face's; off by default (one rounding at the end, as fused engines do).
+#pragma once
+
+#include <cstdint>
+
+#include "common/live_rows.h"
+
+namespace dflash::norm {
+
+struct RmsNormParams {
+  const uint16_t* x = nullptr;       // [M, N] bf16
+  int64_t x_stride = 0;              // elements between rows
+  const uint16_t* weight = nullptr;  // [N] bf16
+  uint16_t* out = nullptr;           // [M, N] bf16; may be x itself
+  int64_t out_stride = 0;            // elements between rows
+  int64_t m = 0;
+  int64_t n = 0;  // even
+  float eps = 1e-6f;
+  bool round_before_weight = false;
+  LiveRows live;  // dead rows are neither loaded nor stored
+};
+
+}  // namespace dflash::norm

@@ -1,0 +1,1 @@
+"""Drafter configuration, checkpoint loading and the demo target."""
