@@ -1,5 +1,5 @@
-"""Benchmarks of the dflash ops: `python -m bench SUITE [--json FILE] [--quick]`.
+"""Benchmarks of the dflash ops: `python -m bench SUITE... [--json FILE] [--quick]`.
 
-One module per suite (`bench_<suite>.py`, each with `cases(config) -> list[Case]`); how a row is timed is in
-`harness.py`, the measured ceilings of the card in `ceilings.py`, the reading of the numbers in `NOTES.md`.
+One module per suite (`bench_<suite>.py`): `cases(device, quick)` yields the `Case` objects of `harness.py`, which says
+how a row is timed; the card's measured ceilings come from `ceilings.py`, how to read the numbers is in `NOTES.md`.
 """

@@ -72,11 +72,12 @@ def _triton_read(buffer: torch.Tensor) -> Callable[[], object] | None:
     return reader(buffer)
 
 
-def _measure_cuda(device: torch.device) -> Ceilings:
-    properties = torch.cuda.get_device_properties(device)
+def _cuda_bandwidths(device: torch.device) -> tuple[float, str, float]:
+    """Read bytes/s with the best reader's name, and copy bytes/s."""
     elements = 1 << 29  # 2 GiB of float32: some forty times the L2
     source = torch.randn(1 << 14, elements >> 14, device=device)
     row_out = torch.empty(source.size(0), device=device)
+    target = torch.empty_like(source)
     nbytes = elements * 4
 
     reads: dict[str, Callable[[], object]] = {
@@ -93,18 +94,24 @@ def _measure_cuda(device: torch.device) -> Ceilings:
         except Exception as error:  # a Triton without a host compiler: the torch reductions remain
             print(f"# read ceiling: {name} not measured: {error}")
     best = max(rates, key=lambda name: rates[name])
+    return rates[best], best, 2 * nbytes / _time_cuda(lambda: target.copy_(source), calls=4)
 
-    target = torch.empty_like(source)
-    copy_bw = 2 * nbytes / _time_cuda(lambda: target.copy_(source), calls=4)
-    del source, target
+
+def _cuda_flop_rate(device: torch.device) -> float:
+    """bf16 FLOP/s of the library's matrix product at 8192^3."""
     n = 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     b = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     c = torch.empty(n, n, device=device, dtype=torch.bfloat16)
-    rate = 2 * n**3 / _time_cuda(lambda: torch.mm(a, b, out=c), calls=4)
-    del a, b, c
+    return 2 * n**3 / _time_cuda(lambda: torch.mm(a, b, out=c), calls=4)
+
+
+def _measure_cuda(device: torch.device) -> Ceilings:
+    properties = torch.cuda.get_device_properties(device)
+    read_bw, reader, copy_bw = _cuda_bandwidths(device)
+    flop_rate = _cuda_flop_rate(device)
     torch.cuda.empty_cache()
-    return Ceilings(properties.name, rates[best], best, copy_bw, rate, "bf16", properties.L2_cache_size)
+    return Ceilings(properties.name, read_bw, reader, copy_bw, flop_rate, "bf16", properties.L2_cache_size)
 
 
 def _measure_cpu() -> Ceilings:
