@@ -1,0 +1,226 @@
+"""Block preparation and the page allocator of a paged KV cache, on the device and in stream order.
+
+State of one allocator (all on one device; :func:`init_free_pages` makes the last two):
+
+* ``req_to_token`` ``[R, W]`` int32: row r maps the positions of one request to slots; unmapped positions hold 0;
+* ``alloc_lens`` ``[R]`` int32: tokens that the pages of a row cover, always whole pages;
+* ``free_pages`` ``[P]`` int32: the free list, a ring of page ids. Page p is slots ``p * page_size ..``; page 0 is the
+  dummy page, never free, so slot 0 is where unmapped positions point;
+* ``ring`` ``[4]`` int64: ``head, count, missing, calls``. Pops take ``free_pages[(head + i) % P]`` in the order of the
+  batch, then of the positions; pushes append at ``(head + count) % P`` in the same order. So the pages that a call
+  hands out are the same on every device.
+
+A block in flight is over-reserved (its length is not known before it is verified); :func:`release_kv_slots` gives back
+what was not committed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dflash_kernels.ops._errors import dflash_errors
+
+__all__ = ["init_free_pages", "prepare_block", "release_kv_slots", "reserve_kv_slots"]
+
+_BlockTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def init_free_pages(
+    num_pages: int, page_size: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Free list of an empty pool of ``num_pages`` pages, the dummy page 0 included.
+
+    Returns:
+        ``free_pages [num_pages]`` int32, holding pages ``1 .. num_pages - 1`` in this order, and ``ring [4]`` int64.
+
+    Raises:
+        ValueError: ``num_pages`` < 2, ``page_size`` outside 1..64, or slots that int32 cannot count.
+    """
+    if not 1 <= page_size <= 64:
+        raise ValueError(f"init_free_pages: page_size must be in 1..64, got {page_size}")
+    if num_pages < 2:
+        raise ValueError(f"init_free_pages: num_pages must be at least 2 (page 0 is the dummy page), got {num_pages}")
+    if num_pages * page_size > 2**31:
+        raise ValueError(f"init_free_pages: num_pages * page_size must be at most 2**31, got {num_pages * page_size}")
+    free_pages = torch.arange(1, num_pages + 1, dtype=torch.int32, device=device)
+    free_pages[-1] = 0  # not in the list: it has num_pages - 1 entries
+    return free_pages, torch.tensor([0, num_pages - 1, 0, 0], dtype=torch.int64, device=device)
+
+
+@dflash_errors
+def prepare_block(
+    anchor_ids: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    block_size: int,
+    mask_token_id: int,
+    *,
+    out: _BlockTensors | None = None,
+) -> _BlockTensors:
+    """Ids, positions and KV slots of the next block of every request.
+
+    For j in 0..T-1::
+
+        block_ids[b, j] = anchor_ids[b] if j == 0 else mask_token_id
+        positions[b, j] = prefix_lens[b] + j
+        slots[b, j]     = req_to_token[req_pool_indices[b], positions[b, j]]     (0 beyond the table)
+
+    Args:
+        anchor_ids, prefix_lens, req_pool_indices: ``[B]`` int32 or int64; last verified token, committed length, row.
+        req_to_token: ``[R, W]`` int32 or int64, rows free, last dimension contiguous.
+        block_size: T >= 1; must equal the outputs' second size when ``out`` is given.
+        out: three contiguous int64 tensors ``[B, T]`` to write instead of new ones.
+
+    Returns:
+        ``block_ids``, ``positions``, ``slots``, each ``[B, T]`` int64.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or stride; on the CPU (on CUDA only under DFLASH_DEBUG=1) also a row
+            outside the table or a negative length. Unchecked, such a request gets slots 0.
+
+    Source: SGLang's preparation of a DFLASH draft block (speculative/dflash_worker_v2.py).
+    """
+    ops = torch.ops.dflash.prepare_block
+    if out is None:
+        return ops.default(anchor_ids, prefix_lens, req_pool_indices, req_to_token, block_size, mask_token_id)
+    _check_block_size("prepare_block", out, block_size)
+    ops.out(
+        anchor_ids,
+        prefix_lens,
+        req_pool_indices,
+        req_to_token,
+        mask_token_id,
+        block_ids=out[0],
+        positions=out[1],
+        slots=out[2],
+    )
+    return out
+
+
+@dflash_errors
+def reserve_kv_slots(
+    req_to_token: torch.Tensor,
+    alloc_lens: torch.Tensor,
+    free_pages: torch.Tensor,
+    ring: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    target_lens: torch.Tensor,
+    page_size: int,
+) -> None:
+    """Make the pages of each row cover at least its target length; rows that already do keep what they have.
+
+    Pops ``ceil(target_lens[b] / page_size) - alloc_lens[row] / page_size`` pages (if positive) for each request and
+    writes their slots into ``req_to_token``. All requests are served, or none: if the free list is too short nothing
+    changes, which the CPU reports as an error and CUDA, where the host does not wait, in ``ring[2]`` (see Raises).
+
+    Args:
+        req_to_token, alloc_lens, free_pages, ring: the allocator's state, see the module's docstring; written.
+        req_pool_indices: ``[B]`` int32 or int64, distinct rows; B <= 4096.
+        target_lens: ``[B]`` int32 or int64, tokens, in 0..W.
+        page_size: 1..64.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or stride; on the CPU (on CUDA only under DFLASH_DEBUG=1) also rows
+            outside the table or not distinct, lengths out of range, too few free pages. Nothing has changed then.
+            On CUDA without the check too few pages set ``ring[2]`` to the number that was missing; it stays until
+            the caller clears it. The host keeps its own books (:class:`dflash_kernels.ledger.KvLedger`) so that it
+            does not come to this.
+    """
+    torch.ops.dflash.reserve_kv_slots.default(
+        req_to_token, alloc_lens, free_pages, ring, req_pool_indices, target_lens, page_size
+    )
+
+
+@dflash_errors
+def release_kv_slots(
+    req_to_token: torch.Tensor,
+    alloc_lens: torch.Tensor,
+    free_pages: torch.Tensor,
+    ring: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    keep_lens: torch.Tensor,
+    page_size: int,
+) -> None:
+    """Give back the pages of each row that lie wholly beyond its first ``keep_lens[b]`` tokens (0: all of them).
+
+    The pages go to the end of the free list and their entries of ``req_to_token`` become 0. A row that holds no more
+    than what it may keep stays as it is.
+
+    Args:
+        req_to_token, alloc_lens, free_pages, ring: the allocator's state, see the module's docstring; written.
+        req_pool_indices: ``[B]`` int32 or int64, distinct rows; B <= 4096.
+        keep_lens: ``[B]`` int32 or int64, tokens, in 0..W.
+        page_size: 1..64.
+
+    Raises:
+        ValueError: as :func:`reserve_kv_slots`.
+    """
+    torch.ops.dflash.release_kv_slots.default(
+        req_to_token, alloc_lens, free_pages, ring, req_pool_indices, keep_lens, page_size
+    )
+
+
+def _check_block_size(op: str, out: _BlockTensors, block_size: int) -> None:
+    if out[0].dim() == 2 and out[0].size(1) != block_size:
+        raise ValueError(f"dflash::{op}: out must have {block_size} columns (block_size), got {out[0].size(1)}")
+
+
+def _new_block(anchor_ids: torch.Tensor, block_size: int) -> _BlockTensors:
+    ids, positions, slots = (
+        anchor_ids.new_empty((anchor_ids.size(0), block_size), dtype=torch.int64) for _ in range(3)
+    )
+    return ids, positions, slots
+
+
+@torch.library.register_fake("dflash::prepare_block")
+def _(
+    anchor_ids: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    block_size: int,
+    mask_token_id: int,
+) -> _BlockTensors:
+    return _new_block(anchor_ids, block_size)
+
+
+@torch.library.register_fake("dflash::prepare_block.out")
+def _(
+    anchor_ids: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    mask_token_id: int,
+    *,
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("dflash::reserve_kv_slots")
+def _(
+    req_to_token: torch.Tensor,
+    alloc_lens: torch.Tensor,
+    free_pages: torch.Tensor,
+    ring: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    target_lens: torch.Tensor,
+    page_size: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("dflash::release_kv_slots")
+def _(
+    req_to_token: torch.Tensor,
+    alloc_lens: torch.Tensor,
+    free_pages: torch.Tensor,
+    ring: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    keep_lens: torch.Tensor,
+    page_size: int,
+) -> None:
+    return None
