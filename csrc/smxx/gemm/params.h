@@ -2,6 +2,7 @@
 //
 //   C[m, n] = bf16( sum_k A[m, k] * W[n, k] + bias[n] )          fp32 accumulation, rounded once
 //   C[m, n] = bf16( C[m, n] + residual[m, n] )                   with a residual: rounded once more
+//   C[m, i] = bf16( silu(g) * u )    gated: g = C[m, i], u = C[m, N / 2 + i] as above, C is [M, N / 2]
 //
 // bf16 data is passed as uint16_t, so that no CUDA header is needed here.
 #pragma once
@@ -19,16 +20,20 @@ struct GemmParams {
   const uint16_t* a[kMaxSources] = {};
   int64_t a_stride[kMaxSources] = {};  // elements between rows; a multiple of 8
   int num_sources = 1;
-  const uint16_t* w = nullptr;  // [N, K], contiguous
+  const uint16_t* w = nullptr;         // [N, K], contiguous
   const uint16_t* bias = nullptr;      // [N]; nullptr: none
   const uint16_t* residual = nullptr;  // [M, N]; may be c itself; nullptr: none
   int64_t residual_stride = 0;         // elements between rows
-  uint16_t* c = nullptr;               // [M, N]
+  uint16_t* c = nullptr;               // [M, N]; gated: [M, N / 2]
   int64_t c_stride = 0;                // elements between rows
   int64_t m = 0;
-  int64_t n = 0;  // even
-  int64_t k = 0;  // all sources together; K / num_sources is a multiple of 8
-  LiveRows live;  // dead rows are neither loaded nor stored
+  int64_t n = 0;       // even
+  int64_t k = 0;       // all sources together; K / num_sources is a multiple of 8
+  LiveRows live;       // dead rows are neither loaded nor stored
+  bool gated = false;  // silu(first half of N) * second half; N / 2 is a multiple of 8, no residual
+  // Programmatic dependent launch: the kernel starts while its predecessor on the stream still runs and fetches W, and
+  // waits before it touches anything else. Only for W and bias written before that predecessor started.
+  bool early_start = false;
 };
 
 }  // namespace dflash::gemm

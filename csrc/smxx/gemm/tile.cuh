@@ -1,18 +1,21 @@
 // The mainloop shared by the plain GEMM and the LM head: one [BM, BN] tile of A [M, K] * W [N, K]^T in fp32.
 //
 // Partition: WARPS_M x WARPS_N warps, each a [BM / WARPS_M, BN / WARPS_N] sub-tile of m16n8k16 products.
-// Shared memory: kStages buffers, each A [BM, BK] then W [BN, BK], bf16. Rows are padded by 8 elements: the row pitch of
-// 144 bytes (BK = 64) moves every row by 4 banks, so the 8 rows of an ldmatrix touch all 32 banks once.
-// Pipeline: cp.async, kStages - 1 tiles of K in flight; one __syncthreads per K tile, which both publishes tile i and
-// frees the buffer of tile i - 1 for the next copy.
-// Edges: rows of A that are dead or beyond M, rows of W beyond N and columns beyond K are filled with zeros and not read.
-// K is a multiple of 8 elements, the width of one copy, so no copy straddles the end of a row or of a source of A.
+// Shared memory: kStages buffers, each A [BM, BK] then W [BN, BK], bf16. Rows are padded by 8 elements: the row pitch
+// of 144 bytes (BK = 64) moves every row by 4 banks, so the 8 rows of an ldmatrix touch all 32 banks once. Pipeline:
+// cp.async, kStages - 1 tiles of K in flight; one __syncthreads per K tile, which both publishes tile i and frees the
+// buffer of tile i - 1 for the next copy. Edges: rows of A that are dead or beyond M, rows of W beyond N and columns
+// beyond K are filled with zeros and not read. K is a multiple of 8 elements, the width of one copy, so no copy
+// straddles the end of a row or of a source of A. Gated: the tile's columns alternate between eights of the first half
+// of W's rows and of the second, so that a thread's accumulators d[i][j] (gate) and d[i][j + 1] (up), j even, belong to
+// the same output column.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include <cstdint>
 
+#include "common/dependent_launch.cuh"
 #include "smxx/gemm/mma.cuh"
 #include "smxx/gemm/params.h"
 
@@ -24,11 +27,11 @@ struct TileConfig {
   static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_;
   static constexpr int kStages = STAGES_;
   static constexpr int kThreads = 32 * WARPS_M * WARPS_N;
-  static constexpr int kPitch = BK + 8;                    // elements between rows in shared memory
+  static constexpr int kPitch = BK + 8;  // elements between rows in shared memory
   static constexpr int kStageElements = (BM + BN) * kPitch;
   static constexpr int kSharedBytes = kStages * kStageElements * 2;
-  static constexpr int kTilesM = BM / WARPS_M / 16;        // m16 tiles of a warp
-  static constexpr int kTilesN = BN / WARPS_N / 8;         // n8 tiles of a warp
+  static constexpr int kTilesM = BM / WARPS_M / 16;  // m16 tiles of a warp
+  static constexpr int kTilesN = BN / WARPS_N / 8;   // n8 tiles of a warp
   static constexpr int kCopiesPerRow = BK / 8;
   static_assert(BM % (16 * WARPS_M) == 0 && BN % (16 * WARPS_N) == 0, "warp tiles are 16 x 16 multiples");
   static_assert((BM * kCopiesPerRow) % kThreads == 0 && (BN * kCopiesPerRow) % kThreads == 0, "even copies");
@@ -56,9 +59,10 @@ struct TilePosition {
 };
 
 // Ends with all warps past their last read of shared memory only after the caller's next __syncthreads.
-template <typename C>
-__device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, int64_t column0,
-                                             __nv_bfloat16* shared, Accumulators<C>& acc) {
+// With p.early_start it waits for the preceding kernel before it reads A.
+template <typename C, bool kGated = false>
+__device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, int64_t column0, __nv_bfloat16* shared,
+                                             Accumulators<C>& acc) {
   constexpr int kRowsPerPass = C::kThreads / C::kCopiesPerRow;
   constexpr int kPassesA = C::BM / kRowsPerPass, kPassesW = C::BN / kRowsPerPass;
   const int copy_row = threadIdx.x / C::kCopiesPerRow;
@@ -75,15 +79,14 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
   // The source of A and the column in it that this thread copies next.
   int source = 0;
   int64_t source_column = copy_column;
-  int64_t k_column = copy_column;
-  auto copy_stage = [&](int stage) {
+  int64_t a_column = copy_column;
+  auto copy_a = [&](int stage) {
     __nv_bfloat16* a_tile = shared + stage * C::kStageElements;
-    __nv_bfloat16* w_tile = a_tile + C::BM * C::kPitch;
     while (source_column >= source_k && source < p.num_sources - 1) {
       source_column -= source_k;
       ++source;
     }
-    const bool inside = k_column < p.k;
+    const bool inside = a_column < p.k;
     const uint16_t* a = p.a[0];
     int64_t a_stride = p.a_stride[0];
 #pragma unroll
@@ -100,15 +103,23 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
       const uint16_t* from = read ? a + (row0 + row) * a_stride + source_column : p.w;
       copy_async_16(a_tile + row * C::kPitch + copy_column, from, read ? 16 : 0);
     }
+    source_column += C::BK;
+    a_column += C::BK;
+  };
+  int64_t w_column = copy_column;
+  auto copy_w = [&](int stage) {
+    __nv_bfloat16* w_tile = shared + stage * C::kStageElements + C::BM * C::kPitch;
+    const bool inside = w_column < p.k;
 #pragma unroll
     for (int i = 0; i < kPassesW; ++i) {
       const int row = copy_row + i * kRowsPerPass;
       const bool read = inside && column0 + row < p.n;
-      const uint16_t* from = read ? p.w + (column0 + row) * p.k + k_column : p.w;
+      int64_t w_row = column0 + row;
+      if (kGated) w_row = column0 / 2 + row / 16 * 8 + row % 8 + (row / 8 % 2 ? p.n / 2 : 0);
+      const uint16_t* from = read ? p.w + w_row * p.k + w_column : p.w;
       copy_async_16(w_tile + row * C::kPitch + copy_column, from, read ? 16 : 0);
     }
-    source_column += C::BK;
-    k_column += C::BK;
+    w_column += C::BK;
   };
 
 #pragma unroll
@@ -120,16 +131,27 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
 
   const TilePosition<C> at;
   const int num_tiles = static_cast<int>((p.k + C::BK - 1) / C::BK);
-#pragma unroll
+  if (p.early_start) {  // all of W's first stages, then the wait: they count as part of the first group
+    for (int s = 0; s < C::kStages - 1; ++s) {
+      if (s < num_tiles) copy_w(s);
+    }
+    grid_dependency_wait();
+  }
   for (int s = 0; s < C::kStages - 1; ++s) {
-    if (s < num_tiles) copy_stage(s);
+    if (s < num_tiles) {
+      copy_a(s);
+      if (!p.early_start) copy_w(s);
+    }
     copy_async_commit();  // an empty group where there is nothing to copy keeps the count
   }
 
   for (int tile = 0; tile < num_tiles; ++tile) {
     copy_async_wait<C::kStages - 2>();
     __syncthreads();
-    if (tile + C::kStages - 1 < num_tiles) copy_stage((tile + C::kStages - 1) % C::kStages);
+    if (tile + C::kStages - 1 < num_tiles) {
+      copy_a((tile + C::kStages - 1) % C::kStages);
+      copy_w((tile + C::kStages - 1) % C::kStages);
+    }
     copy_async_commit();
 
     const __nv_bfloat16* a_tile = shared + tile % C::kStages * C::kStageElements;

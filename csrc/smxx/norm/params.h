@@ -21,7 +21,8 @@ struct RmsNormParams {
   int64_t n = 0;  // even
   float eps = 1e-6f;
   bool round_before_weight = false;
-  LiveRows live;  // dead rows are neither loaded nor stored
+  LiveRows live;             // dead rows are neither loaded nor stored
+  bool early_start = false;  // programmatic dependent launch, see common/dependent_launch.cuh
 };
 
 }  // namespace dflash::norm

@@ -1,7 +1,7 @@
 // RMSNorm over rows; see params.h for the formula. One block a row, two elements a thread and pass.
 #include <cuda_bf16.h>
 
-#include "common/cuda_check.h"
+#include "common/dependent_launch.cuh"
 #include "smxx/norm/launch.h"
 
 namespace dflash::norm {
@@ -12,6 +12,8 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kThreads) rmsnorm_kernel(const __grid_constant__ RmsNormParams p) {
   __shared__ float partial[kThreads / 32];
   const int64_t row = blockIdx.x;
+  grid_dependency_launch();
+  grid_dependency_wait();
   if (!p.live.at(row)) return;
   const auto* x = reinterpret_cast<const __nv_bfloat162*>(p.x + row * p.x_stride);
   const auto* weight = reinterpret_cast<const __nv_bfloat162*>(p.weight);
@@ -47,8 +49,7 @@ __global__ void __launch_bounds__(kThreads) rmsnorm_kernel(const __grid_constant
 
 void launch_rmsnorm(const RmsNormParams& p, cudaStream_t stream) {
   if (p.m == 0) return;
-  rmsnorm_kernel<<<static_cast<unsigned>(p.m), kThreads, 0, stream>>>(p);
-  cuda_check_launch("rmsnorm");
+  launch_kernel(rmsnorm_kernel, dim3(static_cast<unsigned>(p.m)), kThreads, 0, stream, p.early_start, "rmsnorm", p);
 }
 
 }  // namespace dflash::norm

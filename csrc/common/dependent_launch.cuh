@@ -1,0 +1,40 @@
+// Programmatic dependent launch: a kernel starts while its predecessor on the stream still runs.
+//
+// Rules that keep a chain of such kernels ordered:
+//  * every block of every kernel calls grid_dependency_wait() before it reads what an earlier kernel wrote and before
+//  it
+//    writes anything. The wait ends when the predecessor has completed and its writes are visible; since the
+//    predecessor waited too, everything before it has completed as well;
+//  * before the wait only data older than the first kernel of the chain may be read (weights);
+//  * the first kernel of a chain is launched without the attribute.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/cuda_check.h"
+
+namespace dflash {
+
+// Returns at once in a kernel that was launched without the attribute.
+__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
+
+// Lets the next kernel's blocks start once every block of this one has called it or ended.
+__device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;\n" :::); }
+
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                   bool early_start, const char* what, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early_start ? 1 : 0;
+  cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
+}  // namespace dflash
