@@ -1,9 +1,12 @@
 """The Python face of `torch.ops.dflash`, one module per op group."""
 
 from dflash_kernels.ops.alloc import init_free_pages, prepare_block, release_kv_slots, reserve_kv_slots
+from dflash_kernels.ops.inject import inject_kv, inject_kv_workspace
 
 __all__ = [
     "init_free_pages",
+    "inject_kv",
+    "inject_kv_workspace",
     "prepare_block",
     "release_kv_slots",
     "reserve_kv_slots",

@@ -1,0 +1,180 @@
+// inject_kv: the target's hidden states of committed tokens become the drafter's context KV; formula in params.h.
+//
+// Launches, for each chunk of rows: fc (GEMM over K sources), RMSNorm in place, KV projection of all layers (one GEMM),
+// then K-norm + RoPE + paged write of all layers. Rows >= commit_lens are skipped by each of them: their taps are not
+// read, their slots not looked at.
+//
+// Floors. Latency (B * T <= 64 rows): the weights, (K * H * H + L * 2 * Hkv * D * H) * 2 bytes, at the HBM read rate;
+// the activations between the launches stay in L2. Throughput: 2 * M * (K * H * H + L * 2 * Hkv * D * H) tensor-core
+// flops with M live rows; the last kernel reads and writes M * L * 2 * Hkv * D * 2 bytes, through L2 while a chunk fits
+// there.
+//
+// The last kernel: one warp for one (row, layer, KV head), K and V. A block of 4 warps takes neighbouring heads, whose
+// cache lines adjoin. The rotation pairs element i with i + rotary_dim / 2, which another lane holds: the normed head
+// goes through 4 * D bytes of shared memory of the warp's own, so __syncwarp is the only barrier.
+#include <cuda_bf16.h>
+
+#include <algorithm>
+
+#include "common/cuda_check.h"
+#include "smxx/gemm/launch.h"
+#include "smxx/inject/launch.h"
+#include "smxx/norm/launch.h"
+
+namespace dflash::inject {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int64_t kMaxChunkRows = 65536;  // keeps rows * L * Hkv of a launch in 31 bits
+constexpr int kCheckThreads = 256;
+constexpr unsigned long long kNoFault = ~0ull;
+
+__global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constant__ WriteParams p) {
+  __shared__ float normed[kWarps][kMaxHeadDim];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned item = blockIdx.x * kWarps + warp;
+  const unsigned per_row = static_cast<unsigned>(p.layers * p.kv_heads);
+  const int64_t row = item / per_row;
+  if (row >= p.rows || !p.live.at(row)) return;  // whole warps leave
+  const int64_t slot = p.slots.at(row), position = p.positions.at(row);
+  if (slot < 0 || slot >= p.pool_size || position < 0 || position >= p.max_positions) return;
+  const int layer = item % per_row / p.kv_heads, head = item % per_row % p.kv_heads;
+  const int dim = p.head_dim, half = p.rotary_dim / 2;
+
+  const uint16_t* kv = static_cast<const uint16_t*>(p.kv);
+  const uint16_t* k = kv + ((row * p.layers + layer) * 2 * p.kv_heads + head) * dim;
+  const uint16_t* v = k + p.kv_heads * dim;
+  const CacheView k_view = p.k[layer], v_view = p.v[layer];
+  uint16_t* k_out = static_cast<uint16_t*>(k_view.data) + slot * k_view.slot_stride + head * k_view.head_stride;
+  uint16_t* v_out = static_cast<uint16_t*>(v_view.data) + slot * v_view.slot_stride + head * v_view.head_stride;
+
+  // Element-wise 16-bit accesses: caches and biases of any alignment, and D of any even size.
+  float* x = normed[warp];
+  float sum = 0.0f;
+  for (int i = lane; i < dim; i += 32) {
+    const float value = __bfloat162float(__ushort_as_bfloat16(k[i]));
+    v_out[i] = v[i];
+    x[i] = value;
+    sum += value * value;
+  }
+  if (p.k_norm != nullptr) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    const float scale = rsqrtf(sum / static_cast<float>(dim) + p.eps);
+    const uint16_t* weight = static_cast<const uint16_t*>(p.k_norm) + layer * dim;
+    for (int i = lane; i < dim; i += 32) x[i] = x[i] * scale * __bfloat162float(__ushort_as_bfloat16(weight[i]));
+  }
+  __syncwarp();
+  const float* cosines = p.cos_sin + position * p.cos_sin_stride;
+  const float* sines = cosines + half;
+  for (int i = lane; i < dim; i += 32) {
+    float out = x[i];
+    if (i < half) {
+      out = x[i] * cosines[i] - x[i + half] * sines[i];
+    } else if (i < 2 * half) {
+      out = x[i] * cosines[i - half] + x[i - half] * sines[i - half];
+    }
+    k_out[i] = __bfloat16_as_ushort(__float2bfloat16_rn(out));
+  }
+}
+
+__global__ void __launch_bounds__(kCheckThreads)
+    check_kernel(const __grid_constant__ WriteParams p, unsigned long long* first) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kCheckThreads + threadIdx.x;
+  if (row >= p.rows) return;
+  const Fault fault = find_fault(p, row);
+  if (fault != Fault::kNone) atomicMin(first, static_cast<unsigned long long>(row * 4 + static_cast<int>(fault)));
+}
+
+void launch_write(const WriteParams& p, cudaStream_t stream) {
+  const int64_t items = p.rows * p.layers * p.kv_heads;
+  const auto blocks = static_cast<unsigned>((items + kWarps - 1) / kWarps);
+  write_kernel<<<blocks, 32 * kWarps, 0, stream>>>(p);
+  cuda_check_launch("inject_kv");
+}
+
+IntView advanced(IntView view, int64_t count) {
+  if (view.data != nullptr) {
+    view.data = static_cast<const char*>(view.data) + count * view.stride0 * (view.is_int64 ? 8 : 4);
+  }
+  return view;
+}
+
+}  // namespace
+
+void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
+  const int64_t kv_width = static_cast<int64_t>(p.write.layers) * 2 * p.write.kv_heads * p.write.head_dim;
+  const int64_t per_request = p.write.live.rows_per_request;
+  const int64_t step = std::max(std::min(p.chunk_rows, kMaxChunkRows) / per_request, int64_t{1}) * per_request;
+  uint16_t* fused = p.workspace;
+  uint16_t* kv = p.workspace + std::min(step, p.write.rows) * p.hidden;
+  for (int64_t start = 0; start < p.write.rows; start += step) {
+    const int64_t rows = std::min(step, p.write.rows - start);
+    WriteParams write = p.write;
+    write.kv = kv;
+    write.rows = rows;
+    write.positions = advanced(p.write.positions, start);
+    write.slots = advanced(p.write.slots, start);
+    write.live.commit_lens = advanced(p.write.live.commit_lens, start / per_request);
+
+    gemm::GemmParams fc;
+    fc.num_sources = p.num_taps;
+    for (int i = 0; i < p.num_taps; ++i) {
+      fc.a[i] = p.taps[i] + start * p.tap_stride[i];
+      fc.a_stride[i] = p.tap_stride[i];
+    }
+    fc.w = p.fc_weight;
+    fc.c = fused;
+    fc.c_stride = p.hidden;
+    fc.m = rows;
+    fc.n = p.hidden;
+    fc.k = p.num_taps * p.hidden;
+    fc.live = write.live;
+    gemm::launch_gemm_bf16(fc, stream);
+
+    norm::RmsNormParams norm;
+    norm.x = fused;
+    norm.x_stride = p.hidden;
+    norm.weight = p.hidden_norm;
+    norm.out = fused;
+    norm.out_stride = p.hidden;
+    norm.m = rows;
+    norm.n = p.hidden;
+    norm.eps = p.write.eps;
+    norm.live = write.live;
+    norm::launch_rmsnorm(norm, stream);
+
+    gemm::GemmParams project;
+    project.a[0] = fused;
+    project.a_stride[0] = p.hidden;
+    project.w = p.kv_weight;
+    project.bias = p.kv_bias;
+    project.c = kv;
+    project.c_stride = kv_width;
+    project.m = rows;
+    project.n = kv_width;
+    project.k = p.hidden;
+    project.live = write.live;
+    gemm::launch_gemm_bf16(project, stream);
+
+    launch_write(write, stream);
+  }
+}
+
+RowFault check_inject_cuda(const WriteParams& p, void* scratch, cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cuda_check(cudaStreamIsCapturing(stream, &status), "inject_kv");
+  if (status != cudaStreamCaptureStatusNone || p.rows == 0) return {};
+  auto* first = static_cast<unsigned long long*>(scratch);
+  cuda_check(cudaMemsetAsync(first, 0xff, sizeof(*first), stream), "inject_kv");
+  const auto blocks = static_cast<unsigned>((p.rows + kCheckThreads - 1) / kCheckThreads);
+  check_kernel<<<blocks, kCheckThreads, 0, stream>>>(p, first);
+  cuda_check_launch("inject_kv");
+  unsigned long long found = kNoFault;
+  cuda_check(cudaMemcpyAsync(&found, first, sizeof(found), cudaMemcpyDeviceToHost, stream), "inject_kv");
+  cuda_check(cudaStreamSynchronize(stream), "inject_kv");
+  if (found == kNoFault) return {};
+  return {static_cast<Fault>(found % 4), static_cast<int64_t>(found / 4)};
+}
+
+}  // namespace dflash::inject

@@ -1,0 +1,83 @@
+// Plain parameters of inject_kv; filled by csrc/api/inject.cpp, read by the CPU and CUDA implementations.
+//
+//   f = bf16( [taps_0 | .. | taps_{K-1}] fc_weight^T )
+//   x = bf16( f * rsqrt(mean(f^2) + eps) * hidden_norm )
+//   k_l | v_l = bf16( x kv_weight_l^T + kv_bias_l )                    l = 0..L-1, one GEMM with N = L * 2 * Hkv * D
+//   k = k_l * rsqrt(mean_D(k_l^2) + eps) * k_norm_l                    per head, fp32, not rounded
+//   k_caches[l][slots[n]] = bf16( rope(k, positions[n]) ),   v_caches[l][slots[n]] = v_l
+//
+// Inside the formulas fp32; "bf16" stands for the dtype of the weights (fp32 on the CPU rounds nothing).
+#pragma once
+
+#include <cstdint>
+
+#include "common/int_view.h"
+#include "common/live_rows.h"
+
+namespace dflash::inject {
+
+constexpr int kMaxLayers = 16;
+constexpr int kMaxTaps = 8;
+constexpr int kMaxHeadDim = 256;
+
+// One layer's K or V cache [S, Hkv, D]; D is contiguous, strides in elements.
+struct CacheView {
+  void* data = nullptr;
+  int64_t slot_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// The last step: K-norm, RoPE and the paged write of all layers.
+struct WriteParams {
+  const void* kv = nullptr;        // [M, L, 2, Hkv, D], contiguous
+  int64_t rows = 0;                // M
+  int layers = 0;                  // L
+  int kv_heads = 0;                // Hkv
+  int head_dim = 0;                // D
+  int rotary_dim = 0;              // even, <= D
+  const void* k_norm = nullptr;    // [L, D], contiguous; nullptr: K is not normed
+  const float* cos_sin = nullptr;  // [P, rotary_dim]: cosines, then sines
+  int64_t cos_sin_stride = 0;
+  int64_t max_positions = 0;  // P
+  int64_t pool_size = 0;      // S
+  IntView positions;          // [M]
+  IntView slots;              // [M]
+  LiveRows live;
+  int64_t batch = 0;  // B; 0 without commit_lens
+  float eps = 1e-6f;
+  CacheView k[kMaxLayers];
+  CacheView v[kMaxLayers];
+};
+
+struct InjectParams {
+  const uint16_t* taps[kMaxTaps] = {};    // K x [N, H], bf16
+  int64_t tap_stride[kMaxTaps] = {};      // elements between rows
+  int num_taps = 0;                       // K
+  int64_t hidden = 0;                     // H
+  const uint16_t* fc_weight = nullptr;    // [H, K * H]
+  const uint16_t* hidden_norm = nullptr;  // [H]
+  const uint16_t* kv_weight = nullptr;    // [L * 2 * Hkv * D, H]
+  const uint16_t* kv_bias = nullptr;      // [L * 2 * Hkv * D]; nullptr: none
+  uint16_t* workspace = nullptr;          // [chunk_rows, H + L * 2 * Hkv * D] elements in all
+  int64_t chunk_rows = 0;                 // rows that go through the GEMMs at once; whole requests with commit_lens
+  WriteParams write;                      // kv left empty
+};
+
+enum class Fault : int { kNone, kCommitLen, kSlot, kPosition };
+
+// Values that would be written out of bounds: an error on the CPU and under DFLASH_DEBUG=1, else the row is skipped.
+// A bad commit length is reported by the first row of its request; the kernels read it as 0..T.
+DFLASH_HOST_DEVICE Fault find_fault(const WriteParams& p, int64_t row) {
+  if (p.live.commit_lens.data != nullptr && row % p.live.rows_per_request == 0) {
+    const int64_t length = p.live.commit_lens.at(row / p.live.rows_per_request);
+    if (length < 0 || length > p.live.rows_per_request) return Fault::kCommitLen;
+  }
+  if (!p.live.at(row)) return Fault::kNone;
+  const int64_t slot = p.slots.at(row);
+  if (slot < 0 || slot >= p.pool_size) return Fault::kSlot;
+  const int64_t position = p.positions.at(row);
+  if (position < 0 || position >= p.max_positions) return Fault::kPosition;
+  return Fault::kNone;
+}
+
+}  // namespace dflash::inject

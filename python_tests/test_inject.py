@@ -1,0 +1,390 @@
+"""inject_kv against its oracle, and the properties that make it safe to call on half-committed blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from dflash_kernels.ops import inject_kv, inject_kv_workspace
+from dflash_kernels.reference.inject import context_kv, live_rows
+
+POISON = -7.0
+
+
+@dataclass
+class Inputs:
+    taps: list[torch.Tensor]
+    fc_weight: torch.Tensor
+    hidden_norm: torch.Tensor
+    kv_weight: torch.Tensor
+    kv_bias: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    cos_sin: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    commit_lens: torch.Tensor | None
+    k_caches: list[torch.Tensor]
+    v_caches: list[torch.Tensor]
+    workspace: torch.Tensor
+    eps: float = 1e-6
+
+    def run(self) -> None:
+        inject_kv(**vars(self))
+
+    def reference(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return context_kv(
+            self.taps, self.fc_weight, self.hidden_norm, self.kv_weight, self.kv_bias, self.k_norm, self.cos_sin,
+            self.positions, self.k_caches[0].shape[2], self.eps, dtype,
+        )  # fmt: skip
+
+    def caches(self) -> torch.Tensor:
+        """All caches, [2, L, S, Hkv, D]."""
+        return torch.stack([torch.stack(self.k_caches), torch.stack(self.v_caches)])
+
+
+def rope_table(positions: int, rotary_dim: int) -> torch.Tensor:
+    angles = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def make(
+    rng: torch.Generator,
+    device: str,
+    batch: int = 3,
+    block: int = 8,
+    hidden: int = 64,
+    num_taps: int = 3,
+    layers: int = 2,
+    heads: int = 2,
+    dim: int = 32,
+    rotary_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    index: torch.dtype = torch.int64,
+    bias: bool = True,
+    norm: bool = True,
+    sliced: bool = True,
+    commit: list[int] | None = None,
+) -> Inputs:
+    rows = batch * block
+
+    def draw(*shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=rng) * scale + shift).to(dtype).to(device)
+
+    together = draw(rows, num_taps * hidden)
+    taps = [together[:, i * hidden : (i + 1) * hidden] for i in range(num_taps)]
+    pool = 2 * rows + 3
+    return Inputs(
+        taps=taps if sliced else [tap.contiguous() for tap in taps],
+        fc_weight=draw(hidden, num_taps * hidden, scale=(num_taps * hidden) ** -0.5),
+        hidden_norm=draw(hidden, scale=0.1, shift=1.0),
+        kv_weight=draw(layers, 2 * heads * dim, hidden, scale=hidden**-0.5),
+        kv_bias=draw(layers, 2 * heads * dim, scale=0.2) if bias else None,
+        k_norm=draw(layers, dim, scale=0.1, shift=1.0) if norm else None,
+        cos_sin=rope_table(64, rotary_dim or dim).to(device),
+        positions=torch.randint(0, 64, (rows,), generator=rng).to(index).to(device),
+        slots=torch.randperm(pool, generator=rng)[:rows].to(index).to(device),
+        commit_lens=None if commit is None else torch.tensor(commit, dtype=index, device=device),
+        k_caches=[torch.full((pool, heads, dim), POISON, dtype=dtype, device=device) for _ in range(layers)],
+        v_caches=[torch.full((pool, heads, dim), POISON, dtype=dtype, device=device) for _ in range(layers)],
+        workspace=inject_kv_workspace(rows, hidden, layers, heads, dim, dtype, device),
+    )
+
+
+def check_against_reference(inputs: Inputs) -> None:
+    """Live rows within the rounding of the weights' dtype, every other slot bit-identical."""
+    before = inputs.caches()
+    inputs.run()
+    after = inputs.caches()
+    rows = live_rows(len(inputs.slots), inputs.commit_lens)
+    slots = inputs.slots[rows].long()
+    for out, exact, rounded in zip(
+        after, inputs.reference(torch.float32), inputs.reference(inputs.fc_weight.dtype), strict=True
+    ):
+        written, exact, rounded = out[:, slots].float(), exact[:, rows], rounded[:, rows].float()
+        if rows:
+            one_rounding = exact.abs().max() * 2.0**-8 if out.dtype == torch.bfloat16 else 1e-5
+            allowed = 2 * (rounded - exact).abs().max() + one_rounding
+            assert (written - exact).abs().max() <= allowed
+    untouched = torch.ones(after.shape[2], dtype=torch.bool, device=slots.device)
+    untouched[slots] = False
+    assert torch.equal(after[:, :, untouched], before[:, :, untouched])
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"rotary_dim": 16},
+        {"bias": False, "norm": False, "sliced": False},
+        {"batch": 1, "block": 1, "num_taps": 1, "layers": 1, "heads": 1, "dim": 2, "hidden": 8},
+        {"batch": 5, "block": 7, "hidden": 72, "num_taps": 5, "heads": 3, "dim": 18, "rotary_dim": 6, "layers": 3},
+        {"batch": 5, "block": 16, "hidden": 576, "num_taps": 5, "layers": 5, "heads": 3, "dim": 64},
+        {"batch": 1, "block": 16, "hidden": 256, "heads": 1, "dim": 256, "num_taps": 8},
+    ],
+)
+def test_matches_reference(device: str, rng: torch.Generator, shape: dict[str, int], index: torch.dtype) -> None:
+    inputs = make(rng, device, index=index, **shape)
+    check_against_reference(inputs)
+    batch, block = shape.get("batch", 3), shape.get("block", 8)
+    commit = torch.randint(0, block + 1, (batch,), generator=rng).tolist()
+    check_against_reference(make(rng, device, index=index, commit=commit, **shape))
+
+
+def test_float32_on_the_cpu(rng: torch.Generator) -> None:
+    inputs = make(rng, "cpu", dtype=torch.float32, commit=[8, 0, 3])
+    inputs.run()
+    rows = live_rows(24, inputs.commit_lens)
+    for out, exact in zip(inputs.caches(), inputs.reference(torch.float64), strict=True):
+        assert torch.allclose(out[:, inputs.slots[rows]].double(), exact[:, rows], rtol=1e-4, atol=1e-5)
+
+
+def test_rounding_is_exact_where_every_product_is(device: str, rng: torch.Generator) -> None:
+    """fc and the projection are selections here, so the only rounding left is the documented one."""
+    inputs = make(rng, device, num_taps=1, layers=1, heads=1, dim=64, hidden=64, bias=False, batch=1, block=16)
+    eye = torch.eye(64, dtype=torch.bfloat16, device=device)
+    inputs.fc_weight, inputs.kv_weight = eye, torch.cat([eye, eye])[None]
+    inputs.run()
+    x = inputs.taps[0].float()
+    x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + inputs.eps) * inputs.hidden_norm.float()).bfloat16()
+    slots = inputs.slots.long()
+    # The order of the sum of squares is free: neighbouring bf16 values may differ, by one step.
+    assert_one_step(inputs.v_caches[0][slots, 0], x)
+    stored = inputs.v_caches[0][slots, 0].float()
+    k = stored * torch.rsqrt(stored.square().mean(-1, keepdim=True) + inputs.eps) * inputs.k_norm[0].float()
+    cos, sin = inputs.cos_sin[inputs.positions.long()].chunk(2, dim=-1)
+    a, b = k.chunk(2, dim=-1)
+    assert_one_step(inputs.k_caches[0][slots, 0], torch.cat([a * cos - b * sin, b * cos + a * sin], -1).bfloat16())
+
+
+def assert_one_step(out: torch.Tensor, expected: torch.Tensor) -> None:
+    difference = (out.float() - expected.float()).abs()
+    assert (difference <= expected.float().abs() * 2.0**-7 + 1e-6).all()
+    assert (difference > 0).float().mean() < 0.02
+
+
+def test_inject_then_gather_is_the_projection(device: str, rng: torch.Generator) -> None:
+    """What was written is found again through the slots, wherever those point."""
+    inputs = make(rng, device)
+    other = replace(
+        inputs,
+        slots=inputs.slots.flip(0).contiguous(),
+        k_caches=[torch.zeros_like(c) for c in inputs.k_caches],
+        v_caches=[torch.zeros_like(c) for c in inputs.v_caches],
+    )
+    inputs.run()
+    other.run()
+    assert torch.equal(inputs.caches()[:, :, inputs.slots.long()], other.caches()[:, :, other.slots.long()])
+
+
+def test_permuting_requests_permutes_nothing_in_the_cache(device: str, rng: torch.Generator) -> None:
+    """A row's K and V go to its own slot and do not depend on its neighbours."""
+    inputs = make(rng, device, batch=4, commit=[3, 8, 0, 5])
+    order = torch.tensor([2, 0, 3, 1], device=device)
+    rows = (order[:, None] * 8 + torch.arange(8, device=device)).flatten()
+    permuted = replace(
+        inputs,
+        taps=[tap[rows] for tap in inputs.taps],
+        positions=inputs.positions[rows],
+        slots=inputs.slots[rows],
+        commit_lens=inputs.commit_lens[order],
+        k_caches=[c.clone() for c in inputs.k_caches],
+        v_caches=[c.clone() for c in inputs.v_caches],
+    )
+    inputs.run()
+    permuted.run()
+    if device == "cpu":  # torch's CPU matmul may split rows over kernels of different summation order
+        assert torch.allclose(inputs.caches().float(), permuted.caches().float(), rtol=2e-2, atol=2e-2)
+    else:
+        assert torch.equal(inputs.caches(), permuted.caches())
+
+
+def test_dead_rows_are_not_read(device: str, rng: torch.Generator) -> None:
+    """NaN in their taps, and slots and positions out of every range, change nothing."""
+    inputs = make(rng, device, batch=4, commit=[3, 8, 0, 1])
+    clean = replace(
+        inputs, k_caches=[c.clone() for c in inputs.k_caches], v_caches=[c.clone() for c in inputs.v_caches]
+    )
+    clean.run()
+    rows = live_rows(32, inputs.commit_lens)
+    dead = torch.tensor([n for n in range(32) if n not in rows], device=device)
+    for tap in inputs.taps:
+        tap[dead] = float("nan")
+    inputs.slots[dead] = 2**31 - 1
+    inputs.positions[dead] = -(2**31)
+    inputs.workspace.fill_(float("nan"))
+    inputs.run()
+    assert torch.equal(inputs.caches(), clean.caches())
+
+
+def test_no_commit_writes_nothing(device: str, rng: torch.Generator) -> None:
+    inputs = make(rng, device, commit=[0, 0, 0])
+    inputs.run()
+    assert (inputs.caches() == POISON).all()
+
+
+@pytest.mark.parametrize("commit", [None, []])
+def test_no_rows(device: str, rng: torch.Generator, commit: list[int] | None) -> None:
+    inputs = make(rng, device, batch=0, commit=commit)
+    inputs.run()
+    assert (inputs.caches() == POISON).all()
+
+
+def test_a_small_workspace_means_chunks_not_other_results(device: str, rng: torch.Generator) -> None:
+    inputs = make(rng, device, batch=9, block=5, commit=[5, 0, 3, 1, 5, 5, 2, 0, 4])
+    chunked = replace(
+        inputs,
+        k_caches=[c.clone() for c in inputs.k_caches],
+        v_caches=[c.clone() for c in inputs.v_caches],
+        workspace=inputs.workspace[:11].contiguous(),
+    )
+    inputs.run()
+    chunked.run()
+    assert torch.equal(inputs.caches(), chunked.caches())
+
+
+def test_long_prefill(device: str, rng: torch.Generator) -> None:
+    rows = 40000 if device == "cuda" else 3000
+    inputs = make(rng, device, batch=rows, block=1, hidden=32, num_taps=2, layers=2, heads=1, dim=16)
+    inputs.workspace = inject_kv_workspace(rows, 32, 2, 1, 16, device=device, max_rows=1500)
+    check_against_reference(inputs)
+
+
+def test_strided_caches(device: str, rng: torch.Generator) -> None:
+    """Layers of one pool, K and V interleaved: only the last dimension has to be contiguous."""
+    inputs = make(rng, device, commit=[2, 8, 5])
+    pool = torch.full((inputs.k_caches[0].shape[0], 2, 2, 2, 32), POISON, dtype=torch.bfloat16, device=device)
+    inputs.k_caches = [pool[:, layer, 0] for layer in range(2)]
+    inputs.v_caches = [pool[:, layer, 1] for layer in range(2)]
+    check_against_reference(inputs)
+
+
+@pytest.mark.gpu
+def test_graph_replay_equals_eager(rng: torch.Generator) -> None:
+    inputs = make(rng, "cuda", commit=[2, 8, 5])
+    inputs.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inputs.run()
+    fresh = make(rng, "cuda", commit=[8, 0, 4])
+    for name in ("positions", "slots", "commit_lens"):
+        getattr(inputs, name).copy_(getattr(fresh, name))
+    for tap, new in zip(inputs.taps, fresh.taps, strict=True):
+        tap.copy_(new)
+    for cache in inputs.k_caches + inputs.v_caches:
+        cache.fill_(POISON)
+    graph.replay()
+    replayed = inputs.caches()
+    for cache in inputs.k_caches + inputs.v_caches:
+        cache.fill_(POISON)
+    inputs.run()
+    assert torch.equal(inputs.caches(), replayed)
+
+
+def test_opcheck(device: str, rng: torch.Generator) -> None:
+    inputs = make(rng, device, commit=[2, 8, 5])
+    torch.library.opcheck(torch.ops.dflash.inject_kv.default, tuple(vars(inputs).values()))
+    inputs.kv_bias = inputs.k_norm = inputs.commit_lens = None
+    torch.library.opcheck(torch.ops.dflash.inject_kv.default, tuple(vars(inputs).values()))
+
+
+def b16(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"taps": []}, r"taps must hold 1 to 8 tensors, got 0"),
+        ({"taps": [b16(24, 64)] * 9}, r"taps must hold 1 to 8 tensors, got 9"),
+        ({"taps": [b16(24, 64), b16(24, 64), b16(23, 64)]}, r"taps\[2\] must have shape \[24, 64\], got \[23, 64\]"),
+        ({"taps": [b16(24, 64)] * 2}, r"fc_weight must have shape \[64, 128\], got \[64, 192\]"),
+        ({"taps": [torch.zeros(24, 64)] * 3}, r"taps\[0\] must have dtype bfloat16, got float32"),
+        ({"taps": [b16(64, 24).T] * 3}, r"taps\[0\] must have a contiguous last dimension, got stride 24"),
+        ({"fc_weight": b16(64, 192).half()}, r"fc_weight must have dtype bfloat16( or float32)?, got float16"),
+        ({"hidden_norm": b16(63)}, r"hidden_norm must have shape \[64\], got \[63\]"),
+        ({"kv_weight": b16(2, 127, 64)}, r"kv_weight must have shape \[2, 128, 64\], got \[2, 127, 64\]"),
+        ({"kv_weight": b16(2, 64, 128).mT}, r"kv_weight must be contiguous"),
+        ({"kv_bias": b16(2, 64)}, r"kv_bias must have shape \[2, 128\], got \[2, 64\]"),
+        ({"k_norm": b16(2, 16)}, r"k_norm must have shape \[2, 32\], got \[2, 16\]"),
+        ({"cos_sin": torch.zeros(9, 34)}, r"cos_sin.size\(1\) must be even and in 2..32, got 34"),
+        ({"cos_sin": b16(9, 32)}, r"cos_sin must have dtype float32, got bfloat16"),
+        ({"positions": torch.zeros(23, dtype=torch.int64)}, r"positions must have shape \[24\], got \[23\]"),
+        ({"slots": torch.zeros(24)}, r"slots must have dtype int32 or int64, got float32"),
+        ({"commit_lens": torch.zeros(5, dtype=torch.int32)}, r"commit_lens must have a size that divides the 24 rows"),
+        ({"k_caches": []}, r"k_caches must hold 1 to 16 layers, got 0"),
+        ({"k_caches": [b16(51, 2, 32)] * 17}, r"k_caches must hold 1 to 16 layers, got 17"),
+        ({"v_caches": [b16(51, 2, 32)]}, r"v_caches must hold as many layers as k_caches \(2\), got 1"),
+        ({"v_caches": [b16(51, 2, 32), b16(50, 2, 32)]}, r"v_caches\[1\] must have shape \[51, 2, 32\]"),
+        ({"k_caches": [b16(51, 2, 31)] * 2}, r"k_caches\[0\].size\(2\) must be even and in 2..256, got 31"),
+        ({"workspace": b16(100)}, r"workspace must hold at least 2560 elements, got 100"),
+    ],
+)
+def test_errors_name_the_argument(device: str, rng: torch.Generator, changes: dict[str, object], message: str) -> None:
+    def move(value: object) -> object:
+        if isinstance(value, list):
+            return [tensor.to(device) for tensor in value]
+        return value.to(device)
+
+    inputs = make(rng, device, commit=[8, 8, 8])
+    bad = replace(inputs, **{name: move(value) for name, value in changes.items()})
+    with pytest.raises(ValueError, match=r"^dflash::inject_kv: " + message):
+        bad.run()
+    assert (inputs.caches() == POISON).all()
+
+
+@pytest.mark.gpu
+def test_alignment_errors(rng: torch.Generator) -> None:
+    inputs = make(rng, "cuda")
+    shifted = torch.zeros(24, 68, dtype=torch.bfloat16, device="cuda")
+    inputs.taps[1] = shifted[:, 4:]
+    with pytest.raises(ValueError, match=r"taps\[1\] must be aligned to 16 bytes, got an address 8 bytes off"):
+        inputs.run()
+    inputs.taps[1] = shifted[:, :64]
+    with pytest.raises(ValueError, match=r"taps\[1\] must have a row stride that is a multiple of 8 elements, got 68"):
+        inputs.run()
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "value", "message"),
+    [
+        ("slots", 9, 51, r"slots must be in \[0, 51\), got another value at row 9"),
+        ("slots", 8, -1, r"slots must be in \[0, 51\), got another value at row 8"),
+        ("positions", 23, 64, r"positions must be in \[0, 64\), the rows of cos_sin, got another value at row 23"),
+        ("positions", 0, -1, r"positions must be in \[0, 64\)"),
+        ("commit_lens", 1, 9, r"commit_lens must be in 0..8, got another value at request 1"),
+        ("commit_lens", 2, -1, r"commit_lens must be in 0..8, got another value at request 2"),
+    ],
+)
+def test_values_out_of_range(
+    device: str,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    row: int,
+    value: int,
+    message: str,
+) -> None:
+    inputs = make(rng, device, commit=[8, 8, 8])
+    getattr(inputs, name)[row] = value
+    monkeypatch.setenv("DFLASH_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"^dflash::inject_kv: " + message):
+        inputs.run()
+    assert (inputs.caches() == POISON).all()
+
+
+@pytest.mark.gpu
+def test_without_debug_a_bad_row_is_skipped(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DFLASH_DEBUG", raising=False)
+    inputs = make(rng, "cuda", commit=[8, 8, 8])
+    clean = replace(
+        inputs, k_caches=[c.clone() for c in inputs.k_caches], v_caches=[c.clone() for c in inputs.v_caches]
+    )
+    clean.commit_lens = torch.tensor([8, 8, 5], device="cuda")
+    clean.run()
+    inputs.slots[21], inputs.slots[22], inputs.positions[23] = 51, -1, 64
+    inputs.run()
+    assert torch.equal(inputs.caches(), clean.caches())
