@@ -155,6 +155,9 @@ def stage_train(args: argparse.Namespace) -> None:
     target, _ = load_target(args, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
     target.requires_grad_(False)
     drafter = build_drafter(args.init).to(args.device).train()
+    if args.init is None:  # hidden rows of the size the frozen LM head is used to
+        with torch.no_grad():
+            drafter.norm.weight.copy_(target.model.norm.weight)
     print(f"{sum(p.numel() for p in drafter.parameters())} drafter parameters", flush=True)
     texts = Texts(**torch.load(args.work / "texts.pt", weights_only=True))
     result = train(
@@ -217,8 +220,8 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--batch", type=int, default=32, help="texts a step")
     parser.add_argument("--anchors", type=int, default=48, help="blocks a text and step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--gamma", type=float, default=7.0, help="decay length of the position weights")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--gamma", type=float, default=5.0, help="decay length of the position weights")
     parser.add_argument("--evaluate-limit", type=int)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

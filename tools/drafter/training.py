@@ -130,9 +130,16 @@ def train(
     checkpoint: Callable[[], None],
     max_steps: int | None = None,
 ) -> dict[str, float]:
-    """AdamW with a warm-up and a cosine decay over the given wall-clock time (so that any time limit ends annealed)."""
+    """Muon on the matrices and AdamW on the norms, with a warm-up and a cosine decay over the given wall-clock time (so
+    that any time limit ends annealed)."""
     device = target.device
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    matrices = [p for p in drafter.parameters() if p.ndim == 2]
+    others = [p for p in drafter.parameters() if p.ndim != 2]
+    optimizers = [
+        # match_rms_adamw: updates of AdamW's size, so that one learning rate serves both.
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     generator = torch.Generator().manual_seed(seed)
     begin, last_saved, step, seen = time.time(), time.time(), 0, 0
     recent: list[torch.Tensor] = []
@@ -143,16 +150,18 @@ def train(
             order, seen = torch.randperm(len(texts), generator=generator), 0
         index, seen = order[seen : seen + batch], seen + batch
         scale = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * scale
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * scale
         loss, accepted = block_loss(drafter, target, texts.rows(index, device), layer_ids, anchors, gamma)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         recent.append(torch.stack((loss.detach(), accepted)))
         step += 1
-        if step % 200 == 0 or step == 10:
+        if step % 200 == 0 or step in (10, 30, 60):
             mean = torch.stack(recent[-200:]).mean(0).tolist()
             print(f"step {step} {time.time() - begin:.0f} s  loss {mean[0]:.3f}  accepted {mean[1]:.2f}", flush=True)
         if time.time() - last_saved > 60:
