@@ -1,1 +1,12 @@
-"""Drafter configuration, checkpoint loading and the demo target."""
+"""Drafter configuration, checkpoint loading and the demo target.
+
+`load_drafter` is the way in: config.json and safetensors of either published layout become a `Drafter` that the engine
+binds to its target.
+"""
+
+from dflash_kernels.model.config import DrafterConfig, load_config
+from dflash_kernels.model.drafter import Drafter, load_drafter
+from dflash_kernels.model.rope import RopeConfig
+from dflash_kernels.model.weights import DrafterWeights
+
+__all__ = ["Drafter", "DrafterConfig", "DrafterWeights", "RopeConfig", "load_config", "load_drafter"]

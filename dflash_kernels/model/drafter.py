@@ -1,0 +1,318 @@
+"""A loaded drafter: its weights packed for `draft_forward` and `inject_kv`, and the target's embedding and LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dflash_kernels import ops
+from dflash_kernels.model.checkpoint import load_weights
+from dflash_kernels.model.config import DrafterConfig, load_config
+from dflash_kernels.model.weights import DrafterWeights, shard_range, shard_weights
+
+
+class Drafter:
+    """A DFlash drafter; what the engine asks of one (`engine.draft.DrafterLike`), once it is bound to a target.
+
+    A drafter has no embedding and no LM head: :meth:`bind` takes the target's. The dtype is bf16 on CUDA and fp32 or
+    bf16 on the CPU, never fp16, in which the target's outliers overflow in ``fc``.
+
+    Args:
+        config: sizes of the drafter, or of this rank's shard of it.
+        weights: its tensors.
+        max_positions: length of the rope table; None: all positions the drafter was made for.
+
+    Raises:
+        ValueError: ``max_positions`` is not in 1..config.max_positions, or the dtype is not allowed on the device.
+    """
+
+    def __init__(self, config: DrafterConfig, weights: DrafterWeights, *, max_positions: int | None = None) -> None:
+        max_positions = config.max_positions if max_positions is None else max_positions
+        if not 1 <= max_positions <= config.max_positions:
+            raise ValueError(f"max_positions must be in 1..{config.max_positions} (the drafter's), got {max_positions}")
+        _check_dtype(weights.dtype, weights.device)
+        self.config, self.weights = config, weights
+        self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
+        self.target_layer_ids: Sequence[int] = config.target_layer_ids
+        self.num_layers, self.num_kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
+        self.hidden_size, self.vocab_size, self.max_positions = config.hidden_size, config.vocab_size, max_positions
+        self.cos_sin = config.rope.cos_sin_table(max_positions).to(weights.device)
+        self.embed_weight = self.lm_head_weight = torch.empty(
+            (0, config.hidden_size), dtype=weights.dtype, device=weights.device
+        )
+        self._windows, self._causal = list(config.windows), [int(c) for c in config.causal]
+        self._draft_buffers = _Buckets(self._new_draft_buffers)
+        self._inject_buffers = _Buckets(self._new_inject_buffers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of weights, caches and hidden rows."""
+        return self.weights.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights.device
+
+    @property
+    def bound(self) -> bool:
+        """Whether :meth:`bind` has given it an embedding and an LM head."""
+        return self.embed_weight.shape[0] > 0
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Drafter:
+        """Move weights and table in place (buffers start anew); returns the drafter itself.
+
+        Raises:
+            ValueError: fp16, or another dtype than bf16 on CUDA.
+        """
+        device, dtype = torch.device(device), dtype or self.dtype
+        _check_dtype(dtype, device)
+        self.weights = self.weights.to(device, dtype)
+        self.cos_sin = self.cos_sin.to(device)
+        self.embed_weight = self.embed_weight.to(device, dtype)
+        self.lm_head_weight = self.lm_head_weight.to(device, dtype)
+        self._draft_buffers = _Buckets(self._new_draft_buffers)
+        self._inject_buffers = _Buckets(self._new_inject_buffers)
+        return self
+
+    def bind(self, target: nn.Module, dtype: torch.dtype | None = None) -> Drafter:
+        """Take the embedding and LM head of a transformers causal LM, and move to its device.
+
+        They share the target's memory where the dtypes agree.
+
+        Args:
+            dtype: of the drafter; None: bf16 on CUDA, else the target's, fp32 where that is fp16.
+
+        Raises:
+            ValueError: another hidden size or vocabulary, or an LM head with a bias.
+        """
+        embedding: torch.Tensor = target.get_input_embeddings().weight  # type: ignore[operator]
+        head: nn.Module = target.get_output_embeddings()  # type: ignore[operator]
+        lm_head: torch.Tensor = head.weight  # type: ignore[assignment]
+        if getattr(head, "bias", None) is not None:
+            raise ValueError("drafter does not fit the target: an LM head without bias is needed, got one with a bias")
+        expected = [self.vocab_size, self.hidden_size]
+        for name, weight in (("embedding", embedding), ("LM head", lm_head)):
+            if list(weight.shape) != expected:
+                raise ValueError(
+                    f"drafter does not fit the target: its {name} must have shape {expected}, got {list(weight.shape)}"
+                )
+        device = embedding.device
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else embedding.dtype
+            dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.to(device, dtype)
+        self.embed_weight = embedding.detach().to(dtype)
+        tied = lm_head.data_ptr() == embedding.data_ptr()
+        self.lm_head_weight = self.embed_weight if tied else lm_head.detach().to(dtype)
+        return self
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Allocate what steps of up to ``batch`` blocks and injections of up to ``tokens`` rows need, once."""
+        self._draft_buffers.reserve(batch)
+        self._inject_buffers.reserve(tokens)
+
+    def forward(
+        self,
+        block_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        req_to_token: torch.Tensor,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """Final-normed hidden rows of the blocks over the context in the caches.
+
+        Args:
+            block_ids, positions: [B, T] int; slots: [B, T], not read: a block's own K and V are never cached.
+            prefix_lens, req_pool_indices: [B] int; req_to_token: [R, W] int.
+            k_caches, v_caches: L tensors [slots, Hkv, D] of this drafter's dtype.
+
+        Returns:
+            [B*T, H], valid until the next call of any size (the buffer is used again).
+
+        Raises:
+            ValueError: the drafter is not bound, or an argument does not fit (named by the op).
+        """
+        if not self.bound:
+            raise ValueError("drafter must be bound to its target before it runs: call bind(target), got none")
+        rows = block_ids.numel()
+        w = self.weights
+        buffer, workspace = self._draft_buffers.at_least(block_ids.shape[0])
+        out = buffer[:rows]
+        ops.draft_forward_out(
+            block_ids,
+            positions,
+            prefix_lens,
+            req_pool_indices,
+            req_to_token,
+            k_caches,
+            v_caches,
+            self.embed_weight,
+            w.input_norm,
+            w.qkv_weight,
+            w.qkv_bias,
+            w.q_norm,
+            w.k_norm,
+            w.o_weight,
+            w.o_bias,
+            w.post_norm,
+            w.gate_up_weight,
+            w.down_weight,
+            w.final_norm,
+            self.cos_sin,
+            self._windows,
+            self._causal,
+            self.config.rms_norm_eps,
+            out=out,
+            workspace=workspace,
+        )
+        return out
+
+    def inject(
+        self,
+        taps: list[torch.Tensor],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        commit_lens: torch.Tensor | None,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> None:
+        """Write the context K and V of N rows into the caches.
+
+        Args:
+            taps: K tensors [N, H], the target's hidden states in the order of ``target_layer_ids``, any float dtype.
+            positions, slots: [N] int.
+            commit_lens: [B] int; of each run of N / B rows only the first ``commit_lens[b]`` are written. None: all.
+
+        Raises:
+            ValueError: an argument does not fit (named by the op).
+        """
+        rows = positions.numel()
+        casts, workspace = self._inject_buffers.at_least(rows)
+        if taps and taps[0].dtype != self.dtype:
+            taps = [cast[:rows].copy_(tap) for cast, tap in zip(casts, taps, strict=True)]
+        w = self.weights
+        ops.inject_kv(
+            taps,
+            w.fc_weight,
+            w.hidden_norm,
+            w.kv_weight,
+            w.kv_bias,
+            w.k_norm,
+            self.cos_sin,
+            positions,
+            slots,
+            commit_lens,
+            k_caches,
+            v_caches,
+            workspace,
+            self.config.rms_norm_eps,
+        )
+
+    def shard(self, rank: int, world: int) -> Drafter:
+        """This rank's part for a tensor-parallel engine: heads, MLP rows and, once bound, rows of the LM head.
+
+        ``o_weight`` and ``down_weight`` of a part give partial sums, so an engine that adds them over the ranks runs the
+        layers itself; :meth:`inject` of a part needs no communication. The embedding stays whole. ``vocab_start`` of
+        `lm_head_argmax` is ``rank * V / world``.
+
+        Raises:
+            ValueError: heads, KV heads, MLP size or vocabulary do not divide.
+        """
+        config, weights = shard_weights(self.config, self.weights, rank, world)
+        start, stop = shard_range(self.vocab_size, rank, world, "vocab_size")
+        part = Drafter(config, weights, max_positions=self.max_positions)
+        part.embed_weight, part.lm_head_weight = self.embed_weight, self.lm_head_weight[start:stop]
+        return part
+
+    def _new_draft_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        c, rows = self.config, batch * self.config.block_size
+        out = torch.empty((rows, c.hidden_size), dtype=self.dtype, device=self.device)
+        workspace = ops.draft_forward_workspace(
+            batch,
+            c.block_size,
+            c.hidden_size,
+            c.intermediate_size,
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            c.num_layers,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return out, workspace
+
+    def _new_inject_buffers(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        casts = torch.empty((c.num_context_features, tokens, c.hidden_size), dtype=self.dtype, device=self.device)
+        workspace = ops.inject_kv_workspace(
+            tokens,
+            c.hidden_size,
+            c.num_layers,
+            c.num_kv_heads,
+            c.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return casts, workspace
+
+
+class _Buckets:
+    """Buffers by capacity. None is ever dropped: a captured graph may still hold the address of a smaller one."""
+
+    def __init__(self, make: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._make = make
+        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def reserve(self, size: int) -> None:
+        """Make sure that ``size`` fits."""
+        if size > max(self._made, default=0):
+            self._made[size] = self._make(size)
+
+    def at_least(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smallest buffers that hold ``size``; new ones, rounded up to a power of two, where none do."""
+        fitting = [capacity for capacity in self._made if capacity >= size]
+        if not fitting:
+            fitting = [1 << max(size - 1, 0).bit_length()]
+            self.reserve(fitting[0])
+        return self._made[min(fitting)]
+
+
+def load_drafter(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    max_positions: int | None = None,
+) -> Drafter:
+    """Load a drafter directory (``config.json`` and safetensors, z-lab or speculators layout), not yet bound.
+
+    Args:
+        device: where the weights go now; binding moves them to the target's device.
+        dtype: bf16, or fp32 on the CPU. None: bf16 on CUDA, else the file's (bf16 where that is fp16).
+        max_positions: length of the rope table; None: all positions the drafter was made for.
+
+    Raises:
+        ValueError: the directory is no such drafter, has features that are not supported, or is damaged.
+    """
+    device = torch.device(device)
+    if dtype is None and device.type == "cuda":
+        dtype = torch.bfloat16
+    if dtype is not None:
+        _check_dtype(dtype, device)
+    config = load_config(path)
+    weights = load_weights(path, config, dtype)
+    return Drafter(config, weights.to(device, weights.dtype), max_positions=max_positions)
+
+
+def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    allowed = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
+    if dtype not in allowed:
+        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"drafter dtype must be {names} on {device.type}, got {str(dtype).removeprefix('torch.')}")

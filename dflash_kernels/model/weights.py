@@ -1,0 +1,132 @@
+"""A drafter's weights in the stacked form that `draft_forward` and `inject_kv` take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from dflash_kernels.model.config import DrafterConfig
+
+
+@dataclass(frozen=True)
+class DrafterWeights:
+    """All tensors of a drafter, one dtype, one device, contiguous; L layers stacked in front.
+
+    ``kv_weight`` and ``kv_bias`` repeat the K and V rows of ``qkv_weight`` and ``qkv_bias``: injection reads those of
+    all layers as one matrix.
+
+    Attributes:
+        fc_weight: [H, K*H]; hidden_norm: [H]; kv_weight: [L, 2*Hkv*D, H], K rows first; kv_bias: [L, 2*Hkv*D] or None.
+        input_norm, post_norm: [L, H]; final_norm: [H].
+        qkv_weight: [L, (Hq + 2*Hkv)*D, H]; qkv_bias: [L, (Hq + 2*Hkv)*D] or None.
+        q_norm, k_norm: [L, D] or None; o_weight: [L, H, Hq*D]; o_bias: [L, H] or None.
+        gate_up_weight: [L, 2*I, H], gate rows first; down_weight: [L, H, I].
+    """
+
+    fc_weight: torch.Tensor
+    hidden_norm: torch.Tensor
+    kv_weight: torch.Tensor
+    kv_bias: torch.Tensor | None
+    input_norm: torch.Tensor
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o_weight: torch.Tensor
+    o_bias: torch.Tensor | None
+    post_norm: torch.Tensor
+    gate_up_weight: torch.Tensor
+    down_weight: torch.Tensor
+    final_norm: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of all tensors."""
+        return self.fc_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all tensors."""
+        return self.fc_weight.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors().values() if tensor is not None)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> DrafterWeights:
+        """The same weights elsewhere; tensors that are already there are shared."""
+        moved = {name: None if t is None else t.to(device, dtype) for name, t in self._tensors().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def _tensors(self) -> dict[str, torch.Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def shard_range(size: int, rank: int, world: int, what: str) -> tuple[int, int]:
+    """Bounds of this rank's part of ``size`` equal things.
+
+    Raises:
+        ValueError: ``size`` is no multiple of ``world``, or the rank is out of range.
+    """
+    if world < 1 or not 0 <= rank < world:
+        raise ValueError(f"shard: rank must be in 0..{world - 1} (world {world}), got {rank}")
+    if size % world:
+        raise ValueError(f"shard: {what} must be a multiple of the number of ranks ({world}), got {size}")
+    part = size // world
+    return rank * part, (rank + 1) * part
+
+
+def shard_weights(
+    config: DrafterConfig, weights: DrafterWeights, rank: int, world: int
+) -> tuple[DrafterConfig, DrafterWeights]:
+    """One rank's part for tensor parallelism: its heads and MLP rows; norms and ``fc`` are replicated.
+
+    The outputs of ``o_weight`` and ``down_weight`` are then partial sums, to be added over the ranks; ``o_bias`` is kept
+    by rank 0 only, so that the sum holds it once. With more ranks than KV heads, a KV head is shared by neighbours.
+
+    Raises:
+        ValueError: heads, KV heads or the MLP size do not divide.
+    """
+    dim, layers, hidden = config.head_dim, config.num_layers, config.hidden_size
+    q0, q1 = shard_range(config.num_heads, rank, world, "num_attention_heads")
+    if config.num_kv_heads >= world:
+        k0, k1 = shard_range(config.num_kv_heads, rank, world, "num_key_value_heads")
+    elif world % config.num_kv_heads:
+        raise ValueError(
+            f"shard: the number of ranks must be a multiple of num_key_value_heads ({config.num_kv_heads}), got {world}"
+        )
+    else:
+        k0 = rank * config.num_kv_heads // world
+        k1 = k0 + 1
+    i0, i1 = shard_range(config.intermediate_size, rank, world, "intermediate_size")
+    q_rows, kv_rows = config.num_heads * dim, config.num_kv_heads * dim
+
+    def qkv(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        q, k, v = tensor.split([q_rows, kv_rows, kv_rows], dim=1)
+        own = slice(k0 * dim, k1 * dim)
+        return torch.cat([q[:, q0 * dim : q1 * dim], k[:, own], v[:, own]], dim=1)
+
+    def kv(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        k, v = tensor.split([kv_rows, kv_rows], dim=1)
+        own = slice(k0 * dim, k1 * dim)
+        return torch.cat([k[:, own], v[:, own]], dim=1)
+
+    gate_up = weights.gate_up_weight.view(layers, 2, config.intermediate_size, hidden)[:, :, i0:i1]
+    part = replace(
+        weights,
+        kv_weight=kv(weights.kv_weight),  # type: ignore[arg-type]
+        kv_bias=kv(weights.kv_bias),
+        qkv_weight=qkv(weights.qkv_weight),  # type: ignore[arg-type]
+        qkv_bias=qkv(weights.qkv_bias),
+        o_weight=weights.o_weight[:, :, q0 * dim : q1 * dim].contiguous(),
+        o_bias=weights.o_bias if rank == 0 else None,
+        gate_up_weight=gate_up.reshape(layers, 2 * (i1 - i0), hidden),
+        down_weight=weights.down_weight[:, :, i0:i1].contiguous(),
+    )
+    return replace(config, num_heads=q1 - q0, num_kv_heads=k1 - k0, intermediate_size=i1 - i0), part
