@@ -12,7 +12,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dflash_kernels import cli  # noqa: E402
 
@@ -229,9 +235,8 @@ def test_demo_pair_is_identical_to_plain_decoding() -> None:
     pytest.importorskip("gguf")
     if not (cli.DEMO_DRAFTER / "model.safetensors").is_file():
         pytest.skip("the demo drafter is not part of this checkout")
-    from dflash_kernels.model.drafter import load_drafter
-
     from dflash_kernels.engine import Engine, SamplingParams
+    from dflash_kernels.model.drafter import load_drafter
     from dflash_kernels.model.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2(dtype=torch.float32, device="cpu")

@@ -27,11 +27,14 @@ class DrafterLike(Protocol):
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    dtype: torch.dtype
     hidden_size: int
     vocab_size: int
     max_positions: int
     lm_head_weight: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of caches and hidden rows."""
 
     def forward(
         self,

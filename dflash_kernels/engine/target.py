@@ -250,7 +250,8 @@ def load_target(path: str | Path, dtype: torch.dtype, device: torch.device | str
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ValueError(f"tokenizer of {path} could not be loaded: {_first_line(error)}") from error
-    model = model.to(device).eval()
+    nn.Module.to(model, device)
+    model.eval()
     gc.collect()
     return model, tokenizer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,8 @@ class _Files:
             pickles = sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLES)
             if pickles:
                 raise ValueError(
-                    f"drafter directory {folder} must hold {SINGLE_FILE}, got {pickles[0]}: pickled checkpoints can run "
-                    "code and are refused; convert them to safetensors"
+                    f"drafter directory {folder} must hold {SINGLE_FILE}, got {pickles[0]}: pickled checkpoints "
+                    "can run code and are refused; convert them to safetensors"
                 )
             raise ValueError(f"drafter directory {folder} must hold {SINGLE_FILE} or {INDEX_FILE}, found neither")
         try:
@@ -195,8 +195,8 @@ class _Packer:
         self.used.add(name)
         return tensor
 
-    def _stack(self, names: list[str], shapes: list[tuple[int, ...]]) -> torch.Tensor:
-        """``[L, sum of the shapes' first sizes, ...]``: the named tensors of a layer one under the other, all layers."""
+    def _stack(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """``[L, sum of the shapes' first sizes, ...]``: each layer's named tensors, one under the other."""
         rows = [shape[0] for shape in shapes]
         stacked = torch.empty((self.config.num_layers, sum(rows), *shapes[0][1:]), dtype=self.dtype)
         for layer in range(self.config.num_layers):
@@ -208,8 +208,7 @@ class _Packer:
 
     def _check_rest(self) -> None:
         """Tensors nobody asked for belong to another model, or to features that would be silently left out."""
-        ignored: Callable[[str], bool] = lambda name: name.endswith("rotary_emb.inv_freq")  # noqa: E731
-        rest = {name for name in self.files.names() - self.used if not ignored(name)}
+        rest = {name for name in self.files.names() - self.used if not name.endswith("rotary_emb.inv_freq")}
         if self.config.layout == "speculators":
             rest -= {*_TARGET_COPIES, *_VOCABULARY_MAPS}
         if not rest:

@@ -1,7 +1,7 @@
 """A drafter's config.json, in the two layouts that are published.
 
-*z-lab*: a flat Qwen3-style config; ``block_size``, ``mask_token_id`` and ``target_layer_ids`` lie at the top level or in
-``dflash_config``, the rope base in ``rope_theta`` or ``rope_parameters``. Layer id i means "after layer i".
+*z-lab*: a flat Qwen3-style config; ``block_size``, ``mask_token_id`` and ``target_layer_ids`` lie at the top level or
+in ``dflash_config``, the rope base in ``rope_theta`` or ``rope_parameters``. Layer id i means "after layer i".
 *speculators*: the sizes lie in ``transformer_layer_config``, the layer ids in ``aux_hidden_state_layer_ids`` and count
 the embedding as 0, so they are one larger.
 """
@@ -88,7 +88,9 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> DrafterCon
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = reader.integer("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
-        raise ValueError(f"{source}: num_attention_heads must be a multiple of {num_kv_heads} KV heads, got {num_heads}")
+        raise ValueError(
+            f"{source}: num_attention_heads must be a multiple of num_key_value_heads ({num_kv_heads}), got {num_heads}"
+        )
     head_dim = reader.integer("head_dim", default=hidden_size // num_heads)
     num_layers = reader.integer("num_hidden_layers")
     max_positions = reader.integer("max_position_embeddings", default=32768)
@@ -158,7 +160,8 @@ def _target_layer_ids(reader: _Reader, num_layers: int) -> tuple[int, ...]:
     if ids is None and reader.layout == "z-lab":
         # The published default: evenly spread from the second layer to the fourth from the end.
         count = reader.integer("num_target_layers", minimum=4)
-        ids = [round(1 + i * (count - 4) / (num_layers - 1)) for i in range(num_layers)] if num_layers > 1 else [count // 2]
+        spread = [round(1 + i * (count - 4) / max(num_layers - 1, 1)) for i in range(num_layers)]
+        ids = spread if num_layers > 1 else [count // 2]
     valid = isinstance(ids, list) and bool(ids) and all(type(i) is int and i >= shift for i in ids)
     if not valid or len(set(ids)) != len(ids):
         raise ValueError(
@@ -184,7 +187,7 @@ def _attention_kinds(reader: _Reader, num_layers: int) -> tuple[tuple[int, ...],
     window = 0
     if "sliding_attention" in kinds:
         if reader.get("use_sliding_window") is False:
-            raise ValueError(f"{source}: use_sliding_window must be true where layer_types has sliding layers, got false")
+            raise ValueError(f"{source}: use_sliding_window must be true with sliding layers in layer_types, got false")
         window = reader.integer("sliding_window")
     is_causal = reader.get("is_causal")
     if is_causal is None and reader.get("sliding_window_non_causal"):
@@ -259,8 +262,9 @@ def _unsupported(reader: _Reader) -> list[str]:
     note(get("shift_label"), "shifted labels")
     quantization = get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method") or quantization.get("quant_algo") if isinstance(quantization, dict) else ""
-        found.append(f"quantised weights ({method or 'unknown method'})")
+        named = quantization if isinstance(quantization, dict) else {}
+        method = named.get("quant_method") or named.get("quant_algo") or "unknown method"
+        found.append(f"quantised weights ({method})")
     draft_vocab, vocab = get("draft_vocab_size"), get("vocab_size")
     note(draft_vocab is not None and draft_vocab != vocab, f"a vocabulary of its own ({draft_vocab} of {vocab} ids)")
     target_hidden, hidden = get("target_hidden_size"), get("hidden_size")

@@ -218,9 +218,9 @@ class Drafter:
     def shard(self, rank: int, world: int) -> Drafter:
         """This rank's part for a tensor-parallel engine: heads, MLP rows and, once bound, rows of the LM head.
 
-        ``o_weight`` and ``down_weight`` of a part give partial sums, so an engine that adds them over the ranks runs the
-        layers itself; :meth:`inject` of a part needs no communication. The embedding stays whole. ``vocab_start`` of
-        `lm_head_argmax` is ``rank * V / world``.
+        ``o_weight`` and ``down_weight`` of a part give partial sums, so an engine that adds them over the ranks runs
+        the layers itself; :meth:`inject` of a part needs no communication. The embedding stays whole. ``vocab_start``
+        of `lm_head_argmax` is ``rank * V / world``.
 
         Raises:
             ValueError: heads, KV heads, MLP size or vocabulary do not divide.

@@ -150,7 +150,7 @@ def parse_rope(
 
 
 def _yarn_attention_factor(parameters: dict[str, Any], factor: float) -> float:
-    """An explicit ``attention_factor``, else yarn's 0.1 * mscale * ln(factor) + 1, as a quotient where both are given."""
+    """An explicit ``attention_factor``, else 0.1 * mscale * ln(factor) + 1, over that of ``mscale_all_dim``."""
     explicit = parameters.get("attention_factor")
     if explicit is not None:
         return float(explicit)

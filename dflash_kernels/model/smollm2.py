@@ -116,10 +116,16 @@ def load_smollm2(
         except Exception as error:
             raise ValueError(f"{path.name}: tensor {name} cannot be read: {error}") from error
 
-    state = {"model.embed_tokens.weight": weight("token_embd.weight"), "model.norm.weight": weight("output_norm.weight")}
+    state = {
+        "model.embed_tokens.weight": weight("token_embd.weight"),
+        "model.norm.weight": weight("output_norm.weight"),
+    }
     if not config.tie_word_embeddings:
         state["lm_head.weight"] = weight("output.weight")
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads: dict[str, int] = {
+        "attn_q": field("llama.attention.head_count"),
+        "attn_k": field("llama.attention.head_count_kv"),
+    }
     for layer in range(config.num_hidden_layers):
         for gguf_name, name in _LAYER_NAMES.items():
             value = weight(f"blk.{layer}.{gguf_name}.weight")
@@ -129,10 +135,11 @@ def load_smollm2(
 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to_empty(device="cpu").to(dtype)
+    torch.nn.Module.to(model.to_empty(device="cpu"), dtype)
     model.load_state_dict(state, strict=False)
     model.tie_weights()
     # The rotary frequencies are a buffer that is not part of the state: build them anew after to_empty.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    return model.to(device).eval(), tokenizer
+    torch.nn.Module.to(model, device)
+    return model.eval(), tokenizer

@@ -83,8 +83,8 @@ def shard_weights(
 ) -> tuple[DrafterConfig, DrafterWeights]:
     """One rank's part for tensor parallelism: its heads and MLP rows; norms and ``fc`` are replicated.
 
-    The outputs of ``o_weight`` and ``down_weight`` are then partial sums, to be added over the ranks; ``o_bias`` is kept
-    by rank 0 only, so that the sum holds it once. With more ranks than KV heads, a KV head is shared by neighbours.
+    The outputs of ``o_weight`` and ``down_weight`` are then partial sums, to be added over the ranks; ``o_bias`` is
+    kept by rank 0 only, so that the sum holds it once. With more ranks than KV heads, neighbours share a KV head.
 
     Raises:
         ValueError: heads, KV heads or the MLP size do not divide.
