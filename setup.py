@@ -151,7 +151,7 @@ def has_host_module() -> bool:
 
 
 def build_library() -> Path:
-    """Configure and compile; returns the directory with the libraries. Rebuilds only what changed since the last call."""
+    """Configure and compile what changed since the last call; returns the directory with the libraries."""
     torch = checked_torch(find_torch())
     check_compiler()
     nvcc = cuda_compiler(find_nvcc())
