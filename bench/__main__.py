@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"# {rates.card}; torch {torch.__version__}; commit {commit}")
     print(
         f"# ceilings measured now: read {rates.read_bw / 1e9:.0f} GB/s ({rates.read_kernel}), "
-        f"copy {rates.copy_bw / 1e9:.0f} GB/s, {rates.flop_dtype} {rates.flop_rate / 1e12:.2f} TFLOP/s"
+        f"copy {rates.copy_bw / 1e9:.0f} GB/s, {rates.flop_dtype} {rates.flop_rate / 1e12:.3g} TFLOP/s"
     )
     run = Run(
         command=shlex.join(["python", "-m", "bench", *argv]),

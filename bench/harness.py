@@ -100,8 +100,8 @@ class Row:
         return self.ours_us / self.baseline_us if self.baseline_us else None
 
     @property
-    def gbps(self) -> float:
-        return self.bytes / self.ours_us * 1e-3
+    def gbps(self) -> float | None:
+        return self.bytes / self.ours_us * 1e-3 if self.bytes else None
 
     def as_json(self, card: str, commit: str) -> dict[str, Any]:
         row = asdict(self)
@@ -122,10 +122,10 @@ class Row:
             against = f"{'no baseline':>42} {'':>10} {'':>6}"
         else:
             against = f"{self.baseline[:42]:>42} {self.baseline_us:>8.1f}us {self.ratio:>5.2f}x"
-        rate = f"{self.gbps:>6.0f} GB/s" if self.bytes else f"{'':>11}"
+        rate = f"{self.gbps:>6.0f} GB/s" if self.gbps is not None else f"{'':>11}"
         ceiling = f"{self.pct_ceiling:>4.0f}%" if self.pct_ceiling is not None else f"{'':>5}"
         return (
-            f"{self.op[:22]:<22} {self.shape[:48]:<48} {self.dtype:<5} {self.regime:<10} {self.cache:<4} "
+            f"{self.op:<22} {self.shape:<48} {self.dtype:<5} {self.regime:<10} {self.cache:<4} "
             f"{self.ours_us:>8.1f}us | {against} | {rate} {ceiling}"
         )
 

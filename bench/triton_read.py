@@ -16,12 +16,12 @@ def _read_kernel(source, sums, tiles, BLOCK: tl.constexpr):  # type: ignore[no-u
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for tile in range(program, tiles, tl.num_programs(0)):
-        total += tl.load(source + tile.to(tl.int64) * BLOCK + lanes)
+        total += tl.load(source + tile * BLOCK + lanes)
     tl.store(sums + program, tl.sum(total))
 
 
 def reader(buffer: torch.Tensor) -> Callable[[], object]:
-    """A call that reads all of `buffer` (float32, contiguous, a multiple of 4096 elements) once."""
+    """A call that reads all of `buffer` (float32, contiguous, a multiple of 4096 and fewer than 2^31 elements) once."""
     block = 4096
     tiles = buffer.numel() // block
     programs = torch.cuda.get_device_properties(buffer.device).multi_processor_count * 8
