@@ -2,8 +2,9 @@
 
 Acceptance length is tokens per decode step with the bonus counted, over all steps of a set. Every prompt's text must
 equal plain decoding of the same target token for token; with a bf16 target a tie within rounding may fall either way,
-so such texts are reported and no failure. Tokens/s count whole calls, prompts and graph captures included. The sets are HumanEval, GSM8K and MT-Bench's first turns (`held_out_sets`), or a JSON
-file `{"set": ["prompt", ...]}`, which `--write-prompts` makes for a machine that lacks the packages.
+so such texts are reported and no failure. Tokens/s count whole calls, prompts and graph captures included. The sets are
+HumanEval, GSM8K and MT-Bench's first turns (`held_out_sets`), or a JSON file `{"set": ["prompt", ...]}`, which
+`--write-prompts` makes for a machine that lacks the packages.
 
 Exit codes: 0 fine; 1 an fp32 text differs; 2 bad arguments or something missing, in one line.
 """
