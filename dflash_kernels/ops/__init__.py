@@ -2,12 +2,15 @@
 
 from dflash_kernels.ops.alloc import init_free_pages, prepare_block, release_kv_slots, reserve_kv_slots
 from dflash_kernels.ops.inject import inject_kv, inject_kv_workspace
+from dflash_kernels.ops.dflash2 import grouped_conv, select_path
 
 __all__ = [
+    "grouped_conv",
     "init_free_pages",
     "inject_kv",
     "inject_kv_workspace",
     "prepare_block",
     "release_kv_slots",
     "reserve_kv_slots",
+    "select_path",
 ]
