@@ -1,0 +1,129 @@
+"""Importing the package, each time in an interpreter of its own: a mistake in a schema ends the process at load."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dflash_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(dflash_kernels.__file__).parent
+
+REPORT = """
+import json
+import sys
+import dflash_kernels
+import torch
+print(json.dumps({
+    "schemas": [str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith("dflash::")],
+    "modules": sorted(m for m in sys.modules if m.split(".")[0] in ("transformers", "safetensors", "sglang", "rich")),
+}))
+"""
+
+
+def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, list[str]]:
+    run = python(REPORT, ROOT)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_import_is_light(report: dict[str, list[str]]) -> None:
+    """`import dflash_kernels` costs torch and the library, not the engine's dependencies."""
+    assert report["modules"] == []
+
+
+def test_every_schema_of_the_source_is_registered(report: dict[str, list[str]]) -> None:
+    """Each `m.def("name(...` in csrc/api arrives in torch, with its overload."""
+    defined = set()
+    for path in (ROOT / "csrc" / "api").glob("*.cpp"):
+        defined |= set(re.findall(r'\.def\(\s*"([\w.]+)\(', path.read_text()))
+    registered = {schema.removeprefix("dflash::").split("(")[0] for schema in report["schemas"]}
+    assert defined and defined <= registered
+
+
+def test_every_op_has_implementations(report: dict[str, list[str]]) -> None:
+    """CPU and fake implementations for every overload; both are what the machine without a GPU runs."""
+    import torch
+
+    for schema in report["schemas"]:
+        name = schema.split("(")[0]
+        for key in ("CPU", "Meta"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key) or (
+                torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+            ), f"{name} has no {key} implementation"
+
+
+def test_every_op_has_a_documented_python_face(report: dict[str, list[str]]) -> None:
+    names = {schema.removeprefix("dflash::").split("(")[0].split(".")[0] for schema in report["schemas"]}
+    names = {name for name in names if not name.startswith("_")}
+    missing = sorted(names - set(dflash_kernels.ops.__all__))
+    assert not missing, f"not exported by dflash_kernels.ops: {missing}"
+    for name in names:
+        documentation = getattr(dflash_kernels.ops, name).__doc__ or ""
+        assert "Raises:" in documentation and "Args:" in documentation, f"docstring of ops.{name}"
+
+
+def test_written_arguments_are_marked(report: dict[str, list[str]]) -> None:
+    """An op that returns nothing must say in its schema what it writes, or functionalisation drops the call."""
+    for schema in report["schemas"]:
+        if schema.endswith("-> ()"):
+            assert "!)" in schema, schema
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package's Python files without its library."""
+    shutil.copytree(
+        PACKAGE, tmp_path / "dflash_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "assets")
+    )
+    return tmp_path
+
+
+def test_missing_library_is_said(copy: Path) -> None:
+    run = python("import dflash_kernels", copy)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "ImportError: dflash-kernels: the compiled library _C.abi3.so is not beside the package; "
+        "install with `pip install .`, or run `make dev` in a source tree"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.9.1+cu128", "1.13.1"])
+def test_old_torch_is_said(copy: Path, version: str) -> None:
+    """Before the library is touched: loading it would end in missing symbols."""
+    run = python(f"import torch\ntorch.__version__ = {version!r}\nimport dflash_kernels", copy)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == f"ImportError: dflash-kernels needs torch >= 2.11, got {version}"
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.15.0a0+git1234567", "3.0"])
+def test_newer_torch_is_accepted(copy: Path, version: str) -> None:
+    run = python(f"import torch\ntorch.__version__ = {version!r}\nimport dflash_kernels", copy)
+    assert "is not beside the package" in run.stderr
+
+
+def test_broken_library_is_an_error(copy: Path) -> None:
+    (copy / "dflash_kernels" / "_C.abi3.so").write_bytes(b"no library")
+    run = python("import dflash_kernels", copy)
+    assert run.returncode == 1 and "_C.abi3.so" in run.stderr.splitlines()[-1]
+
+
+def test_library_is_an_importable_module() -> None:
+    """Packaging tools import extension modules; after torch, whose libraries it needs, that must work."""
+    run = python("import torch\nfrom dflash_kernels import _C\nprint(_C.__name__)", ROOT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1].endswith("_C")
