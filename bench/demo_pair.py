@@ -21,9 +21,9 @@ def load_demo_pair(dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, 
     Raises:
         FileNotFoundError: the target or the drafter is not there.
     """
-    from dflash_kernels.model.drafter import load_drafter
     from transformers.utils import logging
 
+    from dflash_kernels.model.drafter import load_drafter
     from dflash_kernels.model.smollm2 import load_smollm2
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

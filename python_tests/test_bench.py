@@ -287,6 +287,14 @@ def test_cuda_asked_for_where_there_is_none() -> None:
     assert done.returncode == 2 and done.stderr == "python -m bench: --device cuda: torch sees no CUDA device\n"
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"), [(["nothing"], "gpu_round: unknown argument nothing; stages: tests sanitize bench demo\n")]
+)
+def test_gpu_round_mistakes_are_one_line(argv: list[str], message: str) -> None:
+    done = subprocess.run(["bash", "tools/gpu_round.sh", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr == message
+
+
 def test_console_command_runs_the_checkouts_bench() -> None:
     """`dflash-kernels bench` hands its arguments on, from the checkout's root, and returns the exit code."""
     done = subprocess.run(
