@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,6 +381,21 @@ def test_debug_passes_good_values(device: str, rng: torch.Generator, monkeypatch
         assert torch.equal(got, expected)
 
 
+def test_walk_equals_the_published_selector(rng: torch.Generator) -> None:
+    """Greedy and in float32, against the method's published code."""
+    published = pytest.importorskip("dflash.model", reason="the published model code is not installed")
+    sizes = {"selector_rank": 16, "selector_top_k": 4}
+    selector = published.CandidateSelector(SimpleNamespace(vocab_size=50, hidden_size=24, dflash_config=sizes))
+    hidden, logits = torch.randn(5, 7, 24, generator=rng), torch.randn(5, 7, 50, generator=rng)
+    anchors = torch.randint(0, 50, (5,), generator=rng)
+    with torch.no_grad():
+        want, _, _ = selector.select(hidden, logits, anchors, temperature=0.0)
+        base_logits, ids = logits.topk(4)
+        tables = selector.predecessor_codebook.weight, selector.successor_codebook.weight
+        path, _ = ops.select_path(ids, base_logits, selector.hidden_projection(hidden), anchors, *tables)
+    assert torch.equal(path, want)
+
+
 # --------------------------------------------------------------------------------------------------- grouped_conv
 
 
@@ -489,6 +505,22 @@ def test_conv_strided_and_unaligned(device: str, rng: torch.Generator) -> None:
 def test_conv_functional_equals_out(device: str, rng: torch.Generator) -> None:
     case = on(device, make_conv(rng, 3, 8, 96))
     assert torch.equal(ops.grouped_conv(*case), run_conv(*case))
+
+
+def test_conv_equals_the_published_layer(rng: torch.Generator) -> None:
+    """Both sides of a layer, in float32, against the method's published code."""
+    published = pytest.importorskip("dflash.model", reason="the published model code is not installed")
+    layer = published.GroupedDynamicCausalConv(96, 2, 16)
+    torch.nn.init.normal_(layer.base_kernel, generator=rng)
+    x = torch.randn(3, 8, 96, generator=rng)
+    with torch.no_grad():
+        want, kernel = layer.prepare(x)
+        want = layer.finish(want, kernel)
+        rows = x.flatten(0, 1)
+        coefficients = layer.kernel_projection(rows).view(24, 2, 2, 6)
+        got = ops.grouped_conv(rows, coefficients[:, 0], layer.base_kernel[0], 8)
+        got = ops.grouped_conv(got, coefficients[:, 1], layer.base_kernel[1], 8)
+    torch.testing.assert_close(got.view(3, 8, 96), want)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 #include "cpu/dflash2.h"
 
 #include <cmath>
+#include <vector>
 
 #include "smxx/dflash2/rules.h"
 
@@ -106,25 +107,31 @@ void select_path(const SelectParams& p) {
   }
 }
 
+// A row's sums, tap by tap: the loop over a group's channels has one coefficient, and vectorises.
 template <typename Type>
 void grouped_conv(const ConvParams& p) {
   using Storage = typename Type::Storage;
-  const auto* x = static_cast<const Storage*>(p.x);
-  const auto* delta = static_cast<const Storage*>(p.delta);
   const auto* base = static_cast<const Storage*>(p.base);
-  auto* out = static_cast<Storage*>(p.out);
+  const int groups = p.hidden_size / p.group_size;
+  std::vector<float> sums(p.hidden_size);
   for (int64_t n = 0; n < p.rows; ++n) {
     const int64_t position = n % p.block_size;
-    for (int h = 0; h < p.hidden_size; ++h) {
-      const Storage* d = delta + n * p.delta_row_stride + h / p.group_size;
-      float sum = first_tap(Type::load(base[h]), Type::load(d[0]), Type::load(x[n * p.x_stride + h]));
-      for (int tap = 1; tap < p.taps; ++tap) {
-        const float value = position >= tap ? Type::load(x[(n - tap) * p.x_stride + h]) : 0.0f;
-        sum = add_tap(sum, Type::load(base[static_cast<int64_t>(tap) * p.hidden_size + h]),
-                      Type::load(d[tap * p.delta_tap_stride]), value);
+    for (int tap = 0; tap < p.taps; ++tap) {
+      const bool inside = position >= tap;
+      const Storage* x = static_cast<const Storage*>(p.x) + (inside ? n - tap : n) * p.x_stride;
+      const Storage* delta = static_cast<const Storage*>(p.delta) + n * p.delta_row_stride + tap * p.delta_tap_stride;
+      const Storage* tap_base = base + static_cast<int64_t>(tap) * p.hidden_size;
+      for (int g = 0; g < groups; ++g) {
+        const float d = Type::load(delta[g]);
+        for (int h = g * p.group_size; h < (g + 1) * p.group_size; ++h) {
+          const float value = inside ? Type::load(x[h]) : 0.0f;
+          const float b = Type::load(tap_base[h]);
+          sums[h] = tap == 0 ? first_tap(b, d, value) : add_tap(sums[h], b, d, value);
+        }
       }
-      out[n * p.hidden_size + h] = Type::store(sum);
     }
+    Storage* out = static_cast<Storage*>(p.out) + n * p.hidden_size;
+    for (int h = 0; h < p.hidden_size; ++h) out[h] = Type::store(sums[h]);
   }
 }
 
