@@ -46,7 +46,7 @@ def rows(
     """One row per target dtype and batch size."""
     gpu = device.type == "cuda"
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    new_tokens = (64 if quick else 160) if gpu else 24
+    new_tokens = (64 if quick else 128) if gpu else 24
     count = len(PROMPTS) if gpu and not quick else 2
     order: tuple[Mode, ...] = ("dflash", "plain") if quick else ("dflash", "plain", "plain", "dflash")
     for name, dtype in dtypes.items() if gpu else [("fp32", torch.float32)]:

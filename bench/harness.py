@@ -344,9 +344,10 @@ def _abba(a: Any, b: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def free_memory(device: torch.device) -> None:
-    """Drop what the last case held; the allocator's cache goes back only when it is large."""
-    gc.collect()
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        if torch.cuda.memory_reserved(device) > total // 2:
-            torch.cuda.empty_cache()
+    """Collect what the last case left in reference cycles, where it is much; the allocator's cache likewise."""
+    if device.type != "cuda":
+        return
+    if torch.cuda.memory_allocated(device) > 1 << 30:
+        gc.collect()
+    if torch.cuda.memory_reserved(device) > torch.cuda.get_device_properties(device).total_memory // 2:
+        torch.cuda.empty_cache()

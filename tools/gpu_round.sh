@@ -99,6 +99,10 @@ stage_tests() {
   sort "$logs/summary" | while read -r name code seconds text; do
     printf '%-24s %-7s %4ss %s\n' "$name" "$(verdict "$code")" "$seconds" "$text"
   done | detail
+  for log in "$logs"/*.log; do
+    grep -q "^$(basename "$log" .log) " "$logs/summary" || grep -q 'deselected in' "$log" ||
+      echo "$(basename "$log" .log) did not end"
+  done | detail
   grep -hE '^(FAILED|ERROR) ' "$logs"/*.log | cut -c 1-200 | head -40 | detail
 }
 
