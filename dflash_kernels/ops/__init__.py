@@ -1,6 +1,13 @@
 """The Python face of `torch.ops.dflash`, one module per op group."""
 
 from dflash_kernels.ops.alloc import init_free_pages, prepare_block, release_kv_slots, reserve_kv_slots
+from dflash_kernels.ops.head import (
+    lm_head_argmax,
+    lm_head_topk,
+    lm_head_topk_workspace,
+    lm_head_workspace,
+    verify_block_from_hidden,
+)
 from dflash_kernels.ops.inject import inject_kv, inject_kv_workspace
 from dflash_kernels.ops.dflash2 import grouped_conv, select_path
 
@@ -9,8 +16,13 @@ __all__ = [
     "init_free_pages",
     "inject_kv",
     "inject_kv_workspace",
+    "lm_head_argmax",
+    "lm_head_topk",
+    "lm_head_topk_workspace",
+    "lm_head_workspace",
     "prepare_block",
     "release_kv_slots",
     "reserve_kv_slots",
     "select_path",
+    "verify_block_from_hidden",
 ]

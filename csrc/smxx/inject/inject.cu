@@ -2,7 +2,8 @@
 //
 // Launches, for each chunk of rows: fc (GEMM over K sources), RMSNorm in place, KV projection of all layers (one GEMM),
 // then K-norm + RoPE + paged write of all layers. Rows >= commit_lens are skipped by each of them: their taps are not
-// read, their slots not looked at.
+// read, their slots not looked at. All but the first start while their predecessor still runs (dependent_launch.cuh),
+// so that the projection's first weights are on their way while fc and the norm finish.
 //
 // Floors. Latency (B * T <= 64 rows): the weights, (K * H * H + L * 2 * Hkv * D * H) * 2 bytes, at the HBM read rate;
 // the activations between the launches stay in L2. Throughput: 2 * M * (K * H * H + L * 2 * Hkv * D * H) tensor-core
@@ -17,6 +18,7 @@
 #include <algorithm>
 
 #include "common/cuda_check.h"
+#include "common/dependent_launch.cuh"
 #include "smxx/gemm/launch.h"
 #include "smxx/inject/launch.h"
 #include "smxx/norm/launch.h"
@@ -31,6 +33,8 @@ constexpr unsigned long long kNoFault = ~0ull;
 
 __global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constant__ WriteParams p) {
   __shared__ float normed[kWarps][kMaxHeadDim];
+  grid_dependency_launch();
+  grid_dependency_wait();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned item = blockIdx.x * kWarps + warp;
   const unsigned per_row = static_cast<unsigned>(p.layers * p.kv_heads);
@@ -89,8 +93,7 @@ __global__ void __launch_bounds__(kCheckThreads)
 void launch_write(const WriteParams& p, cudaStream_t stream) {
   const int64_t items = p.rows * p.layers * p.kv_heads;
   const auto blocks = static_cast<unsigned>((items + kWarps - 1) / kWarps);
-  write_kernel<<<blocks, 32 * kWarps, 0, stream>>>(p);
-  cuda_check_launch("inject_kv");
+  launch_kernel(write_kernel, dim3(blocks), 32 * kWarps, 0, stream, true, "inject_kv", p);
 }
 
 IntView advanced(IntView view, int64_t count) {
@@ -142,6 +145,7 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     norm.n = p.hidden;
     norm.eps = p.write.eps;
     norm.live = write.live;
+    norm.early_start = true;
     norm::launch_rmsnorm(norm, stream);
 
     gemm::GemmParams project;
@@ -155,6 +159,7 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     project.n = kv_width;
     project.k = p.hidden;
     project.live = write.live;
+    project.early_start = true;
     gemm::launch_gemm_bf16(project, stream);
 
     launch_write(write, stream);
