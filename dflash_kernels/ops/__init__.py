@@ -1,6 +1,7 @@
 """The Python face of `torch.ops.dflash`, one module per op group."""
 
 from dflash_kernels.ops.alloc import init_free_pages, prepare_block, release_kv_slots, reserve_kv_slots
+from dflash_kernels.ops.dflash2 import grouped_conv, select_path
 from dflash_kernels.ops.head import (
     lm_head_argmax,
     lm_head_topk,
@@ -9,7 +10,6 @@ from dflash_kernels.ops.head import (
     verify_block_from_hidden,
 )
 from dflash_kernels.ops.inject import inject_kv, inject_kv_workspace
-from dflash_kernels.ops.dflash2 import grouped_conv, select_path
 
 __all__ = [
     "grouped_conv",

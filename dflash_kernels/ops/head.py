@@ -64,8 +64,8 @@ def lm_head_argmax(
     result does not depend on the schedule. Accumulation order differs from a library's matmul, so logits that lie
     within its error may round, and rank, differently.
 
-    For a vocabulary in shards, give each its ``vocab_start``: the pair with the largest value, and the smallest id among
-    equals, is exactly the answer over the whole vocabulary.
+    For a vocabulary in shards, give each its ``vocab_start``: the pair with the largest value, and the smallest id
+    among equals, is exactly the answer over the whole vocabulary.
 
     Args:
         hidden: ``[N, H]`` bf16 (fp32 too on the CPU), row stride free. On CUDA: aligned to 16 bytes, H and the row

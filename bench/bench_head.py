@@ -1,0 +1,122 @@
+"""The LM head ops at published drafter sizes, against torch's matmul followed by the choice.
+
+The baseline's logits are bf16, as the ops' are; torch's version is in its name. Verification from hidden rows is
+compared with matmul, argmax and the accept step in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bench.harness import Calls, Case
+from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, TINY, DrafterShape
+from dflash_kernels import ops
+
+SUITE = "head"
+TOP_K = 16
+
+
+def _matmul() -> str:
+    return f"torch {torch.__version__} matmul"
+
+
+def _case(shape: DrafterShape, op: str, detail: str, rows: int, make: Callable[[torch.device], Calls]) -> Case:
+    return Case(
+        suite=SUITE,
+        op=op,
+        shape=f"{shape.name} {detail} H{shape.H} V{shape.V}",
+        dtype="bf16",
+        regime="latency" if rows <= 64 else "throughput",
+        bytes=2 * (shape.V + rows) * shape.H,
+        flops=2 * rows * shape.V * shape.H,
+        stream="read",
+        make=make,
+    )
+
+
+def _inputs(shape: DrafterShape, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = torch.randn(rows, shape.H, device=device, dtype=torch.bfloat16)
+    weight = torch.empty(shape.V, shape.H, device=device, dtype=torch.bfloat16).normal_(std=0.02)
+    return hidden, weight
+
+
+def _argmax_case(shape: DrafterShape, batch: int) -> Case:
+    rows = batch * shape.T
+
+    def make(device: torch.device) -> Calls:
+        hidden, weight = _inputs(shape, rows, device)
+        out = torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, device=device)
+        workspace = ops.lm_head_workspace(rows, device)
+        return Calls(
+            lambda: ops.lm_head_argmax(hidden, weight, out=out, workspace=workspace),
+            {f"{_matmul()} + argmax": lambda: (hidden @ weight.T).argmax(-1)},
+        )
+
+    return _case(shape, "lm_head_argmax", f"B{batch} T{shape.T}", rows, make)
+
+
+def _topk_case(shape: DrafterShape, batch: int, k: int) -> Case:
+    rows = batch * shape.T
+
+    def make(device: torch.device) -> Calls:
+        hidden, weight = _inputs(shape, rows, device)
+        out = torch.empty(rows, k, dtype=torch.int64, device=device), torch.empty(rows, k, device=device)
+        workspace = ops.lm_head_topk_workspace(rows, shape.V, k, device)
+        return Calls(
+            lambda: ops.lm_head_topk(hidden, weight, k, out=out, workspace=workspace),
+            {f"{_matmul()} + topk": lambda: (hidden @ weight.T).topk(k, dim=-1)},
+        )
+
+    return _case(shape, "lm_head_topk", f"B{batch} T{shape.T} k{k}", rows, make)
+
+
+def _torch_verify(
+    candidates: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, prefix_lens: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    target = (hidden @ weight.T).argmax(-1).view(candidates.shape)
+    accept_lens = (target[:, :-1] == candidates[:, 1:]).long().cumprod(-1).sum(-1)
+    bonus_ids = target.gather(1, accept_lens[:, None])
+    out_tokens = torch.nn.functional.pad(candidates[:, 1:], (0, 1)).scatter(1, accept_lens[:, None], bonus_ids)
+    return accept_lens, accept_lens + 1, bonus_ids, out_tokens, prefix_lens + accept_lens + 1
+
+
+def _verify_case(shape: DrafterShape, batch: int) -> Case:
+    rows = batch * shape.T
+
+    def make(device: torch.device) -> Calls:
+        hidden, weight = _inputs(shape, rows, device)
+        candidates = torch.randint(0, shape.V, (batch, shape.T), device=device)
+        prefix_lens = torch.randint(0, 4096, (batch,), device=device)
+        outputs = ops.verify_block_from_hidden(candidates, hidden, weight, prefix_lens)
+        workspace = ops.lm_head_workspace(rows, device)
+        args = (candidates, hidden, weight, prefix_lens)
+        return Calls(
+            lambda: ops.verify_block_from_hidden(*args, out=outputs, workspace=workspace),
+            {f"{_matmul()} + argmax + accept": lambda: _torch_verify(*args)},
+        )
+
+    return _case(shape, "verify_block_from_hidden", f"B{batch} T{shape.T}", rows, make)
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Latency and throughput cases of the published sizes; a small one on the CPU."""
+    if device.type != "cuda":
+        yield _argmax_case(TINY, 1)
+        yield _topk_case(TINY, 1, TOP_K)
+        yield _verify_case(TINY, 1)
+        return
+    for batch in (1, 32) if quick else (1, 4, 8, 32):
+        yield _argmax_case(QWEN3_8B, batch)
+    yield _topk_case(QWEN3_8B, 1, TOP_K)
+    yield _verify_case(QWEN3_8B, 1)
+    if quick:
+        return
+    for shape in (DEMO, DFLASH2_27B):
+        for batch in (1, 8, 32):
+            yield _argmax_case(shape, batch)
+    for batch in (1, 8, 32):
+        yield _topk_case(DFLASH2_27B, batch, TOP_K)
+    yield _topk_case(QWEN3_8B, 8, TOP_K)
+    yield _verify_case(QWEN3_8B, 8)

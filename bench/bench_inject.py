@@ -1,0 +1,125 @@
+"""inject_kv at published drafter sizes, against the same steps in torch: cuBLAS GEMMs, then norm, rotation and writes.
+
+Baselines, with torch's version in the name: eager, and everything around the GEMMs under torch.compile, as engines fuse
+it. They compute every row of a block; the op skips the rows that were not committed. Rows named `commit 6` have 6 of
+T rows committed in each request, the others have all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from bench.harness import Calls, Case
+from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, TINY, DrafterShape
+from dflash_kernels import ops
+
+SUITE = "inject"
+EPS = 1e-6
+POSITIONS = 8192
+
+
+def _norm(fused: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(fused, (fused.shape[-1],), weight, EPS)
+
+
+def _write(
+    kv: torch.Tensor,
+    k_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_caches: list[torch.Tensor],
+    v_caches: list[torch.Tensor],
+) -> None:
+    layers, head_dim = k_norm.shape
+    kv = kv.view(kv.shape[0], layers, 2, -1, head_dim)
+    k = kv[:, :, 0].float()
+    k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + EPS) * k_norm.float()[:, None]
+    cos, sin = cos_sin[positions][:, None, None].chunk(2, dim=-1)
+    a, b = k.chunk(2, dim=-1)
+    k = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(kv.dtype)
+    for layer in range(layers):
+        k_caches[layer][slots] = k[:, layer]
+        v_caches[layer][slots] = kv[:, layer, 1]
+
+
+@cache
+def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    return torch.compile(function)
+
+
+def _case(shape: DrafterShape, batch: int, commit: int) -> Case:
+    rows, live = batch * shape.T, batch * commit
+
+    def make(device: torch.device) -> Calls:
+        def draw(*size: int, std: float = 1.0) -> torch.Tensor:
+            return torch.empty(*size, device=device, dtype=torch.bfloat16).normal_(std=std)
+
+        def caches() -> list[torch.Tensor]:
+            empty = torch.zeros(shape.L, pool, shape.Hkv, shape.D, device=device, dtype=torch.bfloat16)
+            return list(empty.unbind(0))
+
+        pool = 4 * rows
+        hidden = draw(rows, shape.K * shape.H)
+        taps = list(hidden.chunk(shape.K, dim=-1))
+        width = 2 * shape.Hkv * shape.D
+        fc_weight = draw(shape.H, shape.K * shape.H, std=0.02)
+        kv_weight = draw(shape.L, width, shape.H, std=0.02)
+        hidden_norm, k_norm = draw(shape.H), draw(shape.L, shape.D)
+        angles = torch.rand(POSITIONS, shape.D // 2, device=device) * 6
+        cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        positions = torch.randint(0, POSITIONS, (rows,), device=device)
+        slots = torch.randperm(pool, device=device)[:rows]
+        commit_lens = torch.full((batch,), commit, dtype=torch.int32, device=device)
+        k_caches, v_caches = caches(), caches()
+        workspace = ops.inject_kv_workspace(rows, shape.H, shape.L, shape.Hkv, shape.D, device=device)
+
+        def ours() -> None:
+            ops.inject_kv(
+                taps, fc_weight, hidden_norm, kv_weight, None, k_norm, cos_sin, positions, slots, commit_lens,
+                k_caches, v_caches, workspace, EPS,
+            )  # fmt: skip
+
+        def chain(norm: Callable[..., torch.Tensor], write: Callable[..., object]) -> None:
+            fused = norm(F.linear(hidden, fc_weight), hidden_norm)
+            kv = F.linear(fused, kv_weight.view(-1, shape.H))
+            write(kv, k_norm, cos_sin, positions, slots, k_caches, v_caches)
+
+        baselines = {f"torch eager {torch.__version__}": lambda: chain(_norm, _write)}
+        if device.type == "cuda":
+            compiled = f"torch compile {torch.__version__}"
+            baselines[compiled] = lambda: chain(_compiled(_norm), _compiled(_write))
+        return Calls(ours, baselines)
+
+    detail = f"B{batch} T{shape.T}" + ("" if commit == shape.T else f" commit {commit}")
+    return Case(
+        suite=SUITE,
+        op="inject_kv",
+        shape=f"{shape.name} {detail} L{shape.L} K{shape.K} H{shape.H} {shape.Hkv}x{shape.D}",
+        dtype="bf16",
+        regime="latency" if rows <= 64 else "throughput",
+        bytes=2 * (shape.inject_weights + live * (shape.K * shape.H + shape.kv_token)),
+        flops=2 * live * shape.inject_weights,
+        stream="read",
+        make=make,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Latency and throughput cases of the published sizes; a small one on the CPU."""
+    if device.type != "cuda":
+        yield _case(TINY, 2, TINY.T)
+        yield _case(TINY, 2, 3)
+        return
+    for batch in (1, 32) if quick else (1, 4, 8, 32):
+        yield _case(QWEN3_8B, batch, QWEN3_8B.T)
+    yield _case(QWEN3_8B, 32, 6)
+    if quick:
+        return
+    for shape in (DEMO, DFLASH2_27B):
+        for batch in (1, 8, 32):
+            yield _case(shape, batch, shape.T)
