@@ -28,6 +28,15 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* sha
                : "memory");
 }
 
+// The same, each matrix transposed on its way: lane l gets column l / 4, rows 2 * (l % 4) + {0, 1}.
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 // d[16, 8] += a[16, 16] * b[16, 8]; a row-major, b column-major (so b comes straight from W [N, K]).
 // Lane l holds d[l / 4][2 * (l % 4) + {0, 1}] in d[0..1] and the same of row l / 4 + 8 in d[2..3].
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "smxx/draft/index_check.h"
+#include "smxx/draft/params.h"
+
+namespace dflash::draft {
+
+// The whole pass, about nine kernels a layer, all on `stream`.
+void launch_draft_forward(const DraftParams& params, cudaStream_t stream);
+
+void launch_embed(const EmbedParams& params, cudaStream_t stream);
+void launch_rotate(const RotateParams& params, cudaStream_t stream);
+
+bool is_capturing(cudaStream_t stream);  // then nothing may wait for the device
+
+// First fault of the batch, found on the device; waits for it. `scratch`: device memory of sizeof(IndexFault).
+IndexFault check_indices(const IndexParams& params, void* scratch, cudaStream_t stream);
+
+}  // namespace dflash::draft

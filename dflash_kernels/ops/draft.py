@@ -1,0 +1,259 @@
+"""The drafter's forward pass over one block a request, from token ids to the final norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from dflash_kernels.ops._errors import dflash_errors
+
+__all__ = ["draft_forward", "draft_forward_workspace"]
+
+
+@dflash_errors
+def draft_forward_workspace(
+    batch: int,
+    block_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> int:
+    """Bytes of workspace that :func:`draft_forward` needs for these sizes (B, T, H, I, Hq, Hkv, D).
+
+    It holds the activations of one layer, the block's own K and V among them, and the partial results of the attention's
+    splits. More is fine. The same on every device.
+
+    Raises:
+        ValueError: a size below 1, or ``batch`` below 0.
+    """
+    return torch.ops.dflash.draft_forward_workspace(
+        batch, block_size, hidden_size, intermediate_size, num_q_heads, num_kv_heads, head_dim
+    )
+
+
+@dflash_errors
+def draft_forward(
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    embed_weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    o_weight: torch.Tensor,
+    o_bias: torch.Tensor | None,
+    post_norm: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    windows: Sequence[int],
+    causal: Sequence[int],
+    eps: float,
+    softmax_scale: float | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Hidden rows of every block token after L drafter layers and the final norm.
+
+    With ``x = embed_weight[block_ids]``, for each layer::
+
+        q, k, v = rmsnorm(x, input_norm) @ qkv_weight.T + qkv_bias
+        q, k    = rope(rmsnorm(q, q_norm)), rope(rmsnorm(k, k_norm))                   per head
+        x      += attention(q, [context K, k], [context V, v]) @ o_weight.T + o_bias
+        g, u    = rmsnorm(x, post_norm) @ gate_up_weight.T
+        x      += (silu(g) * u) @ down_weight.T
+
+    Context key j of request b is ``k_caches[l][req_to_token[req_pool_indices[b], j]]``, j < ``prefix_lens[b]``, already
+    normed and rotated (:func:`inject_kv` writes it). A query at position q sees it if ``window == 0 or q - j < window``.
+    It sees its block's own key at position p if ``(not causal or p <= q) and (window == 0 or |q - p| < window)``. The
+    block's own K and V are not written to the caches. Softmax and sums are in float32; results of each line above, the
+    normed q and k and the rotated q and k are rounded to the dtype of the weights.
+
+    Args:
+        block_ids, positions: ``[B, T]`` int32 or int64, T <= 32; positions index ``cos_sin``.
+        prefix_lens, req_pool_indices: ``[B]`` int32 or int64.
+        req_to_token: ``[R, W]`` int32 or int64, any strides.
+        k_caches, v_caches: L tensors ``[S, Hkv, D]``, slots strided (by a multiple of 8 elements), the rest contiguous.
+            D is 32, 64, 96, 128 or 256. Slots beyond a prefix or outside every window are not read.
+        embed_weight: ``[V, H]``; its dtype, bfloat16 (on the CPU also float32), is that of all weights and caches.
+        input_norm, post_norm: ``[L, H]``; final_norm: ``[H]``; q_norm, k_norm: ``[L, D]`` or None.
+        qkv_weight: ``[L, (Hq + 2 Hkv) D, H]``, q rows first, then k, then v; qkv_bias: ``[L, (Hq + 2 Hkv) D]`` or None.
+        o_weight: ``[L, H, Hq D]``; o_bias: ``[L, H]`` or None.
+        gate_up_weight: ``[L, 2 I, H]``, gate rows first; down_weight: ``[L, H, I]``. H and I are multiples of 8.
+        cos_sin: ``[P, R]`` float32, R/2 cosines, then R/2 sines; rotates the pairs (i, i + R/2), i < R/2, R <= D.
+        windows: L window lengths in tokens, 0 for none; causal: L flags, 0 or 1.
+        eps: of all norms; softmax_scale: default ``D ** -0.5``.
+        out: contiguous ``[B * T, H]`` to write instead of a new tensor; then nothing is allocated on CUDA.
+        workspace: uint8, at least :func:`draft_forward_workspace` bytes; needed with ``out``. Overwritten.
+
+    Returns:
+        ``[B * T, H]``, row ``b * T + t``, in the dtype of the weights.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, stride or size; ``out`` without ``workspace`` or the reverse; on the CPU
+            (on CUDA only under DFLASH_DEBUG=1) also an id, position, length, row or slot out of range. Unchecked, such
+            an id or slot counts as zeros, lengths and positions are clamped, and a row outside the table has no context.
+
+    Source: the published DFlash model (PyPI ``dflash``, ``DFlashDraftModel``) with the context already projected.
+    """
+    ops = torch.ops.dflash.draft_forward
+    inputs = (
+        block_ids,
+        positions,
+        prefix_lens,
+        req_pool_indices,
+        req_to_token,
+        list(k_caches),
+        list(v_caches),
+        embed_weight,
+        input_norm,
+        qkv_weight,
+        qkv_bias,
+        q_norm,
+        k_norm,
+        o_weight,
+        o_bias,
+        post_norm,
+        gate_up_weight,
+        down_weight,
+        final_norm,
+        cos_sin,
+        list(windows),
+        list(causal),
+        eps,
+        softmax_scale,
+    )
+    if (out is None) != (workspace is None):
+        given, missing = ("out", "workspace") if workspace is None else ("workspace", "out")
+        raise ValueError(f"dflash::draft_forward: {missing} must be given together with {given}, got None")
+    if out is None:
+        return ops.default(*inputs)
+    ops.out(*inputs, out=out, workspace=workspace)
+    return out
+
+
+@torch.library.register_fake("dflash::draft_forward")
+def _draft_forward_fake(block_ids: torch.Tensor, *args: object) -> torch.Tensor:
+    embed_weight = args[6]
+    assert isinstance(embed_weight, torch.Tensor)
+    return embed_weight.new_empty((block_ids.shape[0] * block_ids.shape[1], embed_weight.shape[1]))
+
+
+@torch.library.register_fake("dflash::draft_forward.out")
+def _draft_forward_out_fake(*args: object, out: torch.Tensor, workspace: torch.Tensor) -> None:
+    return None
+
+
+def _rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [B, T, heads, D] with cos, sin [B, T, 1, R/2] float32."""
+    half = cos.shape[-1]
+    first, second, rest = x.float().split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
+
+
+def _visible(
+    positions: torch.Tensor, low: int, prefix: int, window: int, causal: bool
+) -> torch.Tensor | None:
+    """Mask [T, context from low on + T] of one request, or None where everything is visible."""
+    if window == 0 and not causal:
+        return None
+    query = positions[:, None]
+    context = torch.arange(low, prefix)[None]
+    distance = query - positions[None]
+    context_mask = query - context < window if window else torch.ones(len(positions), prefix - low, dtype=torch.bool)
+    own_mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window:
+        own_mask = own_mask & (distance.abs() < window)
+    return torch.cat((context_mask, own_mask), dim=1)
+
+
+def _forward_cpu(
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    k_caches: list[torch.Tensor],
+    v_caches: list[torch.Tensor],
+    embed_weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    o_weight: torch.Tensor,
+    o_bias: torch.Tensor | None,
+    post_norm: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    windows: list[int],
+    causal: list[int],
+    eps: float,
+    softmax_scale: float | None,
+) -> torch.Tensor:
+    batch, block = block_ids.shape
+    kv_heads, head_dim = k_caches[0].shape[1:]
+    q_heads = qkv_weight.shape[1] // head_dim - 2 * kv_heads
+    half = cos_sin.shape[1] // 2
+    table = cos_sin[positions.long()][:, :, None]  # [B, T, 1, R]
+    cos, sin = table[..., :half], table[..., half:]
+    prefixes, rows = prefix_lens.tolist(), req_pool_indices.tolist()
+    starts = positions.amin(1).tolist() if batch else []
+    x = F.embedding(block_ids.reshape(-1).long(), embed_weight)
+    for layer, (window, is_causal) in enumerate(zip(windows, causal, strict=True)):
+        normed = _rmsnorm(x, input_norm[layer], eps)
+        qkv = F.linear(normed, qkv_weight[layer], None if qkv_bias is None else qkv_bias[layer])
+        q, k, v = qkv.view(batch, block, -1, head_dim).split((q_heads, kv_heads, kv_heads), dim=2)
+        q = _rotate(q if q_norm is None else _rmsnorm(q, q_norm[layer], eps), cos, sin)
+        k = _rotate(k if k_norm is None else _rmsnorm(k, k_norm[layer], eps), cos, sin)
+        attended = torch.empty(batch, block, q_heads, head_dim, dtype=x.dtype)
+        for b in range(batch):
+            low = min(max(starts[b] - window + 1, 0), prefixes[b]) if window else 0
+            slots = req_to_token[rows[b], low : prefixes[b]].long()
+            keys = torch.cat((k_caches[layer][slots], k[b])).transpose(0, 1)[None]
+            values = torch.cat((v_caches[layer][slots], v[b])).transpose(0, 1)[None]
+            attended[b] = F.scaled_dot_product_attention(
+                q[b].transpose(0, 1)[None],
+                keys,
+                values,
+                attn_mask=_visible(positions[b].long(), low, prefixes[b], window, bool(is_causal)),
+                scale=softmax_scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        flat = attended.view(batch * block, q_heads * head_dim)
+        x = x + F.linear(flat, o_weight[layer], None if o_bias is None else o_bias[layer])
+        gate, up = F.linear(_rmsnorm(x, post_norm[layer], eps), gate_up_weight[layer]).float().chunk(2, dim=-1)
+        x = x + F.linear((F.silu(gate) * up).to(x.dtype), down_weight[layer])
+    return _rmsnorm(x, final_norm, eps)
+
+
+@torch.library.impl("dflash::draft_forward", "CPU")
+def _draft_forward_cpu(*inputs: object) -> torch.Tensor:
+    arguments = (*inputs, None) if len(inputs) == 23 else inputs  # the dispatcher may leave out a default
+    torch.ops.dflash._draft_forward_check(*arguments)
+    return _forward_cpu(*arguments)  # type: ignore[arg-type]
+
+
+@torch.library.impl("dflash::draft_forward.out", "CPU")
+def _draft_forward_out_cpu(*inputs: object, out: torch.Tensor, workspace: torch.Tensor) -> None:
+    arguments = (*inputs, None) if len(inputs) == 23 else inputs
+    torch.ops.dflash._draft_forward_check(*arguments, out=out, workspace=workspace)
+    out.copy_(_forward_cpu(*arguments))  # type: ignore[arg-type]

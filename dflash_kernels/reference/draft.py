@@ -1,0 +1,117 @@
+"""Oracle of the drafter's forward pass: dense masks, one request and one head at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["draft_forward", "visible_keys"]
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * weight.to(wide.dtype)).to(x.dtype)
+
+
+def _rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, D]: pairs (i, i + R/2) as complex numbers, times cos + i sin of the row's position."""
+    rotary = cos_sin.shape[1]
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    cos, sin = cos_sin[positions].to(wide.dtype)[:, None].chunk(2, dim=-1)
+    turned = torch.complex(wide[..., : rotary // 2], wide[..., rotary // 2 : rotary]) * torch.complex(cos, sin)
+    return torch.cat((turned.real, turned.imag, wide[..., rotary:]), dim=-1).to(x.dtype)
+
+
+def visible_keys(positions: torch.Tensor, prefix: int, window: int, causal: bool) -> torch.Tensor:
+    """Dense mask [T, prefix + T] of one request with the block's ``positions`` [T]: context first, then the block."""
+    query = positions[:, None]
+    key = torch.cat((torch.arange(prefix, device=positions.device), positions))[None]
+    is_context = (torch.arange(key.shape[1], device=positions.device) < prefix)[None]
+    seen = is_context | torch.tensor(not causal, device=positions.device) | (key <= query)
+    if window > 0:
+        seen = seen & (query - key < window) & (is_context | (key - query < window))
+    return seen
+
+
+def draft_forward(
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    embed_weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    o_weight: torch.Tensor,
+    o_bias: torch.Tensor | None,
+    post_norm: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    windows: Sequence[int],
+    causal: Sequence[int],
+    eps: float,
+    softmax_scale: float | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """``[B * T, H]`` computed in ``dtype``; arguments as :func:`dflash_kernels.ops.draft_forward`.
+
+    With bfloat16 every intermediate is rounded, which shows how far rounding alone may lead away from float32.
+    """
+    batch, block = block_ids.shape
+    _, kv_heads, head_dim = k_caches[0].shape
+    group = (qkv_weight.shape[1] // head_dim - 2 * kv_heads) // kv_heads
+    q_heads = group * kv_heads
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+
+    def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    rows = []
+    for b in range(batch):
+        x = embed_weight[block_ids[b].long()].to(dtype)
+        places = positions[b].long()
+        prefix = int(prefix_lens[b])
+        slots = req_to_token[int(req_pool_indices[b])][:prefix].long()
+        for layer in range(len(windows)):
+            h = _norm(x, input_norm[layer], eps)
+            qkv = h @ cast(qkv_weight[layer]).T
+            if qkv_bias is not None:
+                qkv = qkv + cast(qkv_bias[layer])
+            heads = qkv.reshape(block, q_heads + 2 * kv_heads, head_dim)
+            q, k, v = heads[:, :q_heads], heads[:, q_heads : q_heads + kv_heads], heads[:, q_heads + kv_heads :]
+            if q_norm is not None:
+                q = _norm(q, q_norm[layer], eps)
+            if k_norm is not None:
+                k = _norm(k, k_norm[layer], eps)
+            q, k = _rope(q, places, cos_sin), _rope(k, places, cos_sin)
+            mask = visible_keys(places, prefix, windows[layer], bool(causal[layer]))
+            seen = mask[:, :prefix].any(0)  # slots that no query sees may hold anything
+            context_k = k_caches[layer].new_zeros(prefix, kv_heads, head_dim)
+            context_v = torch.zeros_like(context_k)
+            context_k[seen], context_v[seen] = k_caches[layer][slots[seen]], v_caches[layer][slots[seen]]
+            keys = torch.cat((context_k.to(dtype), k))
+            values = torch.cat((context_v.to(dtype), v))
+            merged = []
+            for head in range(q_heads):
+                scores = (q[:, head] @ keys[:, head // group].T).to(torch.promote_types(dtype, torch.float32)) * scale
+                weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1).to(dtype)
+                merged.append(weights @ values[:, head // group])
+            attended = torch.cat(merged, dim=-1) @ cast(o_weight[layer]).T
+            if o_bias is not None:
+                attended = attended + cast(o_bias[layer])
+            x = x + attended
+            h = _norm(x, post_norm[layer], eps)
+            gate, up = (h @ cast(gate_up_weight[layer]).T).chunk(2, dim=-1)
+            x = x + (gate * torch.sigmoid(gate) * up) @ cast(down_weight[layer]).T
+        rows.append(_norm(x, final_norm, eps))
+    return torch.cat(rows) if rows else embed_weight.new_empty((0, embed_weight.shape[1])).to(dtype)
