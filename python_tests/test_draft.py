@@ -96,9 +96,7 @@ def outputs(inputs: Inputs) -> dict[str, torch.Tensor]:
     (batch, block), hidden = inputs["block_ids"].shape, inputs["embed_weight"].shape[1]
     _, kv_heads, head_dim = inputs["k_caches"][0].shape
     q_heads = inputs["qkv_weight"].shape[1] // head_dim - 2 * kv_heads
-    size = draft_forward_workspace(
-        batch, block, hidden, inputs["down_weight"].shape[2], q_heads, kv_heads, head_dim
-    )
+    size = draft_forward_workspace(batch, block, hidden, inputs["down_weight"].shape[2], q_heads, kv_heads, head_dim)
     out = inputs["embed_weight"].new_full((batch * block, hidden), float("nan"))
     return {"out": out, "workspace": torch.full((size,), 255, dtype=torch.uint8, device=out.device)}
 
@@ -116,7 +114,8 @@ def check(inputs: Inputs) -> None:
     """max |out - ref32| <= 2 max |ref_bf16 - ref32| + atol, bf16; close to float64 in float32."""
     out = run(inputs)
     if out.dtype == torch.float32:
-        torch.testing.assert_close(out, reference.draft_forward(**inputs, dtype=torch.float64).float(), atol=2e-5, rtol=0)
+        exact = reference.draft_forward(**inputs, dtype=torch.float64).float()
+        torch.testing.assert_close(out, exact, atol=2e-5, rtol=0)
         return
     exact = reference.draft_forward(**inputs, dtype=torch.float32)
     rounding = (reference.draft_forward(**inputs, dtype=torch.bfloat16).float() - exact).abs().max().item()

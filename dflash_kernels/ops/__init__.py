@@ -9,9 +9,12 @@ from dflash_kernels.ops.head import (
     lm_head_workspace,
     verify_block_from_hidden,
 )
+from dflash_kernels.ops.draft import draft_forward, draft_forward_workspace
 from dflash_kernels.ops.inject import inject_kv, inject_kv_workspace
 
 __all__ = [
+    "draft_forward",
+    "draft_forward_workspace",
     "grouped_conv",
     "init_free_pages",
     "inject_kv",

@@ -24,8 +24,8 @@ def draft_forward_workspace(
 ) -> int:
     """Bytes of workspace that :func:`draft_forward` needs for these sizes (B, T, H, I, Hq, Hkv, D).
 
-    It holds the activations of one layer, the block's own K and V among them, and the partial results of the attention's
-    splits. More is fine. The same on every device.
+    It holds the activations of one layer, the block's own K and V among them, and the partial results of the splits of
+    the attention. More is fine. The same on every device.
 
     Raises:
         ValueError: a size below 1, or ``batch`` below 0.
@@ -76,8 +76,8 @@ def draft_forward(
         x      += (silu(g) * u) @ down_weight.T
 
     Context key j of request b is ``k_caches[l][req_to_token[req_pool_indices[b], j]]``, j < ``prefix_lens[b]``, already
-    normed and rotated (:func:`inject_kv` writes it). A query at position q sees it if ``window == 0 or q - j < window``.
-    It sees its block's own key at position p if ``(not causal or p <= q) and (window == 0 or |q - p| < window)``. The
+    normed and rotated (:func:`inject_kv` writes it). A query at position q sees it if ``window == 0 or q - j < window``;
+    it sees its block's own key at position p if ``(not causal or p <= q) and (window == 0 or |q - p| < window)``. The
     block's own K and V are not written to the caches. Softmax and sums are in float32; results of each line above, the
     normed q and k and the rotated q and k are rounded to the dtype of the weights.
 
@@ -104,7 +104,7 @@ def draft_forward(
     Raises:
         ValueError: wrong shape, dtype, device, stride or size; ``out`` without ``workspace`` or the reverse; on the CPU
             (on CUDA only under DFLASH_DEBUG=1) also an id, position, length, row or slot out of range. Unchecked, such
-            an id or slot counts as zeros, lengths and positions are clamped, and a row outside the table has no context.
+            an id or slot gives zeros, lengths and positions are clamped, and a row outside the table has no context.
 
     Source: the published DFlash model (PyPI ``dflash``, ``DFlashDraftModel``) with the context already projected.
     """
@@ -167,9 +167,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
 
 
-def _visible(
-    positions: torch.Tensor, low: int, prefix: int, window: int, causal: bool
-) -> torch.Tensor | None:
+def _visible(positions: torch.Tensor, low: int, prefix: int, window: int, causal: bool) -> torch.Tensor | None:
     """Mask [T, context from low on + T] of one request, or None where everything is visible."""
     if window == 0 and not causal:
         return None
@@ -221,7 +219,7 @@ def _forward_cpu(
     for layer, (window, is_causal) in enumerate(zip(windows, causal, strict=True)):
         normed = _rmsnorm(x, input_norm[layer], eps)
         qkv = F.linear(normed, qkv_weight[layer], None if qkv_bias is None else qkv_bias[layer])
-        q, k, v = qkv.view(batch, block, -1, head_dim).split((q_heads, kv_heads, kv_heads), dim=2)
+        q, k, v = qkv.view(batch, block, q_heads + 2 * kv_heads, head_dim).split((q_heads, kv_heads, kv_heads), dim=2)
         q = _rotate(q if q_norm is None else _rmsnorm(q, q_norm[layer], eps), cos, sin)
         k = _rotate(k if k_norm is None else _rmsnorm(k, k_norm[layer], eps), cos, sin)
         attended = torch.empty(batch, block, q_heads, head_dim, dtype=x.dtype)

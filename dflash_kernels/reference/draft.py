@@ -73,9 +73,6 @@ def draft_forward(
     q_heads = group * kv_heads
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
 
-    def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
-
     rows = []
     for b in range(batch):
         x = embed_weight[block_ids[b].long()].to(dtype)
@@ -84,9 +81,9 @@ def draft_forward(
         slots = req_to_token[int(req_pool_indices[b])][:prefix].long()
         for layer in range(len(windows)):
             h = _norm(x, input_norm[layer], eps)
-            qkv = h @ cast(qkv_weight[layer]).T
+            qkv = h @ qkv_weight[layer].to(dtype).T
             if qkv_bias is not None:
-                qkv = qkv + cast(qkv_bias[layer])
+                qkv = qkv + qkv_bias[layer].to(dtype)
             heads = qkv.reshape(block, q_heads + 2 * kv_heads, head_dim)
             q, k, v = heads[:, :q_heads], heads[:, q_heads : q_heads + kv_heads], heads[:, q_heads + kv_heads :]
             if q_norm is not None:
@@ -106,12 +103,12 @@ def draft_forward(
                 scores = (q[:, head] @ keys[:, head // group].T).to(torch.promote_types(dtype, torch.float32)) * scale
                 weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1).to(dtype)
                 merged.append(weights @ values[:, head // group])
-            attended = torch.cat(merged, dim=-1) @ cast(o_weight[layer]).T
+            attended = torch.cat(merged, dim=-1) @ o_weight[layer].to(dtype).T
             if o_bias is not None:
-                attended = attended + cast(o_bias[layer])
+                attended = attended + o_bias[layer].to(dtype)
             x = x + attended
             h = _norm(x, post_norm[layer], eps)
-            gate, up = (h @ cast(gate_up_weight[layer]).T).chunk(2, dim=-1)
-            x = x + (gate * torch.sigmoid(gate) * up) @ cast(down_weight[layer]).T
+            gate, up = (h @ gate_up_weight[layer].to(dtype).T).chunk(2, dim=-1)
+            x = x + (gate * torch.sigmoid(gate) * up) @ down_weight[layer].to(dtype).T
         rows.append(_norm(x, final_norm, eps))
     return torch.cat(rows) if rows else embed_weight.new_empty((0, embed_weight.shape[1])).to(dtype)
