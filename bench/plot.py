@@ -13,20 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.results import preferred_rows
+
 __all__ = ["draw"]
 
 _COLOURS = ("#4477aa", "#66a182", "#ccaa44", "#aa6677", "#775599", "#55a0b4", "#888888")
 _BASELINE = "#222222"
-
-
-def _drawn_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = [row for row in run["rows"] if row["pct_ceiling"] is not None]
-    cold = {(row["suite"], row["op"], row["shape"], row["dtype"]) for row in rows if row["cache"] == "cold"}
-    return [
-        row
-        for row in rows
-        if row["cache"] == "cold" or (row["suite"], row["op"], row["shape"], row["dtype"]) not in cold
-    ]
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
@@ -37,7 +29,7 @@ def draw(run: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    rows = _drawn_rows(run)
+    rows = [row for row in preferred_rows(run["rows"]) if row["pct_ceiling"] is not None]
     suites = list(dict.fromkeys(row["suite"] for row in rows))
     height = 1.6 + 0.27 * len(rows) + 0.3 * len(suites)
     figure, axis = pyplot.subplots(figsize=(13, height), layout="constrained")

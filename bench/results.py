@@ -1,5 +1,7 @@
 """Handles a run's JSON file: `python -m bench.results FILE...` files its rows as bench/results/<card>/<suite>.json.
 
+`--markdown FILE...` prints a table of the files' rows (of an op's two cache states the cold one), `--readme README.md`
+puts that table of all filed results between the lines `<!-- bench:begin -->` and `<!-- bench:end -->` of a document.
 `--remaining FILE` prints the suites that a run cut short has not reached, for a second run in a fresh process;
 `--show FILE` prints its rows as the run did.
 """
@@ -60,27 +62,89 @@ def show(run: dict[str, Any]) -> None:
             print(f"# {suite}: geomean of ours / best baseline: {mean:.3f}")
 
 
+def preferred_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of an op's two cache states at one shape only the cold one, where there is one."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["suite"], row["op"], row["shape"], row["dtype"]
+
+    cold = {key(row) for row in rows if row["cache"] == "cold"}
+    return [row for row in rows if row["cache"] == "cold" or key(row) not in cold]
+
+
+def markdown(runs: Sequence[dict[str, Any]]) -> str:
+    """One table a card; the numbers come from the files alone."""
+    lines: list[str] = []
+    for card in dict.fromkeys(run["card"] for run in runs):
+        of_card = [run for run in runs if run["card"] == card]
+        stamps = dict.fromkeys(f"torch {run['torch']}, commit {run['commit']}, {run['date'][:10]}" for run in of_card)
+        lines += [f"{card} ({'; '.join(stamps)}):", ""]
+        lines += ["| op | shape | dtype | ours us | best baseline | its us | ours / it | % of ceiling |"]
+        lines += ["|---|---|---|---:|---|---:|---:|---:|"]
+        for run in of_card:
+            for row in preferred_rows(run["rows"]):
+                cells = [row["op"], row["shape"], row["dtype"], f"{row['ours_us']:.1f}"]
+                cells += [row["baseline"], f"{row['baseline_us']:.1f}"] if row["baseline_us"] else ["none", ""]
+                cells += [f"{row['ratio']:.2f}" if row["ratio"] else ""]
+                cells += [f"{row['pct_ceiling']:.0f}" if row["pct_ceiling"] is not None else ""]
+                lines.append(f"| {' | '.join(cells)} |")
+        means = [f"{s} {mean:.2f}" for run in of_card for s, mean in run["geomean"].items() if mean is not None]
+        lines += ["", f"Geometric means of ours / best baseline: {', '.join(means) or 'none'}.", ""]
+    return "\n".join(lines)
+
+
+def put_between_marks(document: str, table: str) -> str:
+    """The document with `table` between its two marks.
+
+    Raises:
+        ValueError: it lacks the marks.
+    """
+    begin, end = (f"<!-- bench:{word} -->" for word in ("begin", "end"))
+    before, found, rest = document.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"the document must hold the lines {begin} and {end}")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(run, dict) or not isinstance(run.get("suites"), dict):
+        raise ValueError(f"{path}: not the file of a bench run")
+    return run
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 with one line when a file cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m bench.results", description="File or read a run's JSON.")
     parser.add_argument("file", nargs="+", type=Path)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--remaining", action="store_true", help="print the suites not started")
-    mode.add_argument("--show", action="store_true", help="print the rows")
+    mode.add_argument("--show", action="store_true", help="print the rows as the run did")
+    mode.add_argument("--markdown", action="store_true", help="print a table")
+    mode.add_argument("--readme", action="store_true", help="FILE is a document: renew the table between its marks")
     args = parser.parse_args(argv)
-    for path in args.file:
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(run["suites"], dict):
-                raise TypeError("suites must be an object")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"python -m bench.results: {path} is no bench run: {type(error).__name__}: {error}", file=sys.stderr)
-            return 2
+    try:
+        if args.readme:
+            path = args.file[0]
+            runs = [_read(found) for found in sorted(RESULTS.glob("*/*.json")) if found.stem != "acceptance"]
+            path.write_text(put_between_marks(path.read_text(encoding="utf-8"), markdown(runs)), encoding="utf-8")
+            return 0
+        runs = [_read(path) for path in args.file]
+    except (OSError, ValueError) as error:
+        print(f"python -m bench.results: {error}", file=sys.stderr)
+        return 2
+    if args.markdown:
+        print(markdown(runs))
+    for run in runs:
         if args.remaining:
             print(" ".join(remaining(run)))
         elif args.show:
             show(run)
-        else:
+        elif not args.markdown:
             for written in file_run(run, RESULTS):
                 print(written.relative_to(RESULTS.parent.parent))
     return 0

@@ -252,6 +252,33 @@ def test_results_are_filed_by_card_and_suite(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_table_in_a_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table takes the cold row where there are two, and renewing it twice changes nothing else."""
+    run = make_run(tmp_path, commit="abc")
+    run.state["engine"] = "done"
+    hot = {**engine_row().__dict__, "cache": "hot", "ours_us": 77.0}
+    run.rows += [engine_row(), Row(**hot)]
+    run.save()
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    results.file_run(run.as_json(), results.RESULTS)
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    assert results.main(["--readme", str(document)]) == 0
+    once = document.read_text()
+    assert once.startswith("before\n<!-- bench:begin -->\nSome Card (80 GB) (torch") and once.endswith(
+        "end -->\nafter\n"
+    )
+    assert "| generate | pair | fp32 | 10.0 | plain | 30.0 | 0.33 |  |" in once
+    assert "old" not in once and "77.0" not in once and "engine 0.33" in once
+    assert results.main(["--readme", str(document)]) == 0
+    assert document.read_text() == once
+    document.write_text("no marks")
+    assert results.main(["--readme", str(document)]) == 2
+    assert "bench:begin" in capsys.readouterr().err
+
+
 def test_plot_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     from bench.plot import draw
