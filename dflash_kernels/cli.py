@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dflash_kernels
+
 if TYPE_CHECKING:
     from dflash_kernels.engine import Engine, GenerationResult, SamplingParams
 
@@ -153,6 +155,8 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _import_torch() -> Any:
+    if dflash_kernels.load_error is not None:
+        raise UsageError(str(dflash_kernels.load_error))
     try:
         import torch
         from transformers.utils import logging
