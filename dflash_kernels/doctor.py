@@ -149,28 +149,26 @@ def _check_device() -> Finding:
 
 
 def _check_ops() -> Finding:
-    """A greedy accept step with a known outcome, on every device there is."""
+    """Block preparation with a known outcome, on every device there is."""
     if dflash_kernels.load_error is not None:
         return Finding("ops", "fault", "not run: the library is not loaded", "see library")
     import torch
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
-        candidates = torch.tensor([[7, 1, 2, 3], [7, 4, 5, 6]], device=device)
-        target = torch.tensor([[1, 2, 9, 0], [8, 5, 6, 0]], device=device)
-        prefix_lens = torch.tensor([10, 20], device=device)
-        outputs = dflash_kernels.ops.verify_block(candidates, target, prefix_lens)
-        accept, commit, bonus, _, new_lens = [tensor.tolist() for tensor in outputs]
-        got = (accept, commit, bonus, new_lens)
-        expected = ([2, 0], [3, 1], [9, 8], [13, 21])
+        table = torch.arange(100, 112, dtype=torch.int32, device=device).view(2, 6)
+        anchors, lengths, rows = (torch.tensor(values, device=device) for values in ([7, 8], [1, 3], [1, 0]))
+        outputs = dflash_kernels.ops.prepare_block(anchors, lengths, rows, table, 3, 9)
+        got = [tensor.tolist() for tensor in outputs]
+        expected = [[[7, 9, 9], [8, 9, 9]], [[1, 2, 3], [3, 4, 5]], [[107, 108, 109], [103, 104, 105]]]
         if got != expected:
             return Finding(
                 "ops",
                 "fault",
-                f"verify_block on {device} gave {got}, expected {expected}",
+                f"prepare_block on {device} gave {got}, expected {expected}",
                 "install again; if it stays, report it with the output of `dflash-kernels info`",
             )
-    return Finding("ops", "ok", f"verify_block gives the known result on {' and '.join(devices)}")
+    return Finding("ops", "ok", f"prepare_block gives the known result on {' and '.join(devices)}")
 
 
 def _check_demo() -> Finding:

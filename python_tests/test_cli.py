@@ -55,10 +55,10 @@ def save_target(path: Path, family: str) -> None:
 
 
 def save_drafter(path: Path, hidden: int = HIDDEN, taps: tuple[int, ...] = (0, 2), vocab: int = VOCAB) -> None:
-    """A random drafter checkpoint in the published z-lab layout: 2 layers, 6/2 heads of 8, blocks of 8."""
+    """A random drafter checkpoint in the published z-lab layout: 2 layers, 6/2 heads of 32, blocks of 8."""
     from safetensors.torch import save_file
 
-    layers, heads, kv_heads, head_dim, inner = 2, 6, 2, 8, 64
+    layers, heads, kv_heads, head_dim, inner = 2, 6, 2, 32, 64
     config = {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",

@@ -16,7 +16,7 @@ from dflash_kernels.model.config import load_config, parse_config
 from dflash_kernels.model.drafter import Drafter, load_drafter
 from dflash_kernels.model.weights import shard_weights
 
-L, H, I, HQ, HKV, D, V, K = 3, 48, 64, 6, 2, 8, 97, 2  # noqa: E741 - the project's letters
+L, H, I, HQ, HKV, D, V, K = 3, 48, 64, 6, 2, 32, 97, 2  # noqa: E741 - the project's letters
 
 
 def z_lab(**changes: Any) -> dict[str, Any]:
@@ -155,7 +155,9 @@ def test_speculators_sliding_layers() -> None:
         ({"layer_types": ["sliding_attention"] * 3, "sliding_window": 8, "use_sliding_window": False}, "must be true"),
         ({"rope_scaling": {"type": "longrope"}}, "default, linear, yarn, llama3, got longrope"),
         ({"rope_scaling": {"type": "linear"}}, "factor of rope type linear must be a positive number, got None"),
-        ({"partial_rotary_factor": 0.4}, r"even and in 2..8 \(head_dim\), got 3"),
+        ({"partial_rotary_factor": 0.35}, r"even and in 2..32 \(head_dim\), got 11"),
+        ({"head_dim": 80}, r"head_dim must be one of \(32, 64, 96, 128, 256\), got 80"),
+        ({"block_size": 33}, "block_size must be at most 32, got 33"),
     ],
 )  # fmt: skip
 def test_config_errors_name_key_expected_and_got(changes: dict[str, Any], message: str) -> None:
@@ -243,12 +245,12 @@ def test_rope_tables_equal_transformers(scaling: dict[str, Any]) -> None:
 
 
 def test_partial_rotary_width() -> None:
-    assert parse_config(z_lab(partial_rotary_factor=0.5)).rope.rotary_dim == 4
-    parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [1]}
-    assert parse_config(z_lab(rope_parameters=parameters)).rope.rotary_dim == 2
+    assert parse_config(z_lab(partial_rotary_factor=0.5)).rope.rotary_dim == 16
+    parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [4]}
+    assert parse_config(z_lab(rope_parameters=parameters)).rope.rotary_dim == 8
     # An explicit rope_dim is what was trained; the partial factor was only copied from the target.
     assert parse_config(z_lab(rope_parameters=parameters | {"rope_dim": D})).rope.rotary_dim == D
-    assert parse_config(z_lab(partial_rotary_factor=0.5)).rope.cos_sin_table(7).shape == (7, 4)
+    assert parse_config(z_lab(partial_rotary_factor=0.5)).rope.cos_sin_table(7).shape == (7, 16)
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------

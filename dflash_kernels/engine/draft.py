@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """A drafter that still has to be given its target's embedding and LM head."""
+
+    @property
+    def bound(self) -> bool:
+        """Whether it has them."""
+
+    def bind(self, target: nn.Module) -> Any:
+        """Take them from a transformers causal LM, and move to its device."""
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Allocate once what steps of up to ``batch`` blocks and injections of up to ``tokens`` rows need."""
 
 
 @runtime_checkable

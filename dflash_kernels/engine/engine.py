@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dflash_kernels.engine.draft import DrafterLike
+from dflash_kernels.engine.draft import Bindable, DrafterLike
 from dflash_kernels.engine.kv_pool import DrafterKvPool
 from dflash_kernels.engine.sampling import SamplingParams
 from dflash_kernels.engine.stats import EngineStats, RequestStats
@@ -105,7 +105,8 @@ class Engine:
 
     Args:
         target: transformers causal LM on its device.
-        drafter: a drafter bound to that target (:class:`DrafterLike`); None allows only plain decoding.
+        drafter: a drafter (:class:`DrafterLike`), bound to that target here if it is not yet; None allows only plain
+            decoding.
         tokenizer: transformers tokenizer; needed for string prompts and for text in the results.
         max_batch: requests that run at the same time; more prompts wait.
         max_len: longest text, prompt included, in tokens.
@@ -151,6 +152,10 @@ class Engine:
         max_positions = max_len + 2 * self.block_size
         if drafter is not None:
             check_fit(target, drafter, max_positions)
+            if isinstance(drafter, Bindable):
+                if not drafter.bound:
+                    drafter.bind(target)
+                drafter.reserve(max_batch, max(prefill_chunk, max_batch * self.block_size))
         taps = drafter.target_layer_ids if drafter is not None else ()
         self.target = TargetRunner(target, taps, rows=max_batch, max_positions=max_positions)
         self.device = self.target.device

@@ -18,6 +18,9 @@ from dflash_kernels.model.rope import RopeConfig, parse_rope
 
 Layout = Literal["z-lab", "speculators"]
 _MISSING = object()
+# What the kernels are made for.
+_HEAD_DIMS = (32, 64, 96, 128, 256)
+_MAX_BLOCK, _MAX_LAYERS, _MAX_TAPS = 32, 16, 8
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,21 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> DrafterCon
     vocab_size = reader.integer("vocab_size")
     mask_token_id = reader.integer("mask_token_id", minimum=0)
     windows, causal = _attention_kinds(reader, num_layers)
+    block_size = reader.integer("block_size", minimum=2, default=16)
+    target_layer_ids = _target_layer_ids(reader, num_layers)
+    if head_dim not in _HEAD_DIMS:
+        raise ValueError(f"{source}: head_dim must be one of {_HEAD_DIMS}, got {head_dim}")
+    for what, value, limit in (
+        ("block_size", block_size, _MAX_BLOCK),
+        ("num_hidden_layers", num_layers, _MAX_LAYERS),
+        ("number of tapped layers", len(target_layer_ids), _MAX_TAPS),
+    ):
+        if value > limit:
+            raise ValueError(f"{source}: {what} must be at most {limit}, got {value}")
     return DrafterConfig(
-        block_size=reader.integer("block_size", minimum=2, default=16),
+        block_size=block_size,
         mask_token_id=mask_token_id,
-        target_layer_ids=_target_layer_ids(reader, num_layers),
+        target_layer_ids=target_layer_ids,
         num_layers=num_layers,
         hidden_size=hidden_size,
         intermediate_size=reader.integer("intermediate_size"),

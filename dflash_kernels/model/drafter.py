@@ -144,8 +144,7 @@ class Drafter:
         rows = block_ids.numel()
         w = self.weights
         buffer, workspace = self._draft_buffers.at_least(block_ids.shape[0])
-        out = buffer[:rows]
-        ops.draft_forward_out(
+        return ops.draft_forward(
             block_ids,
             positions,
             prefix_lens,
@@ -169,10 +168,9 @@ class Drafter:
             self._windows,
             self._causal,
             self.config.rms_norm_eps,
-            out=out,
+            out=buffer[:rows],
             workspace=workspace,
         )
-        return out
 
     def inject(
         self,
@@ -234,19 +232,10 @@ class Drafter:
     def _new_draft_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         c, rows = self.config, batch * self.config.block_size
         out = torch.empty((rows, c.hidden_size), dtype=self.dtype, device=self.device)
-        workspace = ops.draft_forward_workspace(
-            batch,
-            c.block_size,
-            c.hidden_size,
-            c.intermediate_size,
-            c.num_heads,
-            c.num_kv_heads,
-            c.head_dim,
-            c.num_layers,
-            dtype=self.dtype,
-            device=self.device,
+        size = ops.draft_forward_workspace(
+            batch, c.block_size, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
         )
-        return out, workspace
+        return out, torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _new_inject_buffers(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         c = self.config
