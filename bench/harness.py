@@ -125,13 +125,13 @@ class Row:
         rate = f"{self.gbps:>6.0f} GB/s" if self.gbps is not None else f"{'':>11}"
         ceiling = f"{self.pct_ceiling:>4.0f}%" if self.pct_ceiling is not None else f"{'':>5}"
         return (
-            f"{self.op:<22} {self.shape:<48} {self.dtype:<5} {self.regime:<10} {self.cache:<4} "
+            f"{self.op:<25} {self.shape:<48} {self.dtype:<5} {self.regime:<10} {self.cache:<4} "
             f"{self.ours_us:>8.1f}us | {against} | {rate} {ceiling}"
         )
 
 
 HEADER = (
-    f"{'op':<22} {'shape':<48} {'dtype':<5} {'regime':<10} {'cache':<4} {'ours':>10} | "
+    f"{'op':<25} {'shape':<48} {'dtype':<5} {'regime':<10} {'cache':<4} {'ours':>10} | "
     f"{'best baseline':>42} {'':>10} {'ratio':>6} | {'GB/s':>11} {'ceil.':>5}"
 )
 
