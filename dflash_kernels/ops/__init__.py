@@ -2,6 +2,7 @@
 
 from dflash_kernels.ops.alloc import init_free_pages, prepare_block, release_kv_slots, reserve_kv_slots
 from dflash_kernels.ops.dflash2 import grouped_conv, select_path
+from dflash_kernels.ops.draft import draft_forward, draft_forward_workspace
 from dflash_kernels.ops.head import (
     lm_head_argmax,
     lm_head_topk,
@@ -9,7 +10,6 @@ from dflash_kernels.ops.head import (
     lm_head_workspace,
     verify_block_from_hidden,
 )
-from dflash_kernels.ops.draft import draft_forward, draft_forward_workspace
 from dflash_kernels.ops.inject import inject_kv, inject_kv_workspace
 
 __all__ = [

@@ -76,8 +76,8 @@ def draft_forward(
         x      += (silu(g) * u) @ down_weight.T
 
     Context key j of request b is ``k_caches[l][req_to_token[req_pool_indices[b], j]]``, j < ``prefix_lens[b]``, already
-    normed and rotated (:func:`inject_kv` writes it). A query at position q sees it if ``window == 0 or q - j < window``;
-    it sees its block's own key at position p if ``(not causal or p <= q) and (window == 0 or |q - p| < window)``. The
+    normed and rotated (:func:`inject_kv` writes it). A query at q sees it if ``window == 0 or q - j < window``. It sees
+    its block's own key at position p if ``(not causal or p <= q) and (window == 0 or |q - p| < window)``. The
     block's own K and V are not written to the caches. Softmax and sums are in float32; results of each line above, the
     normed q and k and the rotated q and k are rounded to the dtype of the weights.
 
