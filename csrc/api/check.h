@@ -33,24 +33,35 @@ template <typename... Parts>
 }
 
 // DFLASH_CHECK("verify_block", t <= 32, "candidates", "have at most 32 columns", t)
-#define DFLASH_CHECK(op, condition, argument, expected, got)                             \
-  do {                                                                                   \
+#define DFLASH_CHECK(op, condition, argument, expected, got)                                \
+  do {                                                                                      \
     if (!(condition)) ::dflash::api::fail(op, argument, " must ", expected, ", got ", got); \
   } while (0)
 
 inline const char* dtype_name(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -70,32 +81,39 @@ inline std::string device_text(const Tensor& tensor) {
 
 inline void check_dtype(const char* op, const char* argument, const Tensor& tensor,
                         std::initializer_list<ScalarType> allowed) {
-  std::string expected;
+  const ScalarType got = tensor.scalar_type();
   for (ScalarType type : allowed) {
-    if (tensor.scalar_type() == type) return;
-    expected += (expected.empty() ? "" : " or ") + std::string(dtype_name(type));
+    if (got == type) return;
   }
-  fail(op, argument, " must have dtype ", expected, ", got ", dtype_name(tensor.scalar_type()));
+  std::string expected;
+  for (ScalarType type : allowed) expected += (expected.empty() ? "" : " or ") + std::string(dtype_name(type));
+  fail(op, argument, " must have dtype ", expected, ", got ", dtype_name(got));
 }
 
 inline void check_index_dtype(const char* op, const char* argument, const Tensor& tensor) {
   check_dtype(op, argument, tensor, {ScalarType::Int, ScalarType::Long});
 }
 
-// -1 in `expected` leaves that size free.
+// -1 in `expected` leaves that size free. Builds text only to complain: some ops check a dozen tensors a call.
 inline void check_shape(const char* op, const char* argument, const Tensor& tensor,
                         std::initializer_list<int64_t> expected) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
   int64_t axis = 0;
-  std::ostringstream text;
-  text << '[';
   for (int64_t size : expected) {
-    if (same && size >= 0 && tensor.size(axis) != size) same = false;
-    if (axis++) text << ", ";
-    size < 0 ? text << '*' : text << size;
+    if (!same) break;
+    same = size < 0 || tensor.size(axis) == size;
+    ++axis;
   }
-  text << ']';
-  DFLASH_CHECK(op, same, argument, "have shape " + text.str(), shape_text(tensor));
+  if (same) return;
+  std::ostringstream text;
+  const char* separator = "[";
+  for (int64_t size : expected) {
+    text << separator;
+    size < 0 ? text << '*' : text << size;
+    separator = ", ";
+  }
+  if (expected.size() == 0) text << '[';
+  fail(op, argument, " must have shape ", text.str(), "], got ", shape_text(tensor));
 }
 
 inline void check_same_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& first) {

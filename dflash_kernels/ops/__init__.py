@@ -1,6 +1,12 @@
 """The Python face of `torch.ops.dflash`, one module per op group."""
 
-from dflash_kernels.ops.alloc import init_free_pages, prepare_block, release_kv_slots, reserve_kv_slots
+from dflash_kernels.ops.alloc import (
+    init_free_pages,
+    prepare_block,
+    release_kv_slots,
+    reserve_and_prepare_block,
+    reserve_kv_slots,
+)
 from dflash_kernels.ops.dflash2 import grouped_conv, select_path
 from dflash_kernels.ops.draft import draft_forward, draft_forward_workspace
 from dflash_kernels.ops.head import (
@@ -25,6 +31,7 @@ __all__ = [
     "lm_head_workspace",
     "prepare_block",
     "release_kv_slots",
+    "reserve_and_prepare_block",
     "reserve_kv_slots",
     "select_path",
     "verify_block_from_hidden",

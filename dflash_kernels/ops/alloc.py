@@ -10,8 +10,18 @@ State of one allocator (all on one device; :func:`init_free_pages` makes the las
   batch, then of the positions; pushes append at ``(head + count) % P`` in the same order. So the pages that a call
   hands out are the same on every device.
 
-A block in flight is over-reserved (its length is not known before it is verified); :func:`release_kv_slots` gives back
-what was not committed.
+A block in flight is over-reserved (its length is not known before it is verified). What was not committed is either
+kept, as the next block needs it, or given back by :func:`release_kv_slots`.
+
+Too few pages: on the CPU an error. On CUDA, where the host does not wait, a call is then refused whole: no page moves,
+and ``ring[2]`` (``missing``) rises to the number of pages that lacked. It keeps the largest such number until the
+caller clears it, so that a host that looks now and then misses no failure. It should never come to this: the host keeps
+its own books (:class:`dflash_kernels.ledger.KvLedger`), never below what the device holds, and refuses before the
+launch.
+
+Indices lie on the device, so on CUDA their values are checked only under DFLASH_DEBUG=1, synchronously, with the errors
+of the CPU (not while a graph is captured). Unchecked, a row outside the table takes no part (slots 0) and lengths are
+clamped to the table: no input reaches memory outside the tensors. Rows given twice break the books.
 """
 
 from __future__ import annotations
@@ -20,7 +30,7 @@ import torch
 
 from dflash_kernels.ops._errors import dflash_errors
 
-__all__ = ["init_free_pages", "prepare_block", "release_kv_slots", "reserve_kv_slots"]
+__all__ = ["init_free_pages", "prepare_block", "release_kv_slots", "reserve_and_prepare_block", "reserve_kv_slots"]
 
 _BlockTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -77,7 +87,7 @@ def prepare_block(
 
     Raises:
         ValueError: wrong shape, dtype, device or stride; on the CPU (on CUDA only under DFLASH_DEBUG=1) also a row
-            outside the table or a negative length. Unchecked, such a request gets slots 0.
+            outside the table or a negative length.
 
     Source: SGLang's preparation of a DFLASH draft block (speculative/dflash_worker_v2.py).
     """
@@ -111,8 +121,7 @@ def reserve_kv_slots(
     """Make the pages of each row cover at least its target length; rows that already do keep what they have.
 
     Pops ``ceil(target_lens[b] / page_size) - alloc_lens[row] / page_size`` pages (if positive) for each request and
-    writes their slots into ``req_to_token``. All requests are served, or none: if the free list is too short nothing
-    changes, which the CPU reports as an error and CUDA, where the host does not wait, in ``ring[2]`` (see Raises).
+    writes their slots into ``req_to_token``. All requests are served, or none.
 
     Args:
         req_to_token, alloc_lens, free_pages, ring: the allocator's state, see the module's docstring; written.
@@ -123,9 +132,6 @@ def reserve_kv_slots(
     Raises:
         ValueError: wrong shape, dtype, device or stride; on the CPU (on CUDA only under DFLASH_DEBUG=1) also rows
             outside the table or not distinct, lengths out of range, too few free pages. Nothing has changed then.
-            On CUDA without the check too few pages set ``ring[2]`` to the number that was missing; it stays until
-            the caller clears it. The host keeps its own books (:class:`dflash_kernels.ledger.KvLedger`) so that it
-            does not come to this.
     """
     torch.ops.dflash.reserve_kv_slots.default(
         req_to_token, alloc_lens, free_pages, ring, req_pool_indices, target_lens, page_size
@@ -159,6 +165,64 @@ def release_kv_slots(
     torch.ops.dflash.release_kv_slots.default(
         req_to_token, alloc_lens, free_pages, ring, req_pool_indices, keep_lens, page_size
     )
+
+
+@dflash_errors
+def reserve_and_prepare_block(
+    req_to_token: torch.Tensor,
+    alloc_lens: torch.Tensor,
+    free_pages: torch.Tensor,
+    ring: torch.Tensor,
+    anchor_ids: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    page_size: int,
+    mask_token_id: int,
+    *,
+    block_size: int,
+    reserve_tokens: int | None = None,
+    active: torch.Tensor | None = None,
+    out: _BlockTensors | None = None,
+) -> _BlockTensors:
+    """One launch for :func:`reserve_kv_slots` and :func:`prepare_block`: the start of a decode step.
+
+    Reserves pages for ``min(prefix_lens[b] + reserve_tokens, W)`` tokens of every active request, then prepares its
+    block. Slots of positions that are not covered (beyond the reservation or the table, inactive requests, a refused
+    call) are 0.
+
+    Args:
+        req_to_token, alloc_lens, free_pages, ring: the allocator's state, see the module's docstring; written.
+        anchor_ids, prefix_lens, req_pool_indices: ``[B]`` int32 or int64, as in :func:`prepare_block`; the rows of
+            active requests are distinct; prefix_lens in 0..W; B <= 4096.
+        page_size: 1..64.
+        block_size: T in 1..1024.
+        reserve_tokens: tokens beyond the prefix to cover, >= 0; None: T. More keeps a reserve for a step in flight.
+        active: ``[B]`` int32 or int64; 0 marks a padding row of the batch, whose row index is not used.
+        out: three contiguous int64 tensors ``[B, T]`` to write instead of new ones.
+
+    Returns:
+        ``block_ids``, ``positions``, ``slots``, each ``[B, T]`` int64.
+
+    Raises:
+        ValueError: as :func:`reserve_kv_slots`.
+    """
+    ops = torch.ops.dflash.reserve_and_prepare_block
+    state = (req_to_token, alloc_lens, free_pages, ring)
+    inputs = (anchor_ids, prefix_lens, req_pool_indices, page_size, mask_token_id)
+    if out is None:
+        return ops.default(*state, *inputs, block_size=block_size, reserve_tokens=reserve_tokens, active=active)
+    _check_block_size("reserve_and_prepare_block", out, block_size)
+    block_ids, positions, slots = out
+    ops.out(
+        *state,
+        *inputs,
+        reserve_tokens=reserve_tokens,
+        active=active,
+        block_ids=block_ids,
+        positions=positions,
+        slots=slots,
+    )
+    return out
 
 
 def _check_block_size(op: str, out: _BlockTensors, block_size: int) -> None:
@@ -222,5 +286,45 @@ def _(
     req_pool_indices: torch.Tensor,
     keep_lens: torch.Tensor,
     page_size: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("dflash::reserve_and_prepare_block")
+def _(
+    req_to_token: torch.Tensor,
+    alloc_lens: torch.Tensor,
+    free_pages: torch.Tensor,
+    ring: torch.Tensor,
+    anchor_ids: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    page_size: int,
+    mask_token_id: int,
+    *,
+    block_size: int,
+    reserve_tokens: int | None = None,
+    active: torch.Tensor | None = None,
+) -> _BlockTensors:
+    return _new_block(anchor_ids, block_size)
+
+
+@torch.library.register_fake("dflash::reserve_and_prepare_block.out")
+def _(
+    req_to_token: torch.Tensor,
+    alloc_lens: torch.Tensor,
+    free_pages: torch.Tensor,
+    ring: torch.Tensor,
+    anchor_ids: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    page_size: int,
+    mask_token_id: int,
+    *,
+    reserve_tokens: int | None = None,
+    active: torch.Tensor | None = None,
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
 ) -> None:
     return None
