@@ -416,34 +416,45 @@ def print_report(tool: str, report: ToolReport, timed_out: bool, exit_code: int 
     return clean
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a tool and the process it runs, which have a session of their own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def run_tools(sanitizer: str, tools: list[str], groups: list[str], out: Path, limit: float, sequential: bool) -> bool:
     """Run and report; whether everything is clean."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
     environment.pop("DFLASH_DEBUG", None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the tools are stopped below
     clean = True
     for batch in [[tool] for tool in tools] if sequential else [tools]:
         deadline = time.monotonic() + limit
-        running = {}
-        for tool in batch:
-            with (out / f"{tool}.log").open("w") as log:
-                running[tool] = subprocess.Popen(
-                    tool_command(sanitizer, tool, groups),
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                )
-        for tool, process in running.items():
-            timed_out = False
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                timed_out = True
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            text = (out / f"{tool}.log").read_text(errors="replace")
-            clean &= print_report(tool, parse_log(text, groups), timed_out, process.returncode)
-            sys.stdout.flush()
+        running: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            for tool in batch:
+                with (out / f"{tool}.log").open("w") as log:
+                    running[tool] = subprocess.Popen(
+                        tool_command(sanitizer, tool, groups),
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                        start_new_session=True,
+                    )
+            for tool, process in running.items():
+                timed_out = False
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    timed_out = True
+                    stop(process)
+                text = (out / f"{tool}.log").read_text(errors="replace")
+                clean &= print_report(tool, parse_log(text, groups), timed_out, process.returncode)
+                sys.stdout.flush()
+        finally:
+            for process in running.values():
+                stop(process)
     return clean
 
 
