@@ -42,6 +42,8 @@ class DrafterShape:
 
 
 QWEN3_8B = DrafterShape("qwen3-8b", L=5, K=5, H=4096, I=12288, Hq=32, Hkv=8, D=128, T=16, V=151936)
+# One of 8 tensor-parallel shards of a Qwen3.5-397B drafter.
+QWEN35_397B_TP8 = DrafterShape("qwen3.5-397b/8", L=6, K=8, H=4096, I=1536, Hq=4, Hkv=1, D=128, T=16, V=31040)
 # The demo target's sizes (SmolLM2-135M) with a drafter of the same width.
 DEMO = DrafterShape("demo", L=5, K=5, H=576, I=1536, Hq=9, Hkv=3, D=64, T=16, V=49152)
 # DFlash2 at 27B: T 8, conv taps 2 in groups of 16, selector rank 256 over 16 candidates.

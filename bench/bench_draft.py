@@ -1,0 +1,170 @@
+"""draft_forward at published drafter sizes against the same pass in torch: cuBLAS GEMMs, SDPA and small fused kernels.
+
+Baselines, with torch's version in the name: eager, and everything between GEMMs and attention under torch.compile, as
+engines fuse it. Both are favoured: their context lies dense in memory, with room behind it for the block's own keys and
+values, so that they gather nothing; and the query heads of a group are laid beside the block's tokens, so that SDPA
+reads each key once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from bench.harness import Calls, Case
+from bench.shapes import DEMO, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape
+from dflash_kernels import ops
+
+SUITE = "draft"
+EPS = 1e-6
+EMBED_ROWS = 4096  # a pass reads B * T rows, however many there are
+Function = Callable[..., torch.Tensor]
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, EPS)
+
+
+def _rotate(x: torch.Tensor, norm: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Norm and rotation of [B, T, heads, D] with cos_sin [B, T, 1, D]."""
+    x = F.rms_norm(x.float(), (x.shape[-1],), norm.float(), EPS)
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), cos_sin.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).bfloat16()
+
+
+def _split(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """qkv [B, T, heads, D]: own K and V go behind the context, q comes back as [B, Hkv, G * T, D]."""
+    batch, block, heads, head_dim = qkv.shape
+    kv_heads = keys.shape[1]
+    q, k, v = qkv.split((heads - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    keys[:, :, -block:] = _rotate(k, k_norm, cos_sin).transpose(1, 2)
+    values[:, :, -block:] = v.transpose(1, 2)
+    q = _rotate(q, q_norm, cos_sin).view(batch, block, kv_heads, -1, head_dim)
+    return q.permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+
+
+def _merge(attended: torch.Tensor, block: int) -> torch.Tensor:
+    batch, kv_heads, rows, head_dim = attended.shape
+    grouped = attended.view(batch, kv_heads, rows // block, block, head_dim)
+    return grouped.permute(0, 3, 1, 2, 4).reshape(batch * block, -1)
+
+
+def _gate(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _add(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x + y
+    return x, _norm(x, weight)
+
+
+@cache
+def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    return torch.compile(function)
+
+
+def _case(shape: DrafterShape, batch: int, context: int) -> Case:
+    rows = batch * shape.T
+    q_width, qkv_width = shape.Hq * shape.D, (shape.Hq + 2 * shape.Hkv) * shape.D
+
+    def make(device: torch.device) -> Calls:
+        def draw(*size: int, std: float = 0.02, mean: float = 0.0) -> torch.Tensor:
+            return torch.empty(*size, device=device, dtype=torch.bfloat16).normal_(mean, std)
+
+        pool = batch * context + 1
+        k_caches = [draw(pool, shape.Hkv, shape.D, std=1.0) for _ in range(shape.L)]
+        v_caches = [draw(pool, shape.Hkv, shape.D, std=1.0) for _ in range(shape.L)]
+        req_to_token = torch.randperm(pool - 1, device=device, dtype=torch.int32).view(batch, context) + 1
+        slots = req_to_token.long()
+        prefix_lens = torch.full((batch,), context, device=device)
+        request_rows = torch.arange(batch, device=device)
+        positions = prefix_lens[:, None] + torch.arange(shape.T, device=device)
+        block_ids = torch.randint(0, EMBED_ROWS, (batch, shape.T), device=device)
+        embed_weight = draw(EMBED_ROWS, shape.H, std=1.0)
+        norms = [draw(shape.L, width, mean=1.0) for width in (shape.H, shape.D, shape.D, shape.H)]
+        input_norm, q_norm, k_norm, post_norm = norms
+        final_norm = draw(shape.H, mean=1.0)
+        qkv_weight, o_weight = draw(shape.L, qkv_width, shape.H), draw(shape.L, shape.H, q_width)
+        gate_up_weight, down_weight = draw(shape.L, 2 * shape.I, shape.H), draw(shape.L, shape.H, shape.I)
+        angles = torch.rand(context + shape.T, shape.D // 2, device=device) * 6
+        cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        out = torch.empty(rows, shape.H, device=device, dtype=torch.bfloat16)
+        size = ops.draft_forward_workspace(batch, shape.T, shape.H, shape.I, shape.Hq, shape.Hkv, shape.D)
+        workspace = torch.empty(size, device=device, dtype=torch.uint8)
+        windows, causal = [0] * shape.L, [0] * shape.L
+
+        def ours() -> torch.Tensor:
+            return ops.draft_forward(
+                block_ids, positions, prefix_lens, request_rows, req_to_token,
+                k_caches, v_caches, embed_weight, input_norm, qkv_weight, None, q_norm, k_norm, o_weight, None,
+                post_norm, gate_up_weight, down_weight, final_norm, cos_sin, windows, causal, EPS, out=out,
+                workspace=workspace,
+            )  # fmt: skip
+
+        def dense(cache: torch.Tensor) -> torch.Tensor:
+            filled = cache.new_empty(batch, shape.Hkv, context + shape.T, shape.D)
+            filled[:, :, :context] = cache[slots].transpose(1, 2)
+            return filled
+
+        dense_k = [dense(cache) for cache in k_caches]
+        dense_v = [dense(cache) for cache in v_caches]
+
+        def forward(
+            norm: Function, split: Function, merge: Function, gate: Function, add: Callable[..., tuple]
+        ) -> torch.Tensor:
+            table = cos_sin[positions][:, :, None]
+            x = F.embedding(block_ids.view(-1), embed_weight)
+            h = norm(x, input_norm[0])
+            for layer in range(shape.L):
+                qkv = F.linear(h, qkv_weight[layer]).view(batch, shape.T, -1, shape.D)
+                keys, values = dense_k[layer], dense_v[layer]
+                q = split(qkv, q_norm[layer], k_norm[layer], table, keys, values)
+                attended = merge(F.scaled_dot_product_attention(q, keys, values), shape.T)
+                x, h = add(x, F.linear(attended, o_weight[layer]), post_norm[layer])
+                activated = gate(F.linear(h, gate_up_weight[layer]))
+                following = input_norm[layer + 1] if layer + 1 < shape.L else final_norm
+                x, h = add(x, F.linear(activated, down_weight[layer]), following)
+            return h
+
+        pieces = (_norm, _split, _merge, _gate, _add)
+        baselines = {f"torch eager {torch.__version__}": lambda: forward(*pieces)}
+        if device.type == "cuda":
+            fused = f"torch compile + SDPA {torch.__version__}"
+            baselines[fused] = lambda: forward(*map(_compiled, pieces))
+        return Calls(ours, baselines)
+
+    weights = shape.L * shape.layer_weights
+    return Case(
+        suite=SUITE,
+        op="draft_forward",
+        shape=f"{shape.sizes()} B{batch} T{shape.T} ctx{context}",
+        dtype="bf16",
+        regime="latency" if rows <= 64 else "throughput",
+        bytes=2 * (weights + batch * context * shape.kv_token),
+        flops=2 * rows * weights + 4 * rows * q_width * (context + shape.T) * shape.L,
+        stream="read",
+        make=make,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Published sizes at context 1024, one shard of a large drafter, and one long context."""
+    if device.type != "cuda":
+        yield _case(TINY, 2, 64)
+        return
+    for shape in (QWEN3_8B, QWEN35_397B_TP8, DEMO):
+        for batch in (1, 32) if quick else (1, 4, 8, 32):
+            yield _case(shape, batch, 1024)
+    if not quick:
+        yield _case(QWEN3_8B, 1, 32768)
