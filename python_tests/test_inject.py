@@ -238,7 +238,7 @@ def test_a_small_workspace_means_chunks_not_other_results(device: str, rng: torc
         inputs,
         k_caches=[c.clone() for c in inputs.k_caches],
         v_caches=[c.clone() for c in inputs.v_caches],
-        workspace=inputs.workspace[:11].contiguous(),
+        workspace=inject_kv_workspace(11, 64, 2, 2, 32, device=device),
     )
     inputs.run()
     chunked.run()
@@ -250,6 +250,25 @@ def test_long_prefill(device: str, rng: torch.Generator) -> None:
     inputs = make(rng, device, batch=rows, block=1, hidden=32, num_taps=2, layers=2, heads=1, dim=16)
     inputs.workspace = inject_kv_workspace(rows, 32, 2, 1, 16, device=device, max_rows=1500)
     check_against_reference(inputs)
+
+
+@pytest.mark.parametrize(("batch", "block"), [(40, 16), (1100, 2), (2, 100)])
+def test_many_requests(device: str, rng: torch.Generator, batch: int, block: int) -> None:
+    """Rows enough that CUDA gathers the live ones; requests beyond one scan; blocks too long to be gathered."""
+    commit = torch.randint(0, block + 1, (batch,), generator=rng).tolist()
+    inputs = make(rng, device, batch=batch, block=block, commit=commit, num_taps=2, heads=1, dim=16)
+    dead = torch.ones(batch * block, dtype=torch.bool, device=device)
+    dead[live_rows(batch * block, inputs.commit_lens)] = False
+    clean = [tap.clone() for tap in inputs.taps]
+    for tap in inputs.taps:
+        tap[dead] = float("nan")
+    inputs.run()
+    inputs.taps = clean
+    written = inputs.caches()
+    for cache in inputs.k_caches + inputs.v_caches:
+        cache.fill_(POISON)
+    check_against_reference(inputs)
+    assert torch.equal(inputs.caches(), written)
 
 
 def test_strided_caches(device: str, rng: torch.Generator) -> None:
@@ -320,7 +339,7 @@ def b16(*shape: int) -> torch.Tensor:
         ({"v_caches": [b16(51, 2, 32)]}, r"v_caches must hold as many layers as k_caches \(2\), got 1"),
         ({"v_caches": [b16(51, 2, 32), b16(50, 2, 32)]}, r"v_caches\[1\] must have shape \[51, 2, 32\]"),
         ({"k_caches": [b16(51, 2, 31)] * 2}, r"k_caches\[0\].size\(2\) must be even and in 2..256, got 31"),
-        ({"workspace": b16(100)}, r"workspace must hold at least 2560 elements, got 100"),
+        ({"workspace": b16(100)}, r"workspace must hold at least 2584 elements, got 100"),
     ],
 )
 def test_errors_name_the_argument(device: str, rng: torch.Generator, changes: dict[str, object], message: str) -> None:

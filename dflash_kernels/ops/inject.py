@@ -29,10 +29,12 @@ def inject_kv_workspace(
     More rows than that go through in chunks, so ``max_rows`` bounds the memory, not the call.
 
     Returns:
-        ``[min(num_rows, max_rows), H + L * 2 * Hkv * D]``, at least one row, of the weights' dtype.
+        A vector of ``8 + min(num_rows, max_rows) * (H + L * 2 * Hkv * D + 2)`` elements, at least one row's, of the
+        weights' dtype.
     """
     rows = max(1, min(num_rows, max_rows))
-    return torch.empty(rows, hidden_size + num_layers * 2 * num_kv_heads * head_dim, dtype=dtype, device=device)
+    row_elements = hidden_size + num_layers * 2 * num_kv_heads * head_dim + 2
+    return torch.empty(8 + rows * row_elements, dtype=dtype, device=device)
 
 
 @dflash_errors

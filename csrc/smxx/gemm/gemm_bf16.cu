@@ -117,12 +117,13 @@ void launch(const GemmParams& p, cudaStream_t stream) {
 
 void launch_gemm_bf16(const GemmParams& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return;
-  const int64_t huge_tiles = (p.m + HugeM::BM - 1) / HugeM::BM * ((p.n + HugeM::BN - 1) / HugeM::BN);
-  if (p.m <= 16) {
+  const int64_t m = p.expected_live > 0 ? p.expected_live : p.m;
+  const int64_t huge_tiles = (m + HugeM::BM - 1) / HugeM::BM * ((p.n + HugeM::BN - 1) / HugeM::BN);
+  if (m <= 16) {
     launch<SmallM>(p, stream);
-  } else if (p.m <= 64) {
+  } else if (m <= 64) {
     launch<MediumM>(p, stream);
-  } else if (p.m <= 128 || huge_tiles < kHugeTiles) {
+  } else if (m <= 128 || huge_tiles < kHugeTiles) {
     launch<LargeM>(p, stream);
   } else {
     launch<HugeM>(p, stream);

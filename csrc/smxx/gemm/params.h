@@ -27,10 +27,13 @@ struct GemmParams {
   uint16_t* c = nullptr;               // [M, N]; gated: [M, N / 2]
   int64_t c_stride = 0;                // elements between rows
   int64_t m = 0;
-  int64_t n = 0;       // even
-  int64_t k = 0;       // all sources together; K / num_sources is a multiple of 8
-  LiveRows live;       // dead rows are neither loaded nor stored
-  bool gated = false;  // silu(first half of N) * second half; N / 2 is a multiple of 8, no residual
+  int64_t n = 0;  // even
+  int64_t k = 0;  // all sources together; K / num_sources is a multiple of 8
+  LiveRows live;  // dead rows are neither loaded nor stored
+  // Row of A that makes row m of C, for m live: gathers rows on the way. nullptr: m itself.
+  const int32_t* a_rows = nullptr;
+  int64_t expected_live = 0;  // rows likely to be live, to choose tiles by; 0: all
+  bool gated = false;         // silu(first half of N) * second half; N / 2 is a multiple of 8, no residual
   // Programmatic dependent launch: the kernel starts while its predecessor on the stream still runs and fetches W, and
   // waits before it touches anything else. Only for W and bias written before that predecessor started.
   bool early_start = false;

@@ -69,11 +69,12 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
   const int copy_column = threadIdx.x % C::kCopiesPerRow * 8;
   const int64_t source_k = p.k / p.num_sources;
 
-  bool live[kPassesA];
+  int64_t a_row[kPassesA];  // -1: dead
 #pragma unroll
   for (int i = 0; i < kPassesA; ++i) {
     const int64_t row = row0 + copy_row + i * kRowsPerPass;
-    live[i] = row < p.m && p.live.at(row);
+    a_row[i] = row < p.m && p.live.at(row) ? row : -1;
+    if (p.a_rows != nullptr && a_row[i] >= 0) a_row[i] = p.a_rows[row];
   }
 
   // The source of A and the column in it that this thread copies next.
@@ -99,8 +100,8 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
 #pragma unroll
     for (int i = 0; i < kPassesA; ++i) {
       const int row = copy_row + i * kRowsPerPass;
-      const bool read = inside && live[i];
-      const uint16_t* from = read ? a + (row0 + row) * a_stride + source_column : p.w;
+      const bool read = inside && a_row[i] >= 0;
+      const uint16_t* from = read ? a + a_row[i] * a_stride + source_column : p.w;
       copy_async_16(a_tile + row * C::kPitch + copy_column, from, read ? 16 : 0);
     }
     source_column += C::BK;

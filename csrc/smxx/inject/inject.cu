@@ -5,6 +5,11 @@
 // read, their slots not looked at. All but the first start while their predecessor still runs (dependent_launch.cuh),
 // so that the projection's first weights are on their way while fc and the norm finish.
 //
+// More than 64 rows with commit lengths: a first launch lists the live tokens (one block: a scan over the requests), fc
+// gathers its rows by that list, and from there on the live rows are the first ones. So all tiles but the last are
+// full, and a step that commits 6 of 16 tokens does little more than 6/16 of the work. The host does not know how many
+// there are: the grid is for all, tiles are chosen for half of them, tiles without a live row leave at once.
+//
 // Floors. Latency (B * T <= 64 rows): the weights, (K * H * H + L * 2 * Hkv * D * H) * 2 bytes, at the HBM read rate;
 // the activations between the launches stay in L2. Throughput: 2 * M * (K * H * H + L * 2 * Hkv * D * H) tensor-core
 // flops with M live rows; the last kernel reads and writes M * L * 2 * Hkv * D * 2 bytes, through L2 while a chunk fits
@@ -29,6 +34,9 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int64_t kMaxChunkRows = 65536;  // keeps rows * L * Hkv of a launch in 31 bits
 constexpr int kCheckThreads = 256;
+constexpr int kGatherThreads = 1024;
+constexpr int64_t kGatherRows = 64;   // more rows than this are gathered; up to here all are one tile anyway
+constexpr int64_t kGatherBlock = 64;  // longest block whose live tokens one thread lists
 constexpr unsigned long long kNoFault = ~0ull;
 
 __global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constant__ WriteParams p) {
@@ -40,7 +48,8 @@ __global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constan
   const unsigned per_row = static_cast<unsigned>(p.layers * p.kv_heads);
   const int64_t row = item / per_row;
   if (row >= p.rows || !p.live.at(row)) return;  // whole warps leave
-  const int64_t slot = p.slots.at(row), position = p.positions.at(row);
+  const int64_t token = p.order == nullptr ? row : p.order[row];
+  const int64_t slot = p.slots.at(token), position = p.positions.at(token);
   if (slot < 0 || slot >= p.pool_size || position < 0 || position >= p.max_positions) return;
   const int layer = item % per_row / p.kv_heads, head = item % per_row % p.kv_heads;
   const int dim = p.head_dim, half = p.rotary_dim / 2;
@@ -82,6 +91,41 @@ __global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constan
   }
 }
 
+// order[i] = the i-th live token, *count = how many there are.
+__global__ void __launch_bounds__(kGatherThreads)
+    gather_kernel(LiveRows live, int64_t batch, int32_t* order, int64_t* count) {
+  __shared__ int warp_sums[kGatherThreads / 32];
+  grid_dependency_launch();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int block_size = static_cast<int>(live.rows_per_request);
+  int before = 0;  // live tokens of the requests that are done
+  for (int64_t start = 0; start < batch; start += kGatherThreads) {
+    const int64_t b = start + threadIdx.x;
+    int length = 0;
+    if (b < batch) {
+      const int64_t wanted = live.commit_lens.at(b);
+      length = static_cast<int>(wanted < 0 ? 0 : wanted > block_size ? block_size : wanted);
+    }
+    int through = length;  // inclusive scan of the warp
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, through, offset);
+      if (lane >= offset) through += other;
+    }
+    if (lane == 31) warp_sums[warp] = through;
+    __syncthreads();
+    int at = before + through - length, total = 0;
+    for (int w = 0; w < kGatherThreads / 32; ++w) {
+      if (w < warp) at += warp_sums[w];
+      total += warp_sums[w];
+    }
+    for (int j = 0; j < length; ++j) order[at + j] = static_cast<int32_t>(b * block_size + j);
+    before += total;
+    __syncthreads();  // the sums are rewritten by the next round
+  }
+  if (threadIdx.x == 0) *count = before;
+}
+
 __global__ void __launch_bounds__(kCheckThreads)
     check_kernel(const __grid_constant__ WriteParams p, unsigned long long* first) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCheckThreads + threadIdx.x;
@@ -109,8 +153,11 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
   const int64_t kv_width = static_cast<int64_t>(p.write.layers) * 2 * p.write.kv_heads * p.write.head_dim;
   const int64_t per_request = p.write.live.rows_per_request;
   const int64_t step = std::max(std::min(p.chunk_rows, kMaxChunkRows) / per_request, int64_t{1}) * per_request;
-  uint16_t* fused = p.workspace;
-  uint16_t* kv = p.workspace + std::min(step, p.write.rows) * p.hidden;
+  const int64_t most_rows = std::min(step, p.write.rows);
+  auto* count = reinterpret_cast<int64_t*>(p.workspace);
+  uint16_t* fused = p.workspace + kHeaderElements;
+  uint16_t* kv = fused + most_rows * p.hidden;
+  auto* order = reinterpret_cast<int32_t*>(kv + most_rows * kv_width);  // kv_width is even: 4-byte aligned
   for (int64_t start = 0; start < p.write.rows; start += step) {
     const int64_t rows = std::min(step, p.write.rows - start);
     WriteParams write = p.write;
@@ -119,6 +166,15 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     write.positions = advanced(p.write.positions, start);
     write.slots = advanced(p.write.slots, start);
     write.live.commit_lens = advanced(p.write.live.commit_lens, start / per_request);
+    const bool gather = write.live.commit_lens.data != nullptr && rows > kGatherRows && per_request <= kGatherBlock;
+    if (gather) {
+      gather_kernel<<<1, kGatherThreads, 0, stream>>>(write.live, rows / per_request, order, count);
+      cuda_check_launch("inject_kv");
+      write.order = order;
+      write.live.commit_lens = IntView{count, 0, 0, true};  // one request: rows 0..count - 1 are live
+      write.live.rows_per_request = rows;
+    }
+    const int64_t expected_live = gather ? (rows + 1) / 2 : 0;
 
     gemm::GemmParams fc;
     fc.num_sources = p.num_taps;
@@ -133,6 +189,9 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     fc.n = p.hidden;
     fc.k = p.num_taps * p.hidden;
     fc.live = write.live;
+    fc.a_rows = write.order;
+    fc.expected_live = expected_live;
+    fc.early_start = gather;
     gemm::launch_gemm_bf16(fc, stream);
 
     norm::RmsNormParams norm;
@@ -159,6 +218,7 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     project.n = kv_width;
     project.k = p.hidden;
     project.live = write.live;
+    project.expected_live = expected_live;
     project.early_start = true;
     gemm::launch_gemm_bf16(project, stream);
 

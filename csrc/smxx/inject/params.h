@@ -20,6 +20,11 @@ constexpr int kMaxLayers = 16;
 constexpr int kMaxTaps = 8;
 constexpr int kMaxHeadDim = 256;
 
+// Elements of the workspace: a header, then for each row of a chunk f or x [H], k|v [L * 2 * Hkv * D], and the token
+// that the row stands for (int32).
+constexpr int64_t kHeaderElements = 8;
+constexpr int64_t kOrderElements = 2;
+
 // One layer's K or V cache [S, Hkv, D]; D is contiguous, strides in elements.
 struct CacheView {
   void* data = nullptr;
@@ -30,7 +35,7 @@ struct CacheView {
 // The last step: K-norm, RoPE and the paged write of all layers.
 struct WriteParams {
   const void* kv = nullptr;        // [M, L, 2, Hkv, D], contiguous
-  int64_t rows = 0;                // M
+  int64_t rows = 0;                // M = N
   int layers = 0;                  // L
   int kv_heads = 0;                // Hkv
   int head_dim = 0;                // D
@@ -38,10 +43,11 @@ struct WriteParams {
   const void* k_norm = nullptr;    // [L, D], contiguous; nullptr: K is not normed
   const float* cos_sin = nullptr;  // [P, rotary_dim]: cosines, then sines
   int64_t cos_sin_stride = 0;
-  int64_t max_positions = 0;  // P
-  int64_t pool_size = 0;      // S
-  IntView positions;          // [M]
-  IntView slots;              // [M]
+  int64_t max_positions = 0;       // P
+  int64_t pool_size = 0;           // S
+  IntView positions;               // [N]
+  IntView slots;                   // [N]
+  const int32_t* order = nullptr;  // [M]: token n of row m; nullptr: m itself
   LiveRows live;
   int64_t batch = 0;  // B; 0 without commit_lens
   float eps = 1e-6f;
@@ -58,7 +64,7 @@ struct InjectParams {
   const uint16_t* hidden_norm = nullptr;  // [H]
   const uint16_t* kv_weight = nullptr;    // [L * 2 * Hkv * D, H]
   const uint16_t* kv_bias = nullptr;      // [L * 2 * Hkv * D]; nullptr: none
-  uint16_t* workspace = nullptr;          // [chunk_rows, H + L * 2 * Hkv * D] elements in all
+  uint16_t* workspace = nullptr;          // room for the header and chunk_rows rows
   int64_t chunk_rows = 0;                 // rows that go through the GEMMs at once; whole requests with commit_lens
   WriteParams write;                      // kv left empty
 };
