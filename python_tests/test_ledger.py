@@ -23,9 +23,7 @@ except ImportError:
 
 LEDGERS = [
     pytest.param(PyKvLedger, id="python"),
-    pytest.param(
-        HostKvLedger, id="host", marks=pytest.mark.skipif(HostKvLedger is None, reason="_host was not built")
-    ),
+    pytest.param(HostKvLedger, id="host", marks=pytest.mark.skipif(HostKvLedger is None, reason="_host was not built")),
 ]
 
 
@@ -223,11 +221,11 @@ class Scheduler:
         for request in self.running:
             if not request.flight:
                 continue
-            committed = request.flight.popleft()
-            launched = self.ahead(request) - self.block if request.flight else request.known  # the latest step's prefix
-            request.known += committed
-            launched = launched + committed if request.flight else launched
-            self.ledger.shrink(request.row, self.bound(launched + self.block + self.extra))
+            before = request.known
+            request.known += request.flight.popleft()
+            # Prefix of the latest step launched, at most: each step before it that is still in flight adds a block.
+            latest = request.known + self.block * (len(request.flight) - 1) if request.flight else before
+            self.ledger.shrink(request.row, self.bound(latest + self.block + self.extra))
 
     def give_back(self) -> None:
         """Release what the steps so far reserved but did not commit, without having read them."""
