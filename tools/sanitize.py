@@ -105,6 +105,8 @@ def call_alloc(m: Maker) -> None:
         for target, keep in ((17, 9), (41, 0), (25, 25)):
             state = (table, held, free_pages, ring, rows)
             m.call(ops.reserve_kv_slots, *state, m.table([target] * batch), page_size)
+            block = (m.integers(0, 99, batch), m.table([target] * batch), rows, page_size, 7)
+            m.call(ops.reserve_and_prepare_block, *state[:4], *block, block_size=16, active=m.integers(0, 2, batch))
             m.call(ops.release_kv_slots, *state, m.table([keep] * batch), page_size)
 
 
