@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -45,45 +44,17 @@ def test_op(benchmark: Any, suite: str, device: str) -> None:
     benchmark.pedantic(ours, rounds=20, iterations=1, warmup_rounds=2)
 
 
-class ConstantDrafter:
-    """Proposes token 0 always and keeps no context: what is left to time is the engine's loop around a tiny target."""
-
-    block_size, mask_token_id = 8, 1
-    target_layer_ids: Sequence[int] = (0,)
-    num_layers = num_kv_heads = 1
-    head_dim, hidden_size, vocab_size, max_positions = 8, 64, 256, 4096
-
-    def __init__(self, device: torch.device) -> None:
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.lm_head_weight = torch.zeros(self.vocab_size, self.hidden_size, dtype=self.dtype, device=device)
-
-    def forward(self, block_ids: torch.Tensor, *_: Any) -> torch.Tensor:
-        return self.lm_head_weight.new_zeros(block_ids.numel(), self.hidden_size)
-
-    def inject(self, *_: Any) -> None:
-        pass
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_engine(benchmark: Any, device: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    """The loop's own cost: a tiny target, and a drafter whose proposals are never right."""
+    pytest.importorskip("transformers")
+    from bench.stand_in import ConstantDrafter, tiny_target
     from dflash_kernels.engine import Engine, SamplingParams
 
     where = torch.device(device)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    torch.manual_seed(0)
-    target = transformers.LlamaForCausalLM(config).to(where)
-    engine = Engine(target, ConstantDrafter(where), max_batch=4, max_len=128)
+    engine = Engine(tiny_target(where), ConstantDrafter(where), max_batch=4, max_len=128)
     prompts = [[b + 2] * 8 for b in range(4)]
-    params = SamplingParams(max_new_tokens=16, stop_token_ids=())
+    params = SamplingParams(max_new_tokens=16)
     engine.generate(prompts, params)
     benchmark.pedantic(lambda: engine.generate(prompts, params), rounds=5, iterations=1, warmup_rounds=1)
     engine.close()

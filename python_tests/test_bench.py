@@ -231,6 +231,29 @@ def test_suite_that_times_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [e.case for e in run.errors] == ["B8"]
 
 
+def test_engine_suite_on_a_stand_in_pair(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every batch size, lossless, both baselines timed; no time left gives skips, not rows."""
+    pytest.importorskip("transformers")
+    from bench import bench_engine, stand_in
+
+    where = torch.device(device)
+
+    def pair(dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, Any]:
+        return stand_in.tiny_target(device), stand_in.ByteTokenizer(), stand_in.ConstantDrafter(device)
+
+    monkeypatch.setattr(bench_engine, "load_demo_pair", pair)
+    monkeypatch.setattr(bench_engine, "PROMPTS", ("abcd", "some more", "x"))
+    rows = list(bench_engine.rows(where, True, "fp32", lambda: 1.0))
+    assert len(rows) == 2
+    for row in rows:
+        assert isinstance(row, Row) and row.dtype == "fp32" and row.ratio is not None and row.ours_us > 0
+        assert len(row.extra["baselines_us"]) == 2 and row.baseline_us == min(row.extra["baselines_us"].values())
+        assert 1.0 <= row.extra["mean_acceptance"] <= 8 and row.extra["ms_per_step"] > 0
+        assert row.extra["identical"] == "2/2"
+    skipped = list(bench_engine.rows(where, True, "fp32", lambda: 0.0))
+    assert [type(item) for item in skipped] == [Problem, Problem]
+
+
 def test_results_are_filed_by_card_and_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
