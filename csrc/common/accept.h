@@ -18,8 +18,7 @@ struct Accepted {
 // Greedy: the longest prefix with target_at(j) == candidate_at(j + 1). target_at is called for j = 0, 1, ... and
 // never again after the first mismatch, so an expensive argmax is only paid for rows that matter.
 template <typename TargetAt, typename CandidateAt>
-DFLASH_HOST_DEVICE Accepted accept_greedy(int block_size, TargetAt target_at,
-                                          CandidateAt candidate_at) {
+DFLASH_HOST_DEVICE Accepted accept_greedy(int block_size, TargetAt target_at, CandidateAt candidate_at) {
   int j = 0;
   for (;; ++j) {
     const int64_t target = target_at(j);
@@ -54,8 +53,7 @@ DFLASH_HOST_DEVICE Real block_accept_probability(Real residual_mass, Real weight
 
 // out_tokens[j] of a request: the draft tokens shifted by one, with the bonus at accept_len.
 template <typename CandidateAt>
-DFLASH_HOST_DEVICE int64_t out_token(int j, int block_size, const Accepted& accepted,
-                                     CandidateAt candidate_at) {
+DFLASH_HOST_DEVICE int64_t out_token(int j, int block_size, const Accepted& accepted, CandidateAt candidate_at) {
   if (j == accepted.accept_len) return accepted.bonus;
   return j < block_size - 1 ? candidate_at(j + 1) : 0;
 }

@@ -14,9 +14,7 @@ inline float float_from_bits(uint32_t bits) {
   return x;
 }
 
-inline float bf16_bits_to_float(uint16_t bits) {
-  return float_from_bits(static_cast<uint32_t>(bits) << 16);
-}
+inline float bf16_bits_to_float(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
 
 inline float fp16_bits_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;

@@ -28,8 +28,7 @@ DFLASH_HOST_DEVICE uint32_t philox_mulhi(uint32_t a, uint32_t b) {
 #endif
 }
 
-DFLASH_HOST_DEVICE PhiloxWords philox4x32_10(uint64_t seed, uint64_t offset, uint32_t position,
-                                             uint32_t stream) {
+DFLASH_HOST_DEVICE PhiloxWords philox4x32_10(uint64_t seed, uint64_t offset, uint32_t position, uint32_t stream) {
   uint32_t c0 = static_cast<uint32_t>(offset), c1 = static_cast<uint32_t>(offset >> 32);
   uint32_t c2 = position, c3 = stream;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);

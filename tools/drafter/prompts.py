@@ -27,7 +27,7 @@ def _package_dir(name: str) -> Path:
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
-    with (gzip.open(path, "rt") if path.suffix == ".gz" else open(path)) as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as lines:
         for line in lines:
             yield json.loads(line)
 
