@@ -80,7 +80,6 @@ LIBRARY := dflash_kernels/_C.abi3.so
 audit: $(READY)
 	$(INSTALL) $$($(EXTRA) audit)
 	$(BIN)/python tools/abi_audit.py $(LIBRARY)
-	$(BIN)/torch-abi-audit --check both $(LIBRARY)
 	$(BIN)/python tools/sass_table.py $(LIBRARY)
 
 # Built in isolation, as a user's pip would, and imported from outside the source tree.

@@ -255,6 +255,11 @@ def test_abi_audit_finds_what_it_should() -> None:
         "symbol _ZN6dflash3runEv must not be exported"
     ]
     assert audit.exported_violations([]) == ["PyInit__C must be exported"]
+    torch = {"unstable_symbols": [], "unknown_shim_symbols": [], "version_defining_symbols": ["aoti_torch_new"]}
+    python = {"violations": []}
+    for version, count in (("2.11.0", 0), ("2.9.0", 0), ("2.12.0", 1), (None, 0)):
+        module = {"error": None, "torch": {**torch, "min_torch_version": version}, "cpython": python}
+        assert len(audit.report_violations({"extensions": [module]})) == count
     needed = " 0x1 (NEEDED)             Shared library: [libtorch_python.so]"
     path = " 0x1d (RUNPATH)            Library runpath: [/somewhere]"
     assert len(audit.dynamic_violations([needed, path])) == 2

@@ -3,19 +3,25 @@
     python tools/abi_audit.py dflash_kernels/_C.abi3.so
 
 Fails with a line per violation: an undefined symbol outside the list, a CUDA shim that is not weak (the library would
-not load beside a CPU-only torch), a library needed that is not on the list, a run path, an export beyond PyInit__C.
-Needs nm and readelf (binutils). Exit codes: 0 fine; 1 a violation; 2 the tools or the library are missing.
+not load beside a CPU-only torch), a library needed that is not on the list, a run path, an export beyond PyInit__C;
+and, where torch-abi-audit (PyPI) is installed, what that finds: symbols outside Python's stable ABI, shims that came
+after torch 2.11. Needs nm and readelf (binutils).
+
+Exit codes: 0 fine; 1 a violation; 2 the tools or the library are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+MINIMUM_TORCH = (2, 11)
 NEEDED = {
     "libtorch.so",
     "libtorch_cpu.so",
@@ -79,6 +85,20 @@ def dynamic_violations(lines: list[str]) -> list[str]:
     return found
 
 
+def report_violations(report: dict[str, Any]) -> list[str]:
+    """torch-abi-audit's report (`--json`) on one library."""
+    (module,) = report["extensions"]
+    torch, python = module["torch"], module["cpython"]
+    found = [f"torch-abi-audit: {module['error']}"] if module["error"] else []
+    found += [f"symbol {name} is not of torch's stable ABI" for name in torch["unstable_symbols"]]
+    found += [f"shim {name} is not known to any release of torch" for name in torch["unknown_shim_symbols"]]
+    found += [f"Python's stable ABI: {violation}" for violation in python["violations"]]
+    needed = torch["min_torch_version"] or "0.0"
+    if tuple(int(part) for part in needed.split(".")[:2]) > MINIMUM_TORCH:
+        found.append(f"{', '.join(torch['version_defining_symbols'])} must be in torch 2.11, got {needed}")
+    return found
+
+
 def output(*command: str) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
@@ -95,10 +115,14 @@ def main(argv: list[str] | None = None) -> int:
     found = undefined_violations(undefined)
     found += exported_violations(output("nm", "-D", "--defined-only", str(library)))
     found += dynamic_violations(output("readelf", "-d", str(library)))
+    auditor = shutil.which("torch-abi-audit", path=str(Path(sys.executable).parent))
+    if auditor is not None:
+        found += report_violations(json.loads("".join(output(auditor, "--json", str(library)))))
     for line in found:
         print(f"abi_audit: {line}", file=sys.stderr)
     shims = sum("torch_" in line for line in undefined)
-    print(f"abi_audit: {len(undefined)} undefined symbols, {shims} of torch's C shim, {len(found)} violations")
+    without = "" if auditor else " (without torch-abi-audit)"
+    print(f"abi_audit: {len(undefined)} undefined symbols, {shims} of torch's C shim, {len(found)} violations{without}")
     return 1 if found else 0
 
 
