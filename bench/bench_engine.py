@@ -46,9 +46,9 @@ def rows(
     """One row per target dtype and batch size."""
     gpu = device.type == "cuda"
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    new_tokens = (64 if quick else 128) if gpu else 24
+    new_tokens = (64 if quick else 128) if gpu else 16
     count = len(PROMPTS) if gpu and not quick else 2
-    order: tuple[Mode, ...] = ("dflash", "plain") if quick else ("dflash", "plain", "plain", "dflash")
+    order: tuple[Mode, ...] = ("dflash", "plain") if quick or not gpu else ("dflash", "plain", "plain", "dflash")
     for name, dtype in dtypes.items() if gpu else [("fp32", torch.float32)]:
         pair = None
         for batch in (1, 8) if gpu else (1, 2):

@@ -149,6 +149,8 @@ class Run:
     def _add(self, rows: list[Row]) -> None:
         for row in rows:
             print(f"  {row.line()}", flush=True)
+            if row.extra:
+                print(f"    # {', '.join(f'{key} {_short(value)}' for key, value in row.extra.items())}", flush=True)
         self.rows += rows
         self.save()
 
@@ -218,6 +220,12 @@ class Run:
         partial = self.json_path.with_suffix(self.json_path.suffix + ".part")
         partial.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
         partial.replace(self.json_path)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_short(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 _driver: str | None = None
