@@ -37,16 +37,24 @@ DFLASH_HOST_DEVICE uint32_t order_key(float x) {
   return (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
 }
 
+// The number whose key it is; not for the key of NaN.
+DFLASH_HOST_DEVICE float order_value(uint32_t key) {
+  const uint32_t bits = (key & 0x80000000u) ? (key & 0x7fffffffu) : ~key;
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+
 DFLASH_HOST_DEVICE uint64_t argmax_key(float value, uint32_t index) {
   return (static_cast<uint64_t>(order_key(value)) << 32) | static_cast<uint32_t>(~index);
 }
 
-DFLASH_HOST_DEVICE uint32_t argmax_index(uint64_t key) {
-  return ~static_cast<uint32_t>(key & 0xffffffffu);
-}
+DFLASH_HOST_DEVICE uint32_t argmax_index(uint64_t key) { return ~static_cast<uint32_t>(key & 0xffffffffu); }
 
-DFLASH_HOST_DEVICE uint32_t argmax_order_key(uint64_t key) {
-  return static_cast<uint32_t>(key >> 32);
-}
+DFLASH_HOST_DEVICE uint32_t argmax_order_key(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
 
 }  // namespace dflash

@@ -12,6 +12,7 @@
 #include "common/half_bits.h"
 #include "common/order_key.h"
 #include "common/philox.h"
+#include "smxx/verify/merge.h"
 
 namespace dflash::verify {
 namespace {
@@ -19,8 +20,7 @@ namespace {
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 template <typename Convert, typename Bits>
-void convert_row(const void* base, int64_t offset, int vocab_size, Convert convert, const Bits*,
-                 float* out) {
+void convert_row(const void* base, int64_t offset, int vocab_size, Convert convert, const Bits*, float* out) {
   const Bits* row = static_cast<const Bits*>(base) + offset;
   for (int i = 0; i < vocab_size; ++i) out[i] = convert(row[i]);
 }
@@ -31,14 +31,13 @@ void load_row(const Logits& logits, int64_t b, int j, int vocab_size, float* out
   switch (logits.type) {
     case LogitType::kFloat32:
       return convert_row(
-          logits.data, offset, vocab_size, [](float x) { return x; },
-          static_cast<const float*>(nullptr), out);
+          logits.data, offset, vocab_size, [](float x) { return x; }, static_cast<const float*>(nullptr), out);
     case LogitType::kBFloat16:
-      return convert_row(logits.data, offset, vocab_size, bf16_bits_to_float,
-                         static_cast<const uint16_t*>(nullptr), out);
+      return convert_row(logits.data, offset, vocab_size, bf16_bits_to_float, static_cast<const uint16_t*>(nullptr),
+                         out);
     case LogitType::kFloat16:
-      return convert_row(logits.data, offset, vocab_size, fp16_bits_to_float,
-                         static_cast<const uint16_t*>(nullptr), out);
+      return convert_row(logits.data, offset, vocab_size, fp16_bits_to_float, static_cast<const uint16_t*>(nullptr),
+                         out);
   }
 }
 
@@ -51,26 +50,25 @@ uint64_t row_argmax(const std::vector<float>& row) {
   return best;
 }
 
-void write_outputs(const Outputs& out, const IntView& candidates, const IntView& prefix_lens,
-                   int block_size, int64_t b, const Accepted& accepted) {
+void write_outputs(const Outputs& out, const IntView& candidates, const IntView& prefix_lens, int block_size, int64_t b,
+                   const Accepted& accepted) {
   out.accept_lens[b] = accepted.accept_len;
   out.commit_lens[b] = accepted.accept_len + 1;
   out.bonus_ids[b] = accepted.bonus;
   out.new_seq_lens[b] = prefix_lens.at(b) + accepted.accept_len + 1;
   for (int j = 0; j < block_size; ++j) {
-    out.out_tokens[b * block_size + j] =
-        out_token(j, block_size, accepted, [&](int c) { return candidates.at(b, c); });
+    out.out_tokens[b * block_size + j] = out_token(j, block_size, accepted, [&](int c) { return candidates.at(b, c); });
   }
 }
 
 // The target's distribution at one position, filtered. Keeps the working vectors between rows.
+//
+// Filters compare distances, max - x in float32, as any softmax in float32 does: logits whose distances are the same
+// float32 number are ties.
 class TargetRow {
  public:
   TargetRow(const SampledParams& params, int64_t request)
-      : p_(params),
-        b_(request),
-        values_(params.vocab_size),
-        weights_(params.vocab_size) {}
+      : p_(params), b_(request), values_(params.vocab_size), weights_(params.vocab_size) {}
 
   // Logits + bias, masked, as float32. Returns their argmax_key.
   uint64_t load(int j) {
@@ -93,6 +91,7 @@ class TargetRow {
   void load_distribution(int j) {
     const uint64_t best = load(j);
     const uint32_t best_key = argmax_order_key(best);
+    tail_.clear();
     if (best_key >= kPosInfOrderKey || best_key <= kNegInfOrderKey) {
       // NaN or +inf on top, or nothing allowed at all: all mass on the argmax.
       std::fill(weights_.begin(), weights_.end(), 0.0);
@@ -100,10 +99,11 @@ class TargetRow {
       total_ = 1.0;
       return;
     }
-    const double max = values_[argmax_index(best)];
+    const float max = values_[argmax_index(best)];
     const double temperature = p_.temperature[b_];
     for (int i = 0; i < p_.vocab_size; ++i) {
-      weights_[i] = values_[i] == kNegInf ? 0.0 : std::exp((values_[i] - max) / temperature);
+      values_[i] = max - values_[i];  // the distance from here on
+      weights_[i] = values_[i] == -kNegInf ? 0.0 : std::exp(-static_cast<double>(values_[i]) / temperature);
     }
     apply_top_k();
     apply_top_p();
@@ -115,35 +115,35 @@ class TargetRow {
     for (double w : weights_) total_ += w;
   }
 
-  double probability(int64_t id) const {
-    return id < 0 || id >= p_.vocab_size ? 0.0 : weights_[id] / total_;
-  }
+  double probability(int64_t id) const { return id < 0 || id >= p_.vocab_size ? 0.0 : weights_[id] / total_; }
 
-  // Turns the weights into those of max(scale * p - q, 0), q given as pairs or as all mass on `one_hot`.
-  // Returns false and changes nothing if no mass is left.
-  bool subtract_draft(double scale, int64_t draft_row, int64_t one_hot) {
-    residual_.resize(weights_.size());
-    double total = 0.0;
-    for (size_t i = 0; i < weights_.size(); ++i) residual_[i] = scale * weights_[i] / total_;
+  // Turns the weights into those of max(scale * p - q, 0), q given as pairs or as all mass on `one_hot`; the pairs'
+  // tokens move to the tail. Changes nothing if no mass is left.
+  void subtract_draft(double scale, int64_t draft_row, int64_t one_hot) {
+    std::vector<double> residual = weights_;
+    std::vector<std::pair<int64_t, double>> tail;
     if (p_.draft_probs == nullptr) {
-      if (one_hot >= 0 && one_hot < p_.vocab_size) residual_[one_hot] = 0.0;
+      if (one_hot >= 0 && one_hot < p_.vocab_size) residual[one_hot] = 0.0;
     } else {
       for (int k = 0; k < p_.draft_width; ++k) {
         const int64_t id = p_.draft_ids.at(draft_row, k);
-        if (id < 0 || id >= p_.vocab_size) continue;
-        residual_[id] = std::max(
-            residual_[id] - static_cast<double>(p_.draft_probs[draft_row * p_.draft_width + k]),
-            0.0);
+        const double q = p_.draft_probs[draft_row * p_.draft_width + k];
+        if (q <= 0.0 || id < 0 || id >= p_.vocab_size) continue;
+        tail.emplace_back(id, std::max(residual[id] - q * total_ / scale, 0.0));
+        residual[id] = 0.0;
       }
     }
-    for (double r : residual_) total += r;
-    if (!(total > 0.0)) return false;
-    weights_.swap(residual_);
+    double total = 0.0;
+    for (double r : residual) total += r;
+    for (const auto& [id, r] : tail) total += r;
+    if (!(total > 0.0)) return;
+    weights_.swap(residual);
+    tail_.swap(tail);
     total_ = total;
-    return true;
   }
 
-  // Inverse CDF in the order of ids: the first id whose cumulative weight exceeds u * total.
+  // Inverse CDF in the order of ids, the draft's pairs after them: the first token whose cumulative weight exceeds
+  // u * total.
   int64_t sample(double u) const {
     const double target = u * total_;
     double cumulative = 0.0;
@@ -152,67 +152,71 @@ class TargetRow {
       if (weights_[i] <= 0.0) continue;
       cumulative += weights_[i];
       last = i;
-      if (cumulative > target) break;
+      if (cumulative > target) return last;
+    }
+    for (const auto& [id, weight] : tail_) {
+      if (weight <= 0.0) continue;
+      cumulative += weight;
+      last = id;
+      if (cumulative > target) return last;
     }
     return last;
   }
 
  private:
-  // Keeps values >= the k-th largest; ties stay.
+  // Keeps distances <= the k-th smallest; ties stay.
   void apply_top_k() {
     const int64_t k = p_.top_k.at(b_);
     if (k <= 0 || k >= p_.vocab_size) return;
     scratch_ = values_;
-    // No NaN here: load_distribution handled those. Equal zeros of either sign compare equal.
-    std::nth_element(scratch_.begin(), scratch_.begin() + (k - 1), scratch_.end(),
-                     [](float a, float b) { return a > b; });
-    const float threshold = scratch_[k - 1];
-    for (int i = 0; i < p_.vocab_size; ++i) {
-      if (values_[i] < threshold) weights_[i] = 0.0;
-    }
+    std::nth_element(scratch_.begin(), scratch_.begin() + (k - 1), scratch_.end());
+    drop_beyond(scratch_[k - 1]);
   }
 
-  // Keeps values >= the largest threshold whose upper set has at least top_p of the mass; ties stay.
+  // Keeps distances <= the smallest one within which lies at least top_p of the mass; ties stay.
   void apply_top_p() {
     const double top_p = p_.top_p[b_];
     if (!(top_p < 1.0)) return;
     double mass = 0.0;
     for (double w : weights_) mass += w;
-    const double target = std::max(top_p, 0.0) * mass;
+    const double target = top_p * mass;
     // Weights below this one cannot decide: all of them together are less than the mass that may be dropped.
     const double floor = (mass - target) / (2.0 * p_.vocab_size);
     order_.clear();
     for (int i = 0; i < p_.vocab_size; ++i) {
       if (weights_[i] > floor || weights_[i] == 1.0) order_.emplace_back(values_[i], weights_[i]);
     }
-    std::sort(order_.begin(), order_.end(),
-              [](const auto& a, const auto& b) { return a.first > b.first; });
+    std::sort(order_.begin(), order_.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
     double cumulative = 0.0;
     float threshold = order_.back().first;
-    for (const auto& [value, weight] : order_) {
+    for (const auto& [distance, weight] : order_) {
       cumulative += weight;
       if (cumulative >= target) {
-        threshold = value;
+        threshold = distance;
         break;
       }
     }
+    drop_beyond(threshold);
+  }
+
+  void drop_beyond(float threshold) {
     for (int i = 0; i < p_.vocab_size; ++i) {
-      if (values_[i] < threshold) weights_[i] = 0.0;
+      if (values_[i] > threshold) weights_[i] = 0.0;
     }
   }
 
   const SampledParams& p_;
   int64_t b_;
-  std::vector<float> values_, scratch_;
-  std::vector<double> weights_, residual_;
+  std::vector<float> values_, scratch_;  // logits, then distances
+  std::vector<double> weights_;
+  std::vector<std::pair<int64_t, double>> tail_;
   std::vector<std::pair<float, double>> order_;
   double total_ = 1.0;
 };
 
 class SampledRequest {
  public:
-  SampledRequest(const SampledParams& params, int64_t request)
-      : p_(params), b_(request), row_(params, request) {}
+  SampledRequest(const SampledParams& params, int64_t request) : p_(params), b_(request), row_(params, request) {}
 
   Accepted run() {
     if (!(p_.temperature[b_] > 0.0f)) return greedy();
@@ -251,9 +255,8 @@ class SampledRequest {
   }
 
   PhiloxWords words(int j) const {
-    return philox4x32_10(static_cast<uint64_t>(p_.seeds[b_]),
-                         static_cast<uint64_t>(p_.offsets[b_]), static_cast<uint32_t>(j),
-                         kPhiloxStreamVerify);
+    return philox4x32_10(static_cast<uint64_t>(p_.seeds[b_]), static_cast<uint64_t>(p_.offsets[b_]),
+                         static_cast<uint32_t>(j), kPhiloxStreamVerify);
   }
   double accept_uniform(int j) const { return uniform_from_bits(words(j).w[0]); }
   double sample_uniform(int j) const { return uniform_from_bits(words(j).w[1]); }
@@ -280,8 +283,7 @@ class SampledRequest {
     int accept_len = 0, loaded = -1;
     for (int j = 0; j < drafts() && weight > 0.0; ++j) {
       row_.load_distribution(loaded = j);
-      if (j > 0 && accept_uniform(j - 1) <
-                       block_accept_probability(residual_mass(j, weight), weight)) {
+      if (j > 0 && accept_uniform(j - 1) < block_accept_probability(residual_mass(j, weight), weight)) {
         accept_len = j;
         accepted_weight = weight;
       }
@@ -334,6 +336,20 @@ SampledFault check_sampled_cpu(const SampledParams& p) {
     if (fault != Fault::kNone) return SampledFault{fault, b};
   }
   return SampledFault{};
+}
+
+void argmax_logits_cpu(const ArgmaxParams& p) {
+  std::vector<float> row(p.vocab_size);
+  for (int64_t n = 0; n < p.rows; ++n) {
+    load_row(p.logits, n, 0, p.vocab_size, row.data());
+    const uint32_t index = argmax_index(row_argmax(row));
+    p.ids[n] = p.vocab_start + index;
+    p.values[n] = row[index];
+  }
+}
+
+void merge_vocab_shards_cpu(const MergeParams& p) {
+  for (int64_t n = 0; n < p.rows; ++n) merge_shards(p, n);
 }
 
 }  // namespace dflash::verify

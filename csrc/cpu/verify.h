@@ -11,4 +11,7 @@ void verify_block_sampled_cpu(const SampledParams& params);
 // The first request with a fault, if any.
 SampledFault check_sampled_cpu(const SampledParams& params);
 
+void argmax_logits_cpu(const ArgmaxParams& params);
+void merge_vocab_shards_cpu(const MergeParams& params);
+
 }  // namespace dflash::verify

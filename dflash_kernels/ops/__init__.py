@@ -17,6 +17,14 @@ from dflash_kernels.ops.head import (
     verify_block_from_hidden,
 )
 from dflash_kernels.ops.inject import inject_kv, inject_kv_workspace
+from dflash_kernels.ops.verify import (
+    Verified,
+    argmax_logits,
+    merge_vocab_shards,
+    verify_block,
+    verify_block_sampled,
+    verify_workspace,
+)
 
 __all__ = [
     "draft_forward",
@@ -35,4 +43,16 @@ __all__ = [
     "reserve_kv_slots",
     "select_path",
     "verify_block_from_hidden",
+    "Verified",
+    "argmax_logits",
+    "init_free_pages",
+    "inject_kv",
+    "inject_kv_workspace",
+    "merge_vocab_shards",
+    "prepare_block",
+    "release_kv_slots",
+    "reserve_kv_slots",
+    "verify_block",
+    "verify_block_sampled",
+    "verify_workspace",
 ]

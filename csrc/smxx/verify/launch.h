@@ -9,6 +9,11 @@ namespace dflash::verify {
 
 void launch_verify_block(const BlockParams& params, cudaStream_t stream);
 void launch_verify_block_sampled(const SampledParams& params, cudaStream_t stream);
+void launch_argmax_logits(const ArgmaxParams& params, cudaStream_t stream);
+void launch_merge_vocab_shards(const MergeParams& params, cudaStream_t stream);
+
+// Largest vocabulary of launch_verify_block_sampled: a row must fit in the shared memory of a cluster.
+int max_sampled_vocab();
 
 // The first request with a fault, found on the device (DFLASH_DEBUG=1): allocates and synchronises.
 SampledFault check_sampled_cuda(const SampledParams& params, cudaStream_t stream);

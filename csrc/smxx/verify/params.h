@@ -7,6 +7,8 @@
 
 namespace dflash::verify {
 
+constexpr int kMaxBlockSize = 32;  // T: one warp holds a block
+
 enum class LogitType : int { kFloat32, kBFloat16, kFloat16 };
 
 // Target logits [B, T, V]; the vocabulary is contiguous, strides in elements.
@@ -25,24 +27,52 @@ struct Outputs {
   int64_t* new_seq_lens = nullptr;  // [B]
 };
 
+// Device scratch of verify_block (from logits) and verify_block_sampled: B * (2 T + 2) words, zero before the call and
+// zero after it. CTAs of a request meet here; the last one to arrive does the accept step.
+struct Workspace {
+  uint64_t* words = nullptr;
+  int64_t batch = 0;
+  int block_size = 0;
+
+  static int64_t size(int64_t batch, int64_t block_size) { return batch * (2 * block_size + 2); }
+  // Units of the request that have arrived.
+  DFLASH_HOST_DEVICE unsigned long long* arrivals(int64_t b) const { return word(b); }
+  // T - j for the smallest j known to end the accepted prefix; 0: none known.
+  DFLASH_HOST_DEVICE unsigned long long* stop(int64_t b) const { return word(batch + b); }
+  // Two words for each row.
+  DFLASH_HOST_DEVICE unsigned long long* row(int64_t b, int j) const {
+    return word(2 * batch + 2 * (b * block_size + j));
+  }
+
+ private:
+  DFLASH_HOST_DEVICE unsigned long long* word(int64_t i) const {
+    return reinterpret_cast<unsigned long long*>(words) + i;
+  }
+};
+
+// Whether rows past a request's first mismatch are skipped once that is known.
+enum class Lazy : int { kAuto = -1, kOff = 0, kOn = 1 };
+
 struct BlockParams {
   int64_t batch = 0;
-  int block_size = 0;    // T
-  int vocab_size = 0;    // V; 0 when target_ids is given
-  IntView candidates;    // [B, T]
-  IntView target_ids;    // [B, T], or data == nullptr: take the argmax of logits
-  Logits logits;         // [B, T, V]
-  IntView prefix_lens;   // [B]
+  int block_size = 0;   // T
+  int vocab_size = 0;   // V; 0 when target_ids is given
+  IntView candidates;   // [B, T]
+  IntView target_ids;   // [B, T], or data == nullptr: take the argmax of logits
+  Logits logits;        // [B, T, V]
+  IntView prefix_lens;  // [B]
+  Lazy lazy = Lazy::kAuto;
+  Workspace workspace;  // CUDA, from logits
   Outputs out;
 };
 
 struct SampledParams {
   int64_t batch = 0;
-  int block_size = 0;  // T
-  int vocab_size = 0;  // V
-  IntView candidates;  // [B, T]
-  Logits logits;       // [B, T, V]
-  IntView prefix_lens;  // [B]
+  int block_size = 0;                  // T
+  int vocab_size = 0;                  // V
+  IntView candidates;                  // [B, T]
+  Logits logits;                       // [B, T, V]
+  IntView prefix_lens;                 // [B]
   const float* temperature = nullptr;  // [B]; 0: greedy
   IntView top_k;                       // [B]; <= 0 or >= V: off
   const float* top_p = nullptr;        // [B]; >= 1: off
@@ -51,13 +81,35 @@ struct SampledParams {
   const int64_t* offsets = nullptr;    // [B]
   // The draft's distribution q, sparse: draft_width (id, probability) pairs for each of the T - 1 draft tokens.
   // draft_probs == nullptr: all mass on the candidate.
-  int draft_width = 0;                 // Kd
-  IntView draft_ids;                   // rows b * (T - 1) + j, columns k
-  const float* draft_probs = nullptr;  // [B, T - 1, Kd] contiguous
+  int draft_width = 0;                     // Kd
+  IntView draft_ids;                       // rows b * (T - 1) + j, columns k
+  const float* draft_probs = nullptr;      // [B, T - 1, Kd] contiguous
   const int32_t* token_bitmask = nullptr;  // [B, T, ceil(V / 32)] contiguous; bit 1: allowed
   const float* logit_bias = nullptr;       // [B, V] contiguous
   bool block_rule = false;
+  Workspace workspace;  // CUDA
   Outputs out;
+};
+
+// Row-wise argmax of [N, V] logits, ids counted from vocab_start.
+struct ArgmaxParams {
+  int64_t rows = 0;
+  int vocab_size = 0;
+  int64_t vocab_start = 0;
+  Logits logits;            // stride_request: from row to row
+  int64_t* ids = nullptr;   // [N]
+  float* values = nullptr;  // [N]
+  Workspace workspace;      // CUDA; batch N, block_size 1
+};
+
+// The best (value, id) of S shards for each of N rows.
+struct MergeParams {
+  int64_t shards = 0;
+  int64_t rows = 0;
+  const int64_t* shard_ids = nullptr;   // [S, N] contiguous
+  const float* shard_values = nullptr;  // [S, N] contiguous
+  int64_t* ids = nullptr;               // [N]
+  float* values = nullptr;              // [N]
 };
 
 }  // namespace dflash::verify

@@ -1,0 +1,48 @@
+// The end of every verification: one warp writes a request's outputs.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/accept.h"
+#include "smxx/verify/params.h"
+
+namespace dflash::verify {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// `lane` holds target token `target` of row `lane` (lane < T). Returns the longest accepted prefix and its bonus, the
+// same in all lanes.
+__device__ __forceinline__ Accepted accept_warp(const IntView& candidates, int block_size, int64_t b, int lane,
+                                                int64_t target) {
+  const bool ends = lane >= block_size - 1 || target != candidates.at(b, lane + 1);
+  const int accept_len = __ffs(__ballot_sync(kFullWarp, ends)) - 1;
+  return Accepted{accept_len, __shfl_sync(kFullWarp, target, accept_len)};
+}
+
+__device__ __forceinline__ void write_outputs(const Outputs& out, const IntView& candidates, const IntView& prefix_lens,
+                                              int block_size, int64_t b, int lane, const Accepted& accepted) {
+  if (lane == 0) {
+    out.accept_lens[b] = accepted.accept_len;
+    out.commit_lens[b] = accepted.accept_len + 1;
+    out.bonus_ids[b] = accepted.bonus;
+    out.new_seq_lens[b] = prefix_lens.at(b) + accepted.accept_len + 1;
+  }
+  if (lane < block_size) {
+    out.out_tokens[b * block_size + lane] =
+        out_token(lane, block_size, accepted, [&](int c) { return candidates.at(b, c); });
+  }
+}
+
+// Called by one warp: the request's words are zero again, for the next call.
+__device__ __forceinline__ void clear_workspace(const Workspace& workspace, int64_t b, int lane) {
+  if (lane < workspace.block_size) {
+    workspace.row(b, lane)[0] = 0;
+    workspace.row(b, lane)[1] = 0;
+  }
+  if (lane == 0) {
+    *workspace.arrivals(b) = 0;
+    *workspace.stop(b) = 0;
+  }
+}
+
+}  // namespace dflash::verify
