@@ -201,7 +201,7 @@ def call_verify(m: Maker) -> None:
     ids = m.integers(0, 4, 3, 8)
     m.call(ops.verify_block, ids, m.integers(0, 4, 3, 8, dtype=m.torch.int32), prefix)
     for dtype in (m.torch.bfloat16, m.torch.float16, m.torch.float32):
-        for vocab in (1000, 4099):  # 4099: rows start anywhere
+        for vocab in (1000, 4099, 20000):  # 4099: rows start anywhere; 20000: a row goes to several blocks
             logits = m.normal(3, 8, vocab, dtype=dtype)
             for lazy in (0, 1):
                 m.call(ops.verify_block, ids, logits, prefix, lazy=lazy)
@@ -227,6 +227,8 @@ def call_verify(m: Maker) -> None:
             m.call(ops.verify_block_sampled, candidates, logits, prefix, *settings, rule=rule)
             args = (candidates, logits, prefix, *settings, draft_ids, draft_probs, mask, bias, rule)
             m.call(ops.verify_block_sampled, *args)
+            with debug_checks():
+                m.call(ops.verify_block_sampled, *args)
 
 
 def call_draft(m: Maker) -> None:
