@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -126,6 +127,7 @@ def _measure_cpu() -> Ceilings:
     return Ceilings(f"CPU, {torch.get_num_threads()} threads", read_bw, "torch.sum", copy_bw, rate, "fp32", 0)
 
 
+@cache
 def measure(device: torch.device) -> Ceilings:
-    """Measure `device`: about a second on a GPU (2 GiB buffers), a few on a CPU."""
+    """Measure `device`, once a process: about a second on a GPU (2 GiB buffers)."""
     return _measure_cuda(device) if device.type == "cuda" else _measure_cpu()
