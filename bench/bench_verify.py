@@ -1,0 +1,328 @@
+"""Verification: from top-1 ids, from logits, lazily from logits, and sampled.
+
+Baselines, each in the same process; those that cannot be had here are left out:
+
+* accept step: SGLang's Triton kernel, loaded from the file of an installed SGLang without importing SGLang; else the
+  same job in torch calls, named so;
+* from logits: `torch.argmax`, then that accept step;
+* sampled: `torch` with `torch.topk` (k is the same for all requests here, which the op does not need to know), the same
+  with a full sort, and sgl-kernel's renormalisation and chain sampling, on dense probabilities, where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import Calls, Case
+from bench.shapes import DFLASH2_27B, QWEN3_8B, TINY, DrafterShape
+from dflash_kernels import ops
+from dflash_kernels.ops import Verified
+
+SUITE = "verify"
+TEMPERATURE, TOP_K, TOP_P = 0.7, 20, 0.95
+MEAN_COMMITTED = 6.5  # tokens a step, in the rows that say "acc"
+
+Accept = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Verified], object]
+
+
+@cache
+def _sglang_accept() -> tuple[str, Callable[..., None]] | None:
+    """SGLang's accept kernel from its file, which needs torch and Triton alone."""
+    name = "_compute_dflash_accept_bonus_triton_unchecked"
+    try:
+        spec = importlib.util.find_spec("sglang")
+        if spec is None or spec.origin is None:
+            return None
+        path = Path(spec.origin).parent / "kernels/ops/speculative/dflash.py"
+        file_spec = importlib.util.spec_from_file_location("sglang_dflash_accept", path)
+        if file_spec is None or file_spec.loader is None:
+            return None
+        module = importlib.util.module_from_spec(file_spec)
+        file_spec.loader.exec_module(module)
+        return f"sglang {importlib.metadata.version('sglang')} accept", getattr(module, name)
+    except Exception as error:  # whatever a file of another version can raise
+        print(f"# verify: no sglang baseline: {type(error).__name__}: {error}")
+        return None
+
+
+def _torch_accept(candidates: torch.Tensor, top1: torch.Tensor, prefix_lens: torch.Tensor, out: Verified) -> object:
+    accept_lens = (candidates[:, 1:] == top1[:, :-1]).cumprod(1).sum(1)
+    bonus_ids = top1.gather(1, accept_lens[:, None])
+    out.accept_lens.copy_(accept_lens)
+    torch.add(accept_lens, 1, out=out.commit_lens)
+    out.bonus_ids.copy_(bonus_ids[:, 0])
+    out.out_tokens[:, :-1].copy_(candidates[:, 1:])
+    out.out_tokens.scatter_(1, accept_lens[:, None], bonus_ids)
+    torch.add(prefix_lens, out.commit_lens, out=out.new_seq_lens)
+    return out
+
+
+def _accept_step(device: torch.device) -> tuple[str, Accept]:
+    """Name and call of the accept step that baselines use."""
+    found = _sglang_accept() if device.type == "cuda" else None
+    if found is None:
+        return f"torch {torch.__version__.split('+')[0]} accept", _torch_accept
+    name, kernel = found
+
+    def accept(candidates: torch.Tensor, top1: torch.Tensor, prefix_lens: torch.Tensor, out: Verified) -> object:
+        return kernel(
+            candidates,
+            top1,
+            out.accept_lens,
+            out.commit_lens,
+            out.bonus_ids,
+            out.out_tokens,
+            prefix_lens,
+            out.new_seq_lens,
+        )
+
+    return name, accept
+
+
+def _lengths(batch: int, block_size: int, mean_committed: float) -> list[int]:
+    """Accepted tokens of each request: spread evenly over 0..T-1 around the mean, always the same."""
+    mean = mean_committed - 1.0
+    if batch == 1:
+        return [round(mean)]
+    top = min(2.0 * mean, block_size - 1.0)
+    return [round(top * i / (batch - 1)) for i in range(batch)]
+
+
+def _candidates(top1: torch.Tensor, vocab: int, lengths: list[int]) -> torch.Tensor:
+    """[B, T] candidates of which request b has `lengths[b]` accepted."""
+    candidates = torch.zeros_like(top1)
+    candidates[:, 1:] = top1[:, :-1]
+    for b, length in enumerate(lengths):
+        candidates[b, length + 1 :] = (candidates[b, length + 1 :] + 1) % vocab
+    return candidates
+
+
+def _regime(rows: int) -> str:
+    return "latency" if rows <= 64 else "throughput"
+
+
+def _top1_case(shape: DrafterShape, batch: int) -> Case:
+    def make(device: torch.device) -> Calls:
+        top1 = torch.randint(0, shape.V, (batch, shape.T), device=device)
+        candidates = _candidates(top1, shape.V, _lengths(batch, shape.T, MEAN_COMMITTED))
+        prefix_lens = torch.randint(0, 4096, (batch,), device=device)
+        out, theirs = Verified.empty(batch, shape.T, device), Verified.empty(batch, shape.T, device)
+        workspace = ops.verify_workspace(0, 0, device)
+        name, accept = _accept_step(device)
+        return Calls(
+            lambda: ops.verify_block(candidates, top1, prefix_lens, out=out, workspace=workspace),
+            {name: lambda: accept(candidates, top1, prefix_lens, theirs)},
+        )
+
+    traffic = batch * (3 * shape.T * 8 + 2 * 8 + 2 * 4 + 8)
+    return Case(SUITE, "verify_block top-1", f"B{batch} T{shape.T}", "i64", _regime(batch), traffic, 0, "copy", make)
+
+
+def _logits_case(shape: DrafterShape, batch: int, dtype: torch.dtype, lazy: int) -> Case:
+    rows = batch * shape.T
+    lengths = _lengths(batch, shape.T, MEAN_COMMITTED)
+
+    def make(device: torch.device) -> Calls:
+        logits = torch.randn(batch, shape.T, shape.V, device=device, dtype=dtype)
+        candidates = _candidates(logits.argmax(-1), shape.V, lengths)
+        prefix_lens = torch.randint(0, 4096, (batch,), device=device)
+        out, theirs = Verified.empty(batch, shape.T, device), Verified.empty(batch, shape.T, device)
+        workspace = ops.verify_workspace(batch, shape.T, device)
+        name, accept = _accept_step(device)
+        return Calls(
+            lambda: ops.verify_block(candidates, logits, prefix_lens, lazy=lazy, out=out, workspace=workspace),
+            {f"torch argmax + {name}": lambda: accept(candidates, logits.argmax(-1), prefix_lens, theirs)},
+        )
+
+    read = sum(length + 1 for length in lengths) if lazy == 1 else rows
+    mode = "full" if lazy == 0 else f"lazy, acc {MEAN_COMMITTED}"
+    return Case(
+        SUITE,
+        f"verify_block {mode}",
+        f"B{batch} T{shape.T} V{shape.V}",
+        "bf16" if dtype == torch.bfloat16 else "f32",
+        _regime(rows),
+        read * shape.V * dtype.itemsize,
+        0,
+        "read",
+        make,
+    )
+
+
+def _sampled_finish(
+    candidates: torch.Tensor,
+    guess_p: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    draw: Callable[[torch.Tensor], torch.Tensor],
+) -> object:
+    """Token rule for one-hot drafts: accept lengths from p of the guesses, then a draw at those rows."""
+    accepted = torch.rand_like(guess_p) < guess_p
+    accept_lens = accepted.to(torch.int32).cumprod(1).sum(1)
+    bonus = draw(accept_lens)
+    out_tokens = torch.nn.functional.pad(candidates[:, 1:], (0, 1)).scatter(1, accept_lens[:, None], bonus[:, None])
+    return accept_lens, accept_lens + 1, bonus, out_tokens, prefix_lens + accept_lens + 1
+
+
+def _torch_sampled(
+    candidates: torch.Tensor,
+    logits: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    ordered: tuple[torch.Tensor, torch.Tensor],
+) -> object:
+    """The job on rows that are sorted, or cut to their top k, as `ordered` (values, ids)."""
+    values, ids = ordered
+    probs = torch.softmax(values.float() / TEMPERATURE, -1)
+    ranks = torch.arange(values.size(-1), device=values.device)
+    probs = probs * (ranks < TOP_K)
+    probs = probs / probs.sum(-1, keepdim=True)
+    probs = probs * (probs.cumsum(-1) - probs < TOP_P)
+    probs = probs / probs.sum(-1, keepdim=True)
+    guess = candidates[:, 1:, None]
+    guess_p = (probs[:, :-1] * (ids[:, :-1] == guess)).sum(-1)
+
+    def draw(accept_lens: torch.Tensor) -> torch.Tensor:
+        at = accept_lens[:, None, None].expand(-1, 1, probs.size(-1))
+        row, row_ids = probs.gather(1, at)[:, 0], ids.gather(1, at)[:, 0]
+        rejected = torch.nn.functional.pad(candidates[:, 1:], (0, 1), value=-1).gather(1, accept_lens[:, None])
+        row = row * (row_ids != rejected)
+        cumulative = row.cumsum(-1)
+        target = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
+        place = torch.searchsorted(cumulative, target, right=True).clamp_max(row.size(-1) - 1)
+        return row_ids.gather(1, place)[:, 0]
+
+    return _sampled_finish(candidates, guess_p, prefix_lens, draw)
+
+
+def _sgl_kernel_baseline(
+    candidates: torch.Tensor, logits: torch.Tensor, prefix_lens: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """SGLang's dense path: softmax, renormalise by top-k and top-p, chain sampling against a zero draft."""
+    try:
+        import sgl_kernel  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        version = getattr(sgl_kernel, "__version__", "?")
+    except Exception as error:  # built for another torch, or not there
+        print(f"# verify: no sgl-kernel baseline: {type(error).__name__}")
+        return {}
+    batch, block_size, vocab = logits.shape
+    device = logits.device
+    rows = batch * block_size
+    top_ks = torch.full((rows,), TOP_K, dtype=torch.int32, device=device)
+    top_ps = torch.full((rows,), TOP_P, device=device)
+    index = torch.arange(rows, device=device).view(batch, block_size)
+    following = torch.arange(1, block_size + 1, device=device).repeat(batch, 1)
+    following[:, -1] = -1
+    sibling = torch.full_like(following, -1)
+    predicts = torch.empty(rows, dtype=torch.int32, device=device)
+    accept_index = torch.full((batch, block_size), -1, dtype=torch.int32, device=device)
+    accepted = torch.empty(batch, dtype=torch.int32, device=device)
+    draft_probs = torch.zeros(batch, block_size, vocab, device=device)
+
+    def run() -> Any:
+        probs = torch.softmax(logits.view(rows, vocab).float() / TEMPERATURE, -1)
+        probs = sgl_kernel.top_p_renorm_prob(sgl_kernel.top_k_renorm_prob(probs, top_ks), top_ps)
+        sgl_kernel.tree_speculative_sampling_target_only(
+            predicts=predicts,
+            accept_index=accept_index,
+            accept_token_num=accepted,
+            candidates=candidates,
+            retrive_index=index,
+            retrive_next_token=following,
+            retrive_next_sibling=sibling,
+            uniform_samples=torch.rand(batch, block_size, device=device),
+            uniform_samples_for_final_sampling=torch.rand(batch, device=device),
+            target_probs=probs.view(batch, block_size, vocab),
+            draft_probs=draft_probs,
+            threshold_single=1.0,
+            threshold_acc=1.0,
+            deterministic=True,
+        )
+        bonus = predicts[accept_index.gather(1, accepted[:, None].long())[:, 0].long()]
+        return accepted, bonus, prefix_lens + accepted + 1
+
+    try:
+        run()
+    except Exception as error:
+        print(f"# verify: sgl-kernel {version} left out: {type(error).__name__}: {error}")
+        return {}
+    return {f"sgl-kernel {version} softmax + renorm + chain": run}
+
+
+def _sampled_case(shape: DrafterShape, batch: int, rule: str) -> Case:
+    rows = batch * shape.T
+    lengths = _lengths(batch, shape.T, MEAN_COMMITTED)
+
+    def make(device: torch.device) -> Calls:
+        # Each row has one likely token, so that how much is accepted is what `lengths` says.
+        logits = torch.randn(batch, shape.T, shape.V, device=device, dtype=torch.bfloat16) * 2
+        peak = torch.randint(0, shape.V, (batch, shape.T), device=device)
+        logits.scatter_(2, peak[..., None], 24.0)
+        candidates = _candidates(peak, shape.V, lengths)
+        prefix_lens = torch.randint(0, 4096, (batch,), device=device)
+
+        def full(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.full((batch,), value, dtype=dtype, device=device)
+
+        settings = (full(TEMPERATURE), full(TOP_K, torch.int32), full(TOP_P), full(0.0))
+        seeds = torch.arange(batch, device=device)
+        out, workspace = Verified.empty(batch, shape.T, device), ops.verify_workspace(batch, shape.T, device)
+        inputs = (candidates, logits, prefix_lens)
+        version = torch.__version__.split("+")[0]
+        baselines: dict[str, Callable[[], object]] = {
+            f"torch {version} topk chain": lambda: _torch_sampled(*inputs, ordered=logits.topk(TOP_K)),
+            f"torch {version} sort chain": lambda: _torch_sampled(*inputs, ordered=logits.sort(descending=True)),
+        }
+        if device.type == "cuda":
+            baselines |= _sgl_kernel_baseline(*inputs)
+        return Calls(
+            lambda: ops.verify_block_sampled(
+                *inputs, *settings, seeds, prefix_lens, rule=rule, out=out, workspace=workspace
+            ),
+            baselines,
+        )
+
+    # The block rule looks at every row, unless a draft token is impossible: here the first rejected one is.
+    read = sum(length + 1 for length in lengths)
+    return Case(
+        SUITE,
+        f"verify_block_sampled {rule}",
+        f"B{batch} T{shape.T} V{shape.V}",
+        "bf16",
+        _regime(rows),
+        read * shape.V * 2,
+        0,
+        "read",
+        make,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """The shapes of a Qwen3-8B target, and of the vocabulary of 248320; a small one on the CPU."""
+    if device.type != "cuda":
+        yield _top1_case(TINY, 1)
+        yield _logits_case(TINY, 1, torch.float32, 0)
+        yield _sampled_case(TINY, 1, "token")
+        return
+    shape = QWEN3_8B
+    for batch in (1, 32) if quick else (1, 8, 64, 256):
+        yield _top1_case(shape, batch)
+    for batch in (1, 8, 32):
+        yield _logits_case(shape, batch, torch.bfloat16, 0)
+    yield _logits_case(shape, 32, torch.bfloat16, 1)
+    for batch in (1, 32) if quick else (1, 8, 32):
+        yield _sampled_case(shape, batch, "token")
+    if quick:
+        return
+    yield _sampled_case(shape, 8, "block")
+    for batch in (1, 32):
+        yield _logits_case(shape, batch, torch.float32, 0)
+    yield _logits_case(shape, 8, torch.bfloat16, 1)
+    yield _logits_case(DFLASH2_27B, 8, torch.bfloat16, 0)
+    yield _sampled_case(DFLASH2_27B, 8, "token")
