@@ -1,7 +1,8 @@
 """Handles a run's JSON file: `python -m bench.results FILE...` files its rows as bench/results/<card>/<suite>.json.
 
 `--markdown FILE...` prints a table of the files' rows (of an op's two cache states the cold one), `--readme README.md`
-puts that table of all filed results between the lines `<!-- bench:begin -->` and `<!-- bench:end -->` of a document.
+puts a summary of all filed results, a line an op, between a document's lines `<!-- bench:begin -->` and
+`<!-- bench:end -->`.
 `--remaining FILE` prints the suites that a run cut short has not reached, for a second run in a fresh process;
 `--show FILE` prints its rows as the run did.
 """
@@ -12,12 +13,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bench.harness import HEADER, Row
+from bench.harness import HEADER, Row, geomean
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -72,13 +73,42 @@ def preferred_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["cache"] == "cold" or key(row) not in cold]
 
 
-def markdown(runs: Sequence[dict[str, Any]]) -> str:
-    """One table a card; the numbers come from the files alone."""
-    lines: list[str] = []
+def _by_card(runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A heading that says what was measured on what, and the runs of that card."""
     for card in dict.fromkeys(run["card"] for run in runs):
         of_card = [run for run in runs if run["card"] == card]
         stamps = dict.fromkeys(f"torch {run['torch']}, commit {run['commit']}, {run['date'][:10]}" for run in of_card)
-        lines += [f"{card} ({'; '.join(stamps)}):", ""]
+        yield f"{card} ({'; '.join(stamps)}):", of_card
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> str:
+    """A line for each op, dtype and regime of each card."""
+    lines: list[str] = []
+    for heading, of_card in _by_card(runs):
+        lines += [heading, "", "| op | dtype | regime | shapes | ours / best baseline | % of ceiling |"]
+        lines += ["|---|---|---|---:|---|---|"]
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in (row for run in of_card for row in preferred_rows(run["rows"])):
+            groups.setdefault((row["op"], row["dtype"], row["regime"]), []).append(row)
+        for key, rows in groups.items():
+            ratios = [row["ratio"] for row in rows if row["ratio"]]
+            ceilings = [row["pct_ceiling"] for row in rows if row["pct_ceiling"] is not None]
+            cells = [*key, str(len(rows))]
+            cells += [f"{geomean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""]
+            cells += [f"{min(ceilings):.0f} to {max(ceilings):.0f}" if ceilings else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines.append(
+        "Ratios are geometric means of times, with the best and the worst shape: below 1 is faster than the baseline."
+    )
+    return "\n".join(lines)
+
+
+def markdown(runs: Sequence[dict[str, Any]]) -> str:
+    """One table a card; the numbers come from the files alone."""
+    lines: list[str] = []
+    for heading, of_card in _by_card(runs):
+        lines += [heading, ""]
         lines += ["| op | shape | dtype | ours us | best baseline | its us | ours / it | % of ceiling |"]
         lines += ["|---|---|---|---:|---|---:|---:|---:|"]
         for run in of_card:
@@ -131,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.readme:
             path = args.file[0]
             runs = [_read(found) for found in sorted(RESULTS.glob("*/*.json")) if found.stem != "acceptance"]
-            path.write_text(put_between_marks(path.read_text(encoding="utf-8"), markdown(runs)), encoding="utf-8")
+            path.write_text(put_between_marks(path.read_text(encoding="utf-8"), summary(runs)), encoding="utf-8")
             return 0
         runs = [_read(path) for path in args.file]
     except (OSError, ValueError) as error:

@@ -294,8 +294,11 @@ def test_table_in_a_document(
     assert once.startswith("before\n<!-- bench:begin -->\nSome Card (80 GB) (torch") and once.endswith(
         "end -->\nafter\n"
     )
-    assert "| generate | pair | fp32 | 10.0 | plain | 30.0 | 0.33 |  |" in once
-    assert "old" not in once and "77.0" not in once and "engine 0.33" in once
+    assert "| generate | fp32 | latency | 1 | 0.33 (0.33 to 0.33) |  |" in once and "old" not in once
+    assert results.main(["--markdown", str(results.RESULTS / "some-card-80-gb" / "engine.json")]) == 0
+    table = capsys.readouterr().out
+    assert "| generate | pair | fp32 | 10.0 | plain | 30.0 | 0.33 |  |" in table
+    assert "77.0" not in table and "engine 0.33" in table
     assert results.main(["--readme", str(document)]) == 0
     assert document.read_text() == once
     document.write_text("no marks")
