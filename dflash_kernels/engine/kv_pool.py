@@ -83,6 +83,30 @@ class DrafterKvPool:
             self.page_size,
         )
 
+    def reserve_block(
+        self,
+        anchor_ids: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        pool_rows: torch.Tensor,
+        active: torch.Tensor,
+        block_size: int,
+        mask_token_id: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Start of a step: pages for every active row's next block, and its ids, positions and slots, [B, T] int64."""
+        return ops.reserve_and_prepare_block(
+            self.req_to_token,
+            self.alloc_lens,
+            self.free_pages,
+            self.ring,
+            anchor_ids,
+            prefix_lens,
+            pool_rows,
+            self.page_size,
+            mask_token_id,
+            block_size=block_size,
+            active=active,
+        )
+
     def reserve_row(self, pool_row: int, target_len: int) -> None:
         """:meth:`reserve` for one row whose length the host knows (the prompt)."""
         target = torch.full((1,), target_len, dtype=torch.int64, device=self.device)

@@ -1,7 +1,7 @@
 """One decode step over a padded batch: device state, the calls in order, CUDA graphs, and the readback.
 
-A *speculative* step runs ``reserve_kv_slots``, ``prepare_block``, ``draft_forward``, ``lm_head_argmax``, the target's
-verify pass, ``verify_block`` (or ``verify_block_sampled``) and ``inject_kv``. A *plain* step is the same without a
+A *speculative* step runs ``reserve_and_prepare_block``, ``draft_forward``, ``lm_head_argmax``, the target's verify pass,
+``verify_block`` (or ``verify_block_sampled``) and ``inject_kv``. A *plain* step is the same without a
 drafter: a block of one token, whose verification yields just the bonus token. Both leave the next anchor and the new
 lengths on the device, so the next step needs nothing from the host.
 """
@@ -112,6 +112,13 @@ class StepRunner:
         self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._seen: set[tuple[Any, ...]] = set()
         self._graph_pool: Any = None
+        # Outputs and workspaces of the ops, at fixed addresses; steps follow each other in stream order.
+        tokens = rows * self.block_size
+        self._draft_ids = torch.empty(tokens, dtype=torch.int64, device=device)
+        self._draft_values = torch.empty(tokens, dtype=torch.float32, device=device)
+        self._head_workspace = ops.lm_head_workspace(tokens, device)
+        self._verified = {size: ops.Verified.empty(rows, size, device) for size in {1, self.block_size}}
+        self._verify_workspace = ops.verify_workspace(rows, self.block_size, device)
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -208,15 +215,14 @@ class StepRunner:
             output = self.target.forward(candidates, positions, kv_len, taps=False)
         else:
             assert self.pool is not None and self.drafter is not None
-            pool_rows, table = self.pool_rows[batch], self.pool.req_to_token
-            self.pool.reserve(pool_rows, (lens + self.block_size) * active)
-            block_ids, positions, slots = ops.prepare_block(
-                anchors, lens, pool_rows, table, self.block_size, self.drafter.mask_token_id
+            pool_rows = self.pool_rows[batch]
+            block_ids, positions, slots = self.pool.reserve_block(
+                anchors, lens, pool_rows, active, self.block_size, self.drafter.mask_token_id
             )
-            draft_ids = self._draft(block_ids, positions, slots, lens, pool_rows)
-            candidates = torch.cat([anchors[:, None], draft_ids], dim=1)
+            candidates = self._draft(block_ids, positions, slots, lens, pool_rows)
             output = self.target.forward(candidates, positions, kv_len)
-        _, commit_lens, bonus, out_tokens, new_lens = self._verify(batch, candidates, output.logits, sampled)
+        out = ops.Verified(*(tensor[:rows] for tensor in self._verified[candidates.shape[1]]))
+        _, commit_lens, bonus, out_tokens, new_lens = self._verify(batch, candidates, output.logits, sampled, out)
         if mode == "dflash":
             live = commit_lens * active.to(commit_lens.dtype)
             self._inject(output.taps, positions.reshape(-1), slots.reshape(-1), live)
@@ -233,7 +239,7 @@ class StepRunner:
         prefix_lens: torch.Tensor,
         pool_rows: torch.Tensor,
     ) -> torch.Tensor:
-        """Drafter forward and LM head: the T - 1 proposed tokens of each row, [B, T-1] int64."""
+        """Drafter forward and LM head: each row's anchor and the T - 1 proposed tokens, [B, T] int64."""
         assert self.pool is not None and self.drafter is not None
         rows, block = block_ids.shape
         hidden = self.drafter.forward(
@@ -246,9 +252,12 @@ class StepRunner:
             self.pool.k_caches,
             self.pool.v_caches,
         )
-        masked = hidden.view(rows, block, -1)[:, 1:].reshape(rows * (block - 1), -1)
-        ids, _ = ops.lm_head_argmax(masked, self.drafter.lm_head_weight)
-        return ids.view(rows, block - 1)
+        # The anchors' rows go along: leaving them out would cost a copy and save nothing in a tile of T rows.
+        out = (self._draft_ids[: rows * block], self._draft_values[: rows * block])
+        ids, _ = ops.lm_head_argmax(hidden, self.drafter.lm_head_weight, out=out, workspace=self._head_workspace)
+        candidates = ids.view(rows, block)
+        candidates[:, 0].copy_(block_ids[:, 0])
+        return candidates
 
     def _inject(
         self, taps: list[torch.Tensor], positions: torch.Tensor, slots: torch.Tensor, commit_lens: torch.Tensor | None
@@ -258,12 +267,18 @@ class StepRunner:
         self.drafter.inject(taps, positions, slots, commit_lens, self.pool.k_caches, self.pool.v_caches)
 
     def _verify(
-        self, batch: slice, candidates: torch.Tensor, logits: torch.Tensor, sampled: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Accept step. Sampling draws from Philox at (seed, counter = the row's length): no state beyond the length."""
+        self,
+        batch: slice,
+        candidates: torch.Tensor,
+        logits: torch.Tensor,
+        sampled: bool,
+        out: ops.Verified | None = None,
+    ) -> ops.Verified:
+        """Accept step, into ``out`` or new tensors. Sampling draws from Philox at (seed, counter = the row's length): no state beyond the length."""
         lens = self.prefix_lens[batch]
+        workspace = None if out is None else self._verify_workspace
         if not sampled:
-            return ops.verify_block(candidates, logits, lens)
+            return ops.verify_block(candidates, logits, lens, out=out, workspace=workspace)
         rows = self.sampling
         return ops.verify_block_sampled(
             candidates,
@@ -275,4 +290,6 @@ class StepRunner:
             rows.min_p[batch],
             rows.seeds[batch],
             lens,
+            out=out,
+            workspace=workspace,
         )
