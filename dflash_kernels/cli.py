@@ -6,10 +6,11 @@ Exit codes: 0 fine; 1 a check failed (outputs differ, doctor found a fault); 2 b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,15 +131,30 @@ def _generate(args: argparse.Namespace) -> int:
             seed=args.seed,
         ).resolved(())
         params = SamplingParams(**{**params.__dict__, "stop_token_ids": None})
-        engine, ids = _build_engine(args, prompts)
         with_compare = not args.no_compare
-        _warm_up(engine, ids, params, with_compare)
+        with _status("loading the models", args):
+            engine, ids = _build_engine(args, prompts)
+        with _status("warming up", args):
+            _warm_up(engine, ids, params, with_compare)
         results = _stream(engine, ids, params, args)
         if args.quiet and not with_compare:
             return 0
         return _report(engine, ids, params, results, args)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _status(what: str, args: argparse.Namespace) -> Iterator[None]:
+    """Says on a terminal what is going on, and takes it back at the end; nothing in a pipe."""
+    if args.quiet or not sys.stderr.isatty():
+        yield
+        return
+    print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
@@ -310,7 +326,8 @@ def _report(
         say(f"DFlash: {_rate(ours):.1f} tokens/s ({args.dtype} target, {engine.device})")
     if args.no_compare:
         return 0
-    plain = engine.decode_plain(ids, params)
+    with _status("decoding the same prompts without a drafter", args):
+        plain = engine.decode_plain(ids, params)
     if not args.quiet:
         ratio = _rate(ours) / _rate(plain) if _rate(plain) else 0.0
         say(f"plain decoding of the same target: {_rate(plain):.1f} tokens/s; DFlash is {ratio:.2f}x")

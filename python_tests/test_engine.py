@@ -17,6 +17,9 @@ from dflash_kernels.engine import Engine, SamplingParams, TargetRunner  # noqa: 
 from dflash_kernels.engine.rounding import measure_rounding, near_tie, score  # noqa: E402
 from dflash_kernels.engine.step import round_keys, round_rows  # noqa: E402
 from dflash_kernels.engine.text import StreamDecoder  # noqa: E402
+from dflash_kernels.model.config import parse_config  # noqa: E402
+from dflash_kernels.model.drafter import Drafter  # noqa: E402
+from dflash_kernels.model.weights import DrafterWeights  # noqa: E402
 
 VOCAB, HIDDEN, LAYERS, BLOCK = 97, 48, 4, 8
 PROMPT_LENGTHS = (3, 17, 1, 40, 9)
@@ -422,8 +425,198 @@ def test_stream_decoder_holds_back_incomplete_characters() -> None:
         assert "".join(pieces) == text and not any("\N{REPLACEMENT CHARACTER}" in p for p in pieces)
 
 
+class TableDrafter:
+    """An oracle that can be captured: knows the true texts on the device, and is right where a hash of the place says.
+
+    Its hidden rows are one-hot in the drafter's dtype. Injection writes position + 1 into the caches.
+    """
+
+    block_size, mask_token_id, target_layer_ids = BLOCK, 3, (0, 2)
+    num_layers, num_kv_heads, head_dim = 1, 1, 8
+    hidden_size, vocab_size, max_positions = HIDDEN, VOCAB, 4096
+
+    def __init__(self, texts: list[list[int]], device: str, misses: int = 5) -> None:
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        length = max(len(t) for t in texts)
+        self.texts = torch.tensor([t + [0] * (length - len(t)) for t in texts], device=device)
+        self.width = -(-VOCAB // 8) * 8
+        self.lm_head_weight = torch.eye(VOCAB, self.width, dtype=self.dtype, device=device)
+        self.ahead = torch.arange(BLOCK, device=device)
+        self.misses = misses
+
+    def forward(
+        self,
+        block_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        *rest: Any,
+    ) -> torch.Tensor:
+        last = self.texts.shape[1] - 1
+        here = self.texts[:, prefix_lens.clamp(max=last)]  # [texts, B]
+        text = (here == block_ids[:, 0]).int().argmax(0)
+        true = self.texts[text[:, None], positions.clamp(max=last)]
+        guess = torch.where((positions * 31 + self.ahead) % self.misses == 0, 5, true)
+        hidden = torch.zeros(*guess.shape, self.width, dtype=self.dtype, device=guess.device)
+        return hidden.scatter_(2, guess[:, :, None], 1.0).view(-1, self.width)
+
+    def inject(
+        self,
+        taps: list[torch.Tensor],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        commit_lens: torch.Tensor | None,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> None:
+        old, new = k_caches[0][slots.long()], (positions + 1).to(self.dtype)[:, None, None]
+        if commit_lens is not None:
+            live = (
+                torch.arange(positions.numel() // commit_lens.numel(), device=positions.device) < commit_lens[:, None]
+            )
+            new = torch.where(live.view(-1, 1, 1), new, old)
+        k_caches[0][slots.long()] = new.expand_as(old)
+
+
+def random_drafter(device: str, seed: int = 3) -> Drafter:
+    """A drafter with random weights that fits the tiny targets, with sliding and full layers."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, heads, kv_heads, dim, inner = 2, 4, 2, 32, 64
+    raw = {
+        "block_size": BLOCK,
+        "mask_token_id": 3,
+        "target_layer_ids": [0, 2],
+        "hidden_size": HIDDEN,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": dim,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 24,
+    }
+    q, kv = heads * dim, kv_heads * dim
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    qkv = normal(layers, q + 2 * kv, HIDDEN)
+    weights = DrafterWeights(
+        fc_weight=normal(HIDDEN, 2 * HIDDEN),
+        hidden_norm=torch.ones(HIDDEN),
+        kv_weight=qkv[:, q:].contiguous(),
+        kv_bias=None,
+        input_norm=torch.ones(layers, HIDDEN),
+        qkv_weight=qkv,
+        qkv_bias=None,
+        q_norm=torch.ones(layers, dim),
+        k_norm=torch.ones(layers, dim),
+        o_weight=normal(layers, HIDDEN, q),
+        o_bias=None,
+        post_norm=torch.ones(layers, HIDDEN),
+        gate_up_weight=normal(layers, 2 * inner, HIDDEN),
+        down_weight=normal(layers, HIDDEN, inner),
+        final_norm=torch.ones(HIDDEN),
+    )
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return Drafter(parse_config(raw), weights.to(device, dtype))
+
+
+def make_drafter(kind: str, texts: list[list[int]], device: str) -> Any:
+    return TableDrafter(texts, device) if kind == "oracle" else random_drafter(device)
+
+
+@pytest.mark.parametrize("kind", ["oracle", "drafter"])
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_every_batch_is_lossless_on_the_device(case: Any, device: str, kind: str, use_graphs: bool) -> None:
+    """The whole step on its device, padded batches and running ahead included: texts equal transformers' own."""
+    target, prompts, texts = case
+    target = copy.deepcopy(target).to(device)
+    engine = Engine(
+        target, make_drafter(kind, texts, device), max_batch=5, max_len=128, page_size=4, use_graphs=use_graphs
+    )
+    if kind == "drafter":
+        assert engine.drafter.bound and engine.drafter.device.type == device
+        tied = engine.drafter.embed_weight.data_ptr() == target.get_input_embeddings().weight.data_ptr()
+        assert tied == (device == "cpu")  # fp32 target: shared on the CPU, cast to bf16 on CUDA
+    for count in (5, 1, 3):
+        results = engine.generate(prompts[:count], SamplingParams(max_new_tokens=48))
+        assert [r.prompt_ids + r.token_ids for r in results] == texts[:count]
+        assert engine.last_stats.steps < 48 or kind == "drafter"
+    stop = texts[1][len(prompts[1]) + 11]
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=48, stop_token_ids=(stop,)))
+    for result, prompt, text in zip(results, prompts, texts, strict=True):
+        new = text[len(prompt) :]
+        assert result.token_ids == (new[: new.index(stop) + 1] if stop in new else new)
+    engine.pool.assert_sound()
+    assert engine.pool.free_page_count() == engine.pool.num_pages - 1
+    assert (engine.last_stats.graph_replays > 0) == (use_graphs and device == "cuda")
+    engine.close()
+
+
+def test_sampling_on_the_device_is_reproducible(case: Any, device: str) -> None:
+    """A request's sampled text depends on its seed alone: not on the batch, the graphs or running ahead."""
+    target, prompts, texts = case
+    target = copy.deepcopy(target).to(device)
+    params = [SamplingParams(max_new_tokens=24, temperature=1.0, top_k=20, top_p=0.9, seed=i) for i in range(5)]
+    found = []
+    for max_batch, use_graphs in ((5, True), (2, False), (1, True)):
+        # Not a drafter of floating-point sums: these may round another way in another batch, and propose other tokens.
+        engine = Engine(target, TableDrafter(texts, device), max_batch=max_batch, max_len=128, use_graphs=use_graphs)
+        found.append([r.token_ids for r in engine.generate(prompts, params)])
+        engine.close()
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_second_engine_leaves_the_first_one_alone(case: Any) -> None:
+    """A bound drafter serves engines of several sizes; its buffers only grow."""
+    target, prompts, texts = case
+    drafter = random_drafter("cpu")
+    small = Engine(target, drafter, max_batch=1, max_len=64, prefill_chunk=4)
+    first = drafter._draft_buffers.at_least(1)[0].data_ptr()
+    large = Engine(target, drafter, max_batch=5, max_len=128)
+    assert drafter._draft_buffers.at_least(1)[0].data_ptr() == first
+    for engine in (large, small):
+        results = engine.generate(prompts[:2], SamplingParams(max_new_tokens=20))
+        assert [r.token_ids for r in results] == [
+            t[len(p) : len(p) + 20] for p, t in zip(prompts, texts[:2], strict=False)
+        ]
+    large.close()
+    small.close()
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("use_graphs", [False, True])
+@pytest.mark.parametrize("mode", ["dflash", "plain"])
+def test_steady_steps_do_not_wait_for_the_device(case: Any, mode: Any, use_graphs: bool) -> None:
+    """Launching a step and its readback makes no synchronising call; only reading the ticket waits."""
+    target, prompts, texts = case
+    target = copy.deepcopy(target).cuda()
+    engine = Engine(target, random_drafter("cuda"), max_batch=4, max_len=128, use_graphs=use_graphs)
+    steps, pool = engine.steps, engine.pool
+    params = SamplingParams(max_new_tokens=64, seed=0, stop_token_ids=())
+    tickets = []
+    for row, prompt in enumerate(prompts[:3]):
+        pool_row = pool.admit(120) if mode == "dflash" else None
+        tickets.append(steps.prefill(row, pool_row, prompt, params, 1024, mode))
+    longest = max(len(p) for p in prompts[:3])
+    for i in range(3):  # eager once, captured once, replayed once
+        tickets.append(steps.run(mode, 3, longest + i * BLOCK, False))
+    for ticket in tickets:
+        steps.readback.finish(ticket)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        tickets = [steps.run(mode, 3, longest + (3 + i) * BLOCK, False) for i in range(2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(len(steps.readback.finish(ticket)) == 3 for ticket in tickets)
+    engine.close()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("use_graphs", [False, True])
 def test_plain_decoding_on_cuda(case: Any, use_graphs: bool) -> None:
     target, prompts, texts = case

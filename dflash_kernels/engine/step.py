@@ -1,9 +1,9 @@
 """One decode step over a padded batch: device state, the calls in order, CUDA graphs, and the readback.
 
-A *speculative* step runs ``reserve_and_prepare_block``, ``draft_forward``, ``lm_head_argmax``, the target's verify pass,
-``verify_block`` (or ``verify_block_sampled``) and ``inject_kv``. A *plain* step is the same without a
-drafter: a block of one token, whose verification yields just the bonus token. Both leave the next anchor and the new
-lengths on the device, so the next step needs nothing from the host.
+A *speculative* step runs ``reserve_and_prepare_block``, ``draft_forward``, ``lm_head_argmax``, the target's verify
+pass, ``verify_block`` (or ``verify_block_sampled``) and ``inject_kv``. A *plain* step is the same without a drafter: a
+block of one token, whose verification yields just the bonus token. Both leave the next anchor and the new lengths on
+the device, so the next step needs nothing from the host.
 """
 
 from __future__ import annotations
@@ -274,7 +274,10 @@ class StepRunner:
         sampled: bool,
         out: ops.Verified | None = None,
     ) -> ops.Verified:
-        """Accept step, into ``out`` or new tensors. Sampling draws from Philox at (seed, counter = the row's length): no state beyond the length."""
+        """Accept step, into ``out`` or new tensors.
+
+        Sampling draws from Philox at (seed, counter = the row's length): no state beyond the length.
+        """
         lens = self.prefix_lens[batch]
         workspace = None if out is None else self._verify_workspace
         if not sampled:
