@@ -326,12 +326,10 @@ def test_kernel_names() -> None:
 
 def test_every_kernel_carries_launch_bounds() -> None:
     """Seen in the source, where nothing is compiled; nvcc's own warning reports every template kernel."""
-    parentheses = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
     kernels = 0
     for path in [*ROOT.glob("csrc/**/*.cu"), *ROOT.glob("csrc/**/*.cuh")]:
         code = re.sub(r"//.*", "", path.read_text())
-        found = len(re.findall(r"__global__", code))
-        bound = len(re.findall(rf"__global__\s+void\s+__launch_bounds__\s*{parentheses}\s*\w+\s*\(", code))
-        assert bound == found, f"{path.name}: write `__global__ void __launch_bounds__(...) name(`"
-        kernels += found
+        for declaration in re.findall(r"__global__([^{;]*)", code):
+            assert "__launch_bounds__" in declaration, f"{path.name}: {' '.join(declaration.split())}"
+            kernels += 1
     assert kernels
