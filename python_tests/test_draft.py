@@ -159,15 +159,19 @@ def test_float32_matches_reference(case: Case, rng: torch.Generator) -> None:
 
 CUDA_CASES = [
     Case(contexts=tuple(range(0, 512, 2)), H=512, I=256, heads=(4, 2), T=8, windows=(0,), causal=(0,)),
-    Case(contexts=(131072, 3), heads=(8, 2), D=128, windows=(0, 4096)),
-    Case(contexts=(700,) * 12, T=16, H=1024, I=3072, heads=(32, 8), D=128),
+    Case(contexts=(131072, 3), heads=(8, 1), D=128, windows=(0,), causal=(0,)),
+    # Every tile of the GEMMs, with K whole and cut: 16, 64, 128 and 192 rows.
+    Case(contexts=(40,), H=4096, I=12288, heads=(8, 1), D=128, windows=(0,), causal=(0,)),
+    Case(contexts=(40, 1, 7, 900), H=4096, I=1024, heads=(32, 8), D=128, windows=(0,), causal=(0,)),
+    Case(contexts=(100,) * 8, H=2048, I=1024, heads=(16, 8), D=128, windows=(0,), causal=(0,), biases=True),
+    Case(contexts=(700,) * 12, H=1024, I=3072, heads=(32, 8), D=128),
 ]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CUDA_CASES, ids=str)
 def test_large_cases_on_cuda(case: Case, rng: torch.Generator) -> None:
-    """256 requests, one context of 131072 tokens, and tiles of the widest GEMM."""
+    """256 requests, one context of 131072 tokens, and sizes of real models."""
     check(make_inputs(case, rng, "cuda", torch.bfloat16))
 
 

@@ -21,20 +21,36 @@ __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepco
 // Lets the next kernel's blocks start once every block of this one has called it or ended.
 __device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;\n" :::); }
 
+// `cluster` blocks along z share a cluster (1: none); grid.z is a multiple of it.
 template <typename... Parameters, typename... Arguments>
-void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                   bool early_start, const char* what, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void launch_cluster_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, unsigned cluster,
+                           cudaStream_t stream, bool early_start, const char* what, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (early_start) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = 1;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = cluster;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early_start ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                   bool early_start, const char* what, const Arguments&... arguments) {
+  launch_cluster_kernel(kernel, grid, threads, shared_bytes, 1, stream, early_start, what, arguments...);
 }
 
 }  // namespace dflash

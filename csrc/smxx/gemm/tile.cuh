@@ -60,14 +60,19 @@ struct TilePosition {
 
 // Ends with all warps past their last read of shared memory only after the caller's next __syncthreads.
 // With p.early_start it waits for the preceding kernel before it reads A.
+// Sums over part `split` of `splits` of K, cut at multiples of BK.
 template <typename C, bool kGated = false>
 __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, int64_t column0, __nv_bfloat16* shared,
-                                             Accumulators<C>& acc) {
+                                             Accumulators<C>& acc, int split = 0, int splits = 1) {
   constexpr int kRowsPerPass = C::kThreads / C::kCopiesPerRow;
   constexpr int kPassesA = C::BM / kRowsPerPass, kPassesW = C::BN / kRowsPerPass;
   const int copy_row = threadIdx.x / C::kCopiesPerRow;
   const int copy_column = threadIdx.x % C::kCopiesPerRow * 8;
   const int64_t source_k = p.k / p.num_sources;
+  const int64_t all_tiles = (p.k + C::BK - 1) / C::BK;
+  const int64_t first_tile = all_tiles * split / splits;
+  const int num_tiles = static_cast<int>(all_tiles * (split + 1) / splits - first_tile);
+  const int64_t first_column = first_tile * C::BK + copy_column;
 
   int64_t a_row[kPassesA];  // -1: dead
 #pragma unroll
@@ -79,8 +84,8 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
 
   // The source of A and the column in it that this thread copies next.
   int source = 0;
-  int64_t source_column = copy_column;
-  int64_t a_column = copy_column;
+  int64_t source_column = first_column;
+  int64_t a_column = first_column;
   auto copy_a = [&](int stage) {
     __nv_bfloat16* a_tile = shared + stage * C::kStageElements;
     while (source_column >= source_k && source < p.num_sources - 1) {
@@ -107,7 +112,7 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
     source_column += C::BK;
     a_column += C::BK;
   };
-  int64_t w_column = copy_column;
+  int64_t w_column = first_column;
   auto copy_w = [&](int stage) {
     __nv_bfloat16* w_tile = shared + stage * C::kStageElements + C::BM * C::kPitch;
     const bool inside = w_column < p.k;
@@ -131,7 +136,6 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
       for (int e = 0; e < 4; ++e) acc.d[i][j][e] = 0.0f;
 
   const TilePosition<C> at;
-  const int num_tiles = static_cast<int>((p.k + C::BK - 1) / C::BK);
   if (p.early_start) {  // all of W's first stages, then the wait: they count as part of the first group
     for (int s = 0; s < C::kStages - 1; ++s) {
       if (s < num_tiles) copy_w(s);
