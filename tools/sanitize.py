@@ -148,6 +148,7 @@ def call_inject(m: Maker) -> None:
         (5, 10, [0, 1, 10, 4, 7], 72, 1, 1, 1, 64, 16, False),
         (9, 8, None, 64, 2, 2, 1, 128, 128, True),
         (16, 16, None, 64, 1, 12, 2, 128, 128, False),
+        (10, 8, [8, 0, 3, 1, 8, 5, 2, 0, 4, 7], 64, 2, 2, 1, 64, 64, True),  # live rows are gathered
     ):
         rows = batch * block
         pool = rows + 3

@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 _TILE_COLUMNS = 128  # vocabulary rows that one CUDA block scores
-_CPU_BLOCK = 8192  # vocabulary rows that the CPU implementation scores at once
+_CPU_LOGITS = 1 << 22  # logits that the CPU implementation holds at once
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 _VerifyTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -187,8 +187,9 @@ def _need(workspace: torch.Tensor | None, op: str) -> torch.Tensor:
 
 def _blocks(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):  # type: ignore[no-untyped-def]
     """(first row, logits of that block of the vocabulary), in order."""
-    for start in range(0, weight.shape[0], _CPU_BLOCK):
-        stop = start + _CPU_BLOCK
+    step = max(1024, _CPU_LOGITS // max(hidden.shape[0], 1))
+    for start in range(0, weight.shape[0], step):
+        stop = start + step
         yield start, F.linear(hidden, weight[start:stop], None if bias is None else bias[start:stop])
 
 
@@ -204,23 +205,37 @@ def _argmax(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return best_ids + vocab_start, best
 
 
-def _keys(logits: torch.Tensor, first_id: int) -> torch.Tensor:
-    """int64 keys in the order of (logit, smaller id first), distinct; ids are below 2**22."""
-    bits = (logits.float() + 0.0).view(torch.int32).long()  # + 0.0: one zero
-    order = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF) - 1)
-    order = order.masked_fill(logits.isnan(), 0x7FFFFFFF)
-    ids = torch.arange(first_id, first_id + logits.shape[1])
-    return (order << 22) | (0x3FFFFF - ids)
+def _best(values: torch.Tensor, ids: torch.Tensor, k: int) -> _Pair:
+    """The k largest of each row of ``values``, descending, smaller ids first among equals, NaN above all.
+
+    ``ids`` ascend in each row. torch.topk leaves open which of equal values it takes, so it only gives the bound here.
+    """
+    bound = values.topk(k, dim=-1).values[:, -1:]
+    rows, columns = ((values >= bound) | values.isnan()).nonzero(as_tuple=True)
+    found = values[rows, columns].float()
+    by_value = found.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(
+        descending=True, stable=True
+    )
+    order = by_value[(~found[by_value].isnan()).to(torch.uint8).argsort(stable=True)]
+    order = order[rows[order].argsort(stable=True)]
+    counts = torch.bincount(rows, minlength=values.shape[0])
+    places = (counts.cumsum(0) - counts)[:, None] + torch.arange(k)
+    chosen = order[places]
+    return ids[rows[chosen], columns[chosen]], found[chosen]
 
 
 def _topk(hidden: torch.Tensor, weight: torch.Tensor, k: int, bias: torch.Tensor | None, vocab_start: int) -> _Pair:
-    keys = torch.empty(hidden.shape[0], 0, dtype=torch.int64)
+    rows = hidden.shape[0]
+    ids, values = torch.empty(rows, 0, dtype=torch.int64), torch.empty(rows, 0)
     for start, logits in _blocks(hidden, weight, bias):
-        keys = torch.cat([keys, _keys(logits, start)], dim=-1)
-        keys = keys.topk(min(k, keys.shape[1]), dim=-1).values
-    order = keys >> 22
-    bits = torch.where(order >= 0, order, (-order - 1) | -0x80000000).to(torch.int32)
-    return 0x3FFFFF - (keys & 0x3FFFFF) + vocab_start, bits.view(torch.float32)
+        block = torch.arange(start, start + logits.shape[1]).expand(rows, -1)
+        block_ids, block_values = _best(logits, block, min(k, logits.shape[1]))
+        ids, values = torch.cat([ids, block_ids], dim=-1), torch.cat([values, block_values], dim=-1)
+        # Ids must ascend for the next choice.
+        order = ids.argsort(dim=-1)
+        ids, values = ids.gather(-1, order), values.gather(-1, order)
+    ids, values = _best(values, ids, k)
+    return ids + vocab_start, values
 
 
 @torch.library.impl("dflash::lm_head_argmax", "CPU")
