@@ -155,22 +155,29 @@ def stage_train(args: argparse.Namespace) -> None:
     target, _ = load_target(args, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
     target.requires_grad_(False)
     drafter = build_drafter(args.init).to(args.device).train()
-    if args.init is None:  # hidden rows of the size the frozen LM head is used to
+    if args.init is None:  # the scale the frozen LM head is used to, small enough for an even start
         with torch.no_grad():
-            drafter.norm.weight.copy_(target.model.norm.weight)
+            drafter.norm.weight.copy_(0.3 * target.model.norm.weight)
     print(f"{sum(p.numel() for p in drafter.parameters())} drafter parameters", flush=True)
     texts = Texts(**torch.load(args.work / "texts.pt", weights_only=True))
+    names = ("batch_tokens", "tokens_per_anchor", "learning_rate", "gamma", "seed")
+    settings = {name: getattr(args, name) for name in names}
     result = train(
-        drafter, target, texts, CONFIG["dflash_config"]["target_layer_ids"], seconds=args.train_seconds,
-        batch=args.batch, anchors=args.anchors, learning_rate=args.learning_rate, gamma=args.gamma, seed=args.seed,
-        checkpoint=lambda: save(args, drafter), max_steps=args.max_steps,
-    )  # fmt: skip
+        drafter,
+        target,
+        texts,
+        CONFIG["dflash_config"]["target_layer_ids"],
+        seconds=args.train_seconds,
+        checkpoint=lambda: save(args, drafter),
+        graphs=args.graphs,
+        max_steps=args.max_steps,
+        **settings,
+    )
     save(args, drafter)
     log = args.work / "training.json"
     runs = json.loads(log.read_text()) if log.exists() else []
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
-    settings = {name: getattr(args, name) for name in ("batch", "anchors", "learning_rate", "gamma", "seed", "length")}
-    log.write_text(json.dumps([*runs, {**result, **settings, "card": card}], indent=2))
+    log.write_text(json.dumps([*runs, {**result, **settings, "length": args.length, "card": card}], indent=2))
     print(result, flush=True)
 
 
@@ -218,10 +225,11 @@ def main() -> None:
     parser.add_argument("--generate-seconds", type=float, default=150)
     parser.add_argument("--train-seconds", type=float, default=600)
     parser.add_argument("--max-steps", type=int)
-    parser.add_argument("--batch", type=int, default=32, help="texts a step")
-    parser.add_argument("--anchors", type=int, default=48, help="blocks a text and step")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens of the texts of a step")
+    parser.add_argument("--tokens-per-anchor", type=int, default=11, help="tokens of text for each block of a step")
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--gamma", type=float, default=5.0, help="decay length of the position weights")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="train without CUDA graphs")
     parser.add_argument("--evaluate-limit", type=int)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

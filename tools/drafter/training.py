@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,28 +90,114 @@ def draft_hidden(
     return out.view(rows, count, size, -1)
 
 
+# Share of the drafted positions whose cross-entropy a step computes: the LM head is the dearest part of the step.
+_KEPT = 0.36
+
+
 def block_loss(
     drafter: torch.nn.Module, target: LlamaForCausalLM, texts: Texts, layer_ids: list[int], anchors: int, gamma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the T-1 drafted positions of random blocks, weighted by exp(-(k-1)/gamma), and the mean
-    number of leading tokens that the argmax gets right."""
+    """Cross-entropy of drafted positions of random blocks, and the share of them that the argmax gets right.
+
+    Position k of a block counts with weight exp(-(k-1)/gamma), k = 1..T-1. The weights are not factors: positions are
+    drawn without replacement in proportion to them, and those drawn count alike. No host sync: it can be captured.
+    """
     rows, _ = texts.tokens.shape
     device, size = texts.tokens.device, drafter.block_size
     span = (texts.end - 1 - texts.begin).clamp_min(1)
     places = texts.begin[:, None] + (torch.rand(rows, anchors, device=device) * span[:, None]).long()
     hidden = tapped_hidden(target, texts.tokens, layer_ids)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+    # No cache of casted weights: a captured step must not read one that an earlier step made.
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
         out = draft_hidden(drafter, target, texts.tokens, hidden, places)[:, :, 1:]
         label_at = places[:, :, None] + torch.arange(1, size, device=device)
         live = label_at < texts.end[:, None, None]
-        labels = texts.tokens.gather(1, label_at.clamp_max(texts.tokens.shape[1] - 1).flatten(1)).view_as(label_at)
-        logits = F.linear(out.to(target.lm_head.weight.dtype), target.lm_head.weight)
-    losses = F.cross_entropy(logits.flatten(0, 2).float(), labels.flatten(), reduction="none").view_as(label_at)
-    weight = torch.exp(-torch.arange(size - 1, device=device) / gamma) * live
+        labels = texts.tokens.gather(1, label_at.clamp_max(texts.tokens.shape[1] - 1).flatten(1)).flatten()
+        gumbel = -torch.empty(label_at.shape, device=device).exponential_().log()
+        score = gumbel - torch.arange(size - 1, device=device) / gamma
+        kept = score.masked_fill(~live, -torch.inf).flatten().topk(int(_KEPT * labels.numel())).indices
+        labels, counts = labels[kept], live.flatten()[kept].float()
+        logits = F.linear(out.flatten(0, 2)[kept].to(target.lm_head.weight.dtype), target.lm_head.weight)
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    total = counts.sum().clamp_min(1)
     with torch.no_grad():
-        right = (logits.argmax(-1) == labels) & live
-        accepted = right.int().cumprod(-1).sum(-1).float().mean()
-    return (losses * weight).sum() / weight.sum(), accepted
+        right = ((logits.argmax(-1) == labels) * counts).sum() / total
+    return (losses * counts).sum() / total, right
+
+
+class Step:
+    """Loss and gradients of one batch of fixed shape; with `graphs`, a captured CUDA graph after two eager runs."""
+
+    _pool: Any = None  # one memory pool for all graphs: they never run side by side
+
+    def __init__(
+        self, loss: Callable[[Texts], tuple[torch.Tensor, torch.Tensor]], drafter: torch.nn.Module, graphs: bool
+    ) -> None:
+        self._loss, self._parameters, self._graphs = loss, list(drafter.parameters()), graphs
+        self._calls = 0
+        self._texts: Texts | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result = torch.zeros(2)
+
+    def _run(self, texts: Texts) -> torch.Tensor:
+        torch._foreach_zero_([p.grad for p in self._parameters])
+        loss, right = self._loss(texts)
+        loss.backward()
+        return torch.stack((loss.detach(), right))
+
+    def __call__(self, texts: Texts) -> torch.Tensor:
+        """Fills the parameters' gradients; returns (loss, share of right tokens), valid until the next call."""
+        if not self._graphs:
+            return self._run(texts)
+        self._calls += 1
+        if self._texts is None:
+            self._texts = Texts(*(value.clone() for value in vars(texts).values()))
+        for to, value in zip(vars(self._texts).values(), vars(texts).values(), strict=True):
+            to.copy_(value)
+        if self._calls <= 2:
+            side = torch.cuda.Stream()  # as the capture will: autograd remembers the stream of a parameter's first use
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = self._run(self._texts)
+            torch.cuda.current_stream().wait_stream(side)
+            return result
+        if self._graph is None:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            Step._pool = Step._pool or torch.cuda.graph_pool_handle()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=Step._pool):
+                self._result = self._run(self._texts)
+        self._graph.replay()
+        return self._result
+
+
+class Batches:
+    """Endless batches of texts of similar length; each width has its own row count: as many tokens in every batch."""
+
+    def __init__(self, texts: Texts, widths: list[int], tokens: int, generator: torch.Generator) -> None:
+        self._texts, self._generator = texts, generator
+        self.rows = {width: max(1, tokens // width) for width in widths}
+        below = [0, *widths[:-1]]
+        self._groups = {
+            width: torch.nonzero((texts.end > low) & (texts.end <= width)).flatten()
+            for low, width in zip(below, widths, strict=True)
+        }
+        self._epoch: list[tuple[int, torch.Tensor]] = []
+
+    def next(self, device: torch.device) -> tuple[int, Texts]:
+        """Width and rows of the next batch."""
+        while not self._epoch:
+            for width, group in self._groups.items():
+                order = group[torch.randperm(len(group), generator=self._generator)]
+                parts = order.split(self.rows[width])
+                self._epoch += [(width, part) for part in parts if len(part) == self.rows[width]]
+            order = torch.randperm(len(self._epoch), generator=self._generator).tolist()
+            self._epoch = [self._epoch[i] for i in order]
+        width, index = self._epoch.pop()
+        texts = self._texts
+        part = Texts(texts.tokens[:, :width], texts.begin, texts.end)
+        return width, part.rows(index, device)
 
 
 def train(
@@ -122,59 +207,67 @@ def train(
     layer_ids: list[int],
     *,
     seconds: float,
-    batch: int,
-    anchors: int,
+    batch_tokens: int,
+    tokens_per_anchor: int,
     learning_rate: float,
     gamma: float,
     seed: int,
     checkpoint: Callable[[], None],
+    graphs: bool = True,
     max_steps: int | None = None,
 ) -> dict[str, float]:
-    """Muon on the matrices and AdamW on the norms, with a warm-up and a cosine decay over the given wall-clock time (so
+    """Muon on the matrices and AdamW on the norms, with a warm-up and a linear decay over the given wall-clock time (so
     that any time limit ends annealed)."""
     device = target.device
     matrices = [p for p in drafter.parameters() if p.ndim == 2]
     others = [p for p in drafter.parameters() if p.ndim != 2]
     optimizers = [
         # match_rms_adamw: updates of AdamW's size, so that one learning rate serves both.
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    generator = torch.Generator().manual_seed(seed)
-    begin, last_saved, step, seen = time.time(), time.time(), 0, 0
+    for parameter in drafter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    length = texts.tokens.shape[1]
+    widths = [length * 3 // 8, length // 2, length * 3 // 4, length]
+    batches = Batches(texts, widths, batch_tokens, torch.Generator().manual_seed(seed))
+    steps = {
+        width: Step(
+            lambda part, count=width // tokens_per_anchor: block_loss(drafter, target, part, layer_ids, count, gamma),
+            drafter,
+            graphs and device.type == "cuda",
+        )
+        for width in batches.rows
+    }
+    begin, last_saved, step, seen, blocks = time.time(), time.time(), 0, 0, 0
     recent: list[torch.Tensor] = []
-    order = torch.randperm(len(texts), generator=generator)
-    warmup = 100 if max_steps is None else max(1, max_steps // 10)
+    warmup = 60 if max_steps is None else max(1, max_steps // 10)
     while (progress := (time.time() - begin) / seconds) < 1 and step != max_steps:
-        if seen + batch > len(order):
-            order, seen = torch.randperm(len(texts), generator=generator), 0
-        index, seen = order[seen : seen + batch], seen + batch
-        scale = min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        width, part = batches.next(device)
+        seen += len(part)
+        blocks += len(part) * (width // tokens_per_anchor)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * scale
-        loss, accepted = block_loss(drafter, target, texts.rows(index, device), layer_ids, anchors, gamma)
-        loss.backward()
+                group["lr"] = learning_rate * min(1.0, (step + 1) / warmup) * max(0.01, min(1.0, 1.15 * (1 - progress)))
+        recent.append(steps[width](part).clone())
         torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        recent.append(torch.stack((loss.detach(), accepted)))
         step += 1
-        if step % 200 == 0 or step in (10, 30, 60):
-            mean = torch.stack(recent[-200:]).mean(0).tolist()
-            print(f"step {step} {time.time() - begin:.0f} s  loss {mean[0]:.3f}  accepted {mean[1]:.2f}", flush=True)
+        if step % 250 == 0 or step in (10, 30, 60, 120):
+            mean = torch.stack(recent[-250:]).mean(0).tolist()
+            print(f"step {step} {time.time() - begin:.0f} s  loss {mean[0]:.3f}  right {mean[1]:.3f}", flush=True)
         if time.time() - last_saved > 60:
             checkpoint()
             last_saved = time.time()
-    mean = torch.stack(recent[-200:]).mean(0).tolist()
+    mean = torch.stack(recent[-250:]).mean(0).tolist()
     return {
         "steps": step,
         "seconds": round(time.time() - begin, 1),
-        "epochs": round(step * batch / len(texts), 2),
-        "blocks": step * batch * anchors,
+        "epochs": round(seen / len(texts), 2),
+        "blocks": blocks,
         "final_loss": round(mean[0], 4),
-        "final_accepted": round(mean[1], 3),
+        "final_right": round(mean[1], 4),
     }
 
 
