@@ -1,11 +1,9 @@
-"""Every Python example of the README runs, each as a script of its own, and the README names what exists."""
+"""Every Python example of the README runs by itself, and the README names what exists."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,10 +37,8 @@ def demo_is_there() -> bool:
 
 @pytest.mark.parametrize("code", examples())
 def test_example_runs(code: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.returncode == 0, run.stderr
+    """As a script of its own would: nothing of the other examples is there."""
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_every_op_is_in_an_example() -> None:
