@@ -206,7 +206,7 @@ def test_requests_do_not_touch_each_other(device: str, rng: torch.Generator) -> 
     for b in range(4):
         alone = run({**inputs, **{name: inputs[name][b : b + 1] for name in per_request}})
         # Another batch size is another tiling: sums may round differently.
-        torch.testing.assert_close(alone.float(), whole[b].float(), atol=0.06, rtol=0)
+        torch.testing.assert_close(alone.float(), whole[b].float(), atol=0.1, rtol=0)
 
 
 def test_block_sees_its_context(device: str, rng: torch.Generator) -> None:
@@ -387,8 +387,11 @@ def test_index_range_checks(debug: bool, device: str, rng: torch.Generator, monk
             torch.cuda.synchronize()
 
 
-def test_workspace_grows_with_the_batch() -> None:
-    sizes = [draft_forward_workspace(batch, 16, 4096, 12288, 32, 8, 128) for batch in (0, 1, 8, 64, 256)]
+@pytest.mark.parametrize("heads", [(32, 8, 128), (4, 1, 128), (9, 3, 64), (64, 64, 64), (600, 300, 32)])
+def test_workspace_of_a_batch_serves_smaller_ones(heads: tuple[int, int, int]) -> None:
+    sizes = [draft_forward_workspace(batch, 16, 64, 8, *heads) for batch in range(300)]
     assert sizes == sorted(sizes)
     with pytest.raises(ValueError, match="^dflash::draft_forward_workspace: head_dim must be at least 1, got 0"):
         draft_forward_workspace(1, 16, 4096, 12288, 32, 8, 0)
+    with pytest.raises(ValueError, match=r"num_q_heads must be a multiple of num_kv_heads \(8\), got 4"):
+        draft_forward_workspace(1, 16, 4096, 12288, 4, 8, 128)

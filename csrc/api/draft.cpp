@@ -262,6 +262,8 @@ int64_t draft_forward_workspace(int64_t batch, int64_t block_size, int64_t hidde
   for (const auto& [name, size] : sizes) {
     DFLASH_CHECK("draft_forward_workspace", size >= 1, name, "be at least 1", size);
   }
+  DFLASH_CHECK("draft_forward_workspace", num_q_heads % num_kv_heads == 0, "num_q_heads",
+               "be a multiple of num_kv_heads (" + std::to_string(num_kv_heads) + ")", num_q_heads);
   DraftSizes s;
   s.batch = batch;
   s.block_size = block_size;

@@ -25,10 +25,11 @@ def draft_forward_workspace(
     """Bytes of workspace that :func:`draft_forward` needs for these sizes (B, T, H, I, Hq, Hkv, D).
 
     It holds the activations of one layer, the block's own K and V among them, and the partial results of the splits of
-    the attention. More is fine. The same on every device.
+    the attention. More is fine, and it never shrinks as the batch grows: the workspace of a batch serves all smaller
+    ones. The same on every device.
 
     Raises:
-        ValueError: a size below 1, or ``batch`` below 0.
+        ValueError: a size below 1, ``batch`` below 0, or query heads that the KV heads do not divide.
     """
     return torch.ops.dflash.draft_forward_workspace(
         batch, block_size, hidden_size, intermediate_size, num_q_heads, num_kv_heads, head_dim

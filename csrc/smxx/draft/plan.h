@@ -21,13 +21,25 @@ struct DraftSizes {
   int64_t qkv_width() const { return (q_heads + 2 * kv_heads) * head_dim; }
 };
 
-// Enough parts that one request with a long context fills two waves of blocks on any current part (2 x 132 SMs).
-inline int64_t attention_splits(const DraftSizes& s) {
-  constexpr int64_t kWantedBlocks = 264;
+// Blocks of threads that the attention aims at by cutting the keys: two waves on any current part (2 x 132 SMs).
+constexpr int64_t kWantedBlocks = 264;
+
+// Blocks of one request with its keys whole.
+inline int64_t attention_blocks(const DraftSizes& s) {
   const int64_t rows = s.block_size * (s.q_heads / s.kv_heads);
-  const int64_t blocks = s.batch * s.kv_heads * ((rows + attention::kRowTile - 1) / attention::kRowTile);
-  if (blocks == 0) return 1;
-  return std::clamp<int64_t>(kWantedBlocks / blocks, 1, attention::kMaxSplits);
+  return s.kv_heads * ((rows + attention::kRowTile - 1) / attention::kRowTile);
+}
+
+inline int64_t attention_splits(const DraftSizes& s) {
+  if (s.batch == 0) return 1;
+  return std::clamp<int64_t>(kWantedBlocks / (s.batch * attention_blocks(s)), 1, attention::kMaxSplits);
+}
+
+// The most splits, summed over the requests, that this batch or any smaller one has; 0: none is split. So that the
+// workspace of a batch serves every smaller one.
+inline int64_t most_partial_requests(const DraftSizes& s) {
+  const int64_t wanted = kWantedBlocks / attention_blocks(s);  // bounds B * splits wherever splits > 1
+  return wanted > 1 ? std::min(s.batch * attention::kMaxSplits, wanted) : 0;
 }
 
 // Byte offsets; every part starts at a multiple of 256 bytes.
@@ -37,7 +49,7 @@ struct WorkspacePlan {
   int64_t qkv = 0;            // [B * T, (Hq + 2 * Hkv) * D] bf16: also the block's own keys and values
   int64_t attended = 0;       // [B * T, Hq * D] bf16
   int64_t activated = 0;      // [B * T, I] bf16
-  int64_t partial_out = 0;    // [B, Hkv, splits, T * G, D] fp32, with more than one split
+  int64_t partial_out = 0;    // [B, Hkv, splits, T * G, D] fp32
   int64_t partial_stats = 0;  // [B, Hkv, splits, T * G, 2] fp32
   int64_t bytes = 0;
   int64_t splits = 1;
@@ -52,7 +64,7 @@ inline WorkspacePlan plan_workspace(const DraftSizes& s) {
     return offset;
   };
   const int64_t tokens = s.tokens();
-  const int64_t partial_rows = plan.splits > 1 ? tokens * s.q_heads * plan.splits : 0;
+  const int64_t partial_rows = most_partial_requests(s) * s.block_size * s.q_heads;
   plan.x = take(tokens * s.hidden * 2);
   plan.normed = take(tokens * s.hidden * 2);
   plan.qkv = take(tokens * s.qkv_width() * 2);
