@@ -220,6 +220,8 @@ def test_bench_says_where_it_lives(
 
 def test_closed_pipe_leaves_no_traceback(pair: list[str]) -> None:
     """`dflash-kernels generate ... | head -c 1`: the reader goes away early."""
+    if "llama" not in pair[1]:
+        pytest.skip("one family is enough")
     command = [sys.executable, "-m", "dflash_kernels", "generate", "w1 w2", *pair, "--max-new-tokens", "40"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None

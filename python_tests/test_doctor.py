@@ -120,6 +120,8 @@ def test_doctor_runs_where_the_library_does_not_load(tmp_path: Path, damage: str
     assert done.returncode == 1 and findings["library"]["status"] == "fault" and findings["library"]["fix"]
     assert "Traceback" not in done.stderr
     assert {"missing": "missing", "truncated": "cut off", "foreign": "ELF"}[damage] in findings["library"]["what"]
+    if damage != "missing":
+        return
     command = [*command[:3], "generate", "a prompt"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("dflash-kernels generate: dflash-kernels: ")
