@@ -145,9 +145,12 @@ __global__ void __launch_bounds__(C::kThreads) gemm_bf16_kernel(const __grid_con
   }
 }
 
+int64_t likely_rows(const GemmParams& p) { return p.expected_live > 0 ? p.expected_live : p.m; }
+
+// Tiles with a live row, likely.
 template <typename C>
 int64_t num_tiles(const GemmParams& p) {
-  return (p.m + C::BM - 1) / C::BM * ((p.n + C::BN - 1) / C::BN);
+  return (likely_rows(p) + C::BM - 1) / C::BM * ((p.n + C::BN - 1) / C::BN);
 }
 
 // Parts of K, a power of two.
@@ -187,12 +190,13 @@ void launch(const GemmParams& p, cudaStream_t stream) {
 
 void launch_gemm_bf16(const GemmParams& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return;
-  if (p.m <= 16) {
+  const int64_t rows = likely_rows(p);
+  if (rows <= 16) {
     return num_tiles<Rows16Wide>(p) >= kWideTiles ? launch<Rows16Wide>(p, stream) : launch<Rows16>(p, stream);
   }
   // The widest tile that, with K cut, still gives most SMs a block.
   constexpr int64_t kEnough = 80;
-  if (p.m > 64 && num_tiles<Rows128>(p) * num_splits<Rows128>(p) >= kEnough) return launch<Rows128>(p, stream);
+  if (rows > 64 && num_tiles<Rows128>(p) * num_splits<Rows128>(p) >= kEnough) return launch<Rows128>(p, stream);
   if (num_tiles<Rows64Wide>(p) * num_splits<Rows64Wide>(p) >= kEnough) return launch<Rows64Wide>(p, stream);
   launch<Rows64>(p, stream);
 }
