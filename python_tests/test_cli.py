@@ -218,6 +218,15 @@ def test_bench_says_where_it_lives(
     assert code == 2 and "not installed" in err and err.count("\n") == 1
 
 
+def test_bench_passes_options_and_exit_code_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench").mkdir()
+    code = "import pathlib, sys; pathlib.Path('seen').write_text(' '.join(sys.argv[1:])); sys.exit(3)"
+    (tmp_path / "bench" / "__main__.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--quick", "verify", "--help"]) == 3
+    assert (tmp_path / "seen").read_text() == "--quick verify --help"
+
+
 def test_closed_pipe_leaves_no_traceback(pair: list[str]) -> None:
     """`dflash-kernels generate ... | head -c 1`: the reader goes away early."""
     if "llama" not in pair[1]:

@@ -585,6 +585,8 @@ def test_a_second_engine_leaves_the_first_one_alone(case: Any) -> None:
         ]
     large.close()
     small.close()
+    with pytest.raises(ValueError, match="drafter must be on its target's device meta, got cpu"):
+        Engine(copy.deepcopy(target).to("meta"), drafter, max_len=64)
 
 
 @pytest.mark.gpu

@@ -17,6 +17,10 @@ class Bindable(Protocol):
     def bound(self) -> bool:
         """Whether it has them."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
     def bind(self, target: nn.Module) -> Any:
         """Take them from a transformers causal LM, and move to its device."""
 

@@ -155,6 +155,9 @@ class Engine:
             if isinstance(drafter, Bindable):
                 if not drafter.bound:
                     drafter.bind(target)
+                where: torch.device = target.get_input_embeddings().weight.device  # type: ignore[operator]
+                if drafter.device != where:
+                    raise ValueError(f"Engine: drafter must be on its target's device {where}, got {drafter.device}")
                 drafter.reserve(max_batch, max(prefill_chunk, max_batch * self.block_size))
         taps = drafter.target_layer_ids if drafter is not None else ()
         self.target = TargetRunner(target, taps, rows=max_batch, max_positions=max_positions)

@@ -63,19 +63,21 @@ class Drafter:
         return self.embed_weight.shape[0] > 0
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Drafter:
-        """Move weights and table in place (buffers start anew); returns the drafter itself.
+        """Move weights and table in place; returns the drafter itself. Where something changes, buffers start anew.
 
         Raises:
             ValueError: fp16, or another dtype than bf16 on CUDA.
         """
         device, dtype = torch.device(device), dtype or self.dtype
         _check_dtype(dtype, device)
+        before = (self.device, self.dtype)
         self.weights = self.weights.to(device, dtype)
         self.cos_sin = self.cos_sin.to(device)
         self.embed_weight = self.embed_weight.to(device, dtype)
         self.lm_head_weight = self.lm_head_weight.to(device, dtype)
-        self._draft_buffers = _Buckets(self._new_draft_buffers)
-        self._inject_buffers = _Buckets(self._new_inject_buffers)
+        if before != (self.device, self.dtype):
+            self._draft_buffers = _Buckets(self._new_draft_buffers)
+            self._inject_buffers = _Buckets(self._new_inject_buffers)
         return self
 
     def bind(self, target: nn.Module, dtype: torch.dtype | None = None) -> Drafter:
