@@ -78,6 +78,8 @@ struct Shared {
   double scale;
 };
 
+static_assert((kMaxCells + 4) * sizeof(uint32_t) + sizeof(Shared) <= 232448, "a CTA's shared memory");
+
 // How distances become depths and depths weights, for one temperature.
 struct Depths {
   float scale;       // 2^32 / R, R the power of two above 44 octaves
@@ -305,7 +307,8 @@ __device__ void load_share(const SampledParams& p, int64_t b, int j, const Share
 #pragma unroll
         for (int e = 0; e < Element<kType>::kPerVector; e += 4) {
           // `cells` is placed so that a vector's first element is 16-byte aligned (aligned_cells).
-          *reinterpret_cast<float4*>(cells + i + e) = make_float4(x[e], x[e + 1], x[e + 2], x[e + 3]);
+          *reinterpret_cast<uint4*>(cells + i + e) = make_uint4(__float_as_uint(x[e]), __float_as_uint(x[e + 1]),
+                                                                __float_as_uint(x[e + 2]), __float_as_uint(x[e + 3]));
         }
       });
 }
