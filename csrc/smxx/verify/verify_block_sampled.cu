@@ -240,7 +240,7 @@ __device__ uint64_t block_inclusive_scan(Scratch& scratch, uint64_t value) {
     if (warp < static_cast<int>(threadIdx.x / 32)) before += scratch.warp[warp];
     total += scratch.warp[warp];
   }
-  scratch.total = total;  // the same value from every thread
+  if (threadIdx.x == 0) scratch.total = total;
   __syncthreads();
   return before + value;
 }
