@@ -17,8 +17,6 @@ one gather and one concatenation of the free list in both. None of them keeps bo
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 
+from bench import sglang_kernels
 from bench.ceilings import measure
 from bench.harness import Calls, Case, Row, measure_case
 from bench.runner import Problem
@@ -53,25 +52,15 @@ class SGLang:
 def _sglang() -> SGLang | None:
     """None where SGLang or one of the pieces is not there."""
 
-    def find(name: str, *modules: str) -> Any:
-        for module in modules:
-            try:
-                return getattr(importlib.import_module(module), name)
-            except (ImportError, AttributeError):
-                continue
-        raise ImportError(name)
-
     try:
-        allocation = "sglang.srt.mem_cache.allocation"
-        paged = ("sglang.srt.mem_cache.allocator.paged", "sglang.srt.mem_cache.allocator")
         return SGLang(
-            importlib.metadata.version("sglang"),
-            find("_prepare_dflash_draft_block_unchecked", "sglang.srt.speculative.dflash_worker_v2"),
-            find("assign_req_to_token_pool_func", allocation, "sglang.srt.speculative.spec_utils"),
-            find("get_last_loc", allocation, "sglang.srt.mem_cache.common"),
-            find("alloc_extend_kernel", *paged),
+            sglang_kernels.version(),
+            sglang_kernels.find("_prepare_dflash_draft_block_unchecked"),
+            sglang_kernels.assign_req_to_token_pool(),
+            sglang_kernels.find("get_last_loc_triton"),
+            sglang_kernels.find("alloc_extend_kernel"),
         )
-    except Exception as error:  # whatever an import of that size can raise
+    except Exception as error:  # whatever a file of another version can raise
         print(f"# alloc: no sglang baseline: {type(error).__name__}: {error}")
         return None
 

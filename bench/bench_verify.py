@@ -4,22 +4,20 @@ Baselines, each in the same process; those that cannot be had here are left out:
 
 * accept step: SGLang's Triton kernel, loaded from the file of an installed SGLang without importing SGLang; else the
   same job in torch calls, named so;
-* from logits: `torch.argmax`, then that accept step;
+* from logits: `torch.argmax` or SGLang's `row_argmax`, then that accept step;
 * sampled: `torch` with `torch.topk` (k is the same for all requests here, which the op does not need to know), the same
   with a full sort, and sgl-kernel's renormalisation and chain sampling, on dense probabilities, where it is installed.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import sglang_kernels
 from bench.harness import Calls, Case
 from bench.shapes import DFLASH2_27B, QWEN3_8B, TINY, DrafterShape
 from dflash_kernels import ops
@@ -35,20 +33,21 @@ Accept = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Verified], object]
 @cache
 def _sglang_accept() -> tuple[str, Callable[..., None]] | None:
     """SGLang's accept kernel from its file, which needs torch and Triton alone."""
-    name = "_compute_dflash_accept_bonus_triton_unchecked"
     try:
-        spec = importlib.util.find_spec("sglang")
-        if spec is None or spec.origin is None:
-            return None
-        path = Path(spec.origin).parent / "kernels/ops/speculative/dflash.py"
-        file_spec = importlib.util.spec_from_file_location("sglang_dflash_accept", path)
-        if file_spec is None or file_spec.loader is None:
-            return None
-        module = importlib.util.module_from_spec(file_spec)
-        file_spec.loader.exec_module(module)
-        return f"sglang {importlib.metadata.version('sglang')} accept", getattr(module, name)
+        kernel = sglang_kernels.find("_compute_dflash_accept_bonus_triton_unchecked")
+        return f"sglang {sglang_kernels.version()} accept", kernel
     except Exception as error:  # whatever a file of another version can raise
         print(f"# verify: no sglang baseline: {type(error).__name__}: {error}")
+        return None
+
+
+@cache
+def _sglang_row_argmax() -> Callable[[torch.Tensor], torch.Tensor] | None:
+    try:
+        found: Callable[[torch.Tensor], torch.Tensor] = sglang_kernels.find("row_argmax")
+        return found
+    except Exception as error:  # whatever a file of another version can raise
+        print(f"# verify: no row_argmax of sglang: {type(error).__name__}: {error}")
         return None
 
 
@@ -136,9 +135,19 @@ def _logits_case(shape: DrafterShape, batch: int, dtype: torch.dtype, lazy: int)
         out, theirs = Verified.empty(batch, shape.T, device), Verified.empty(batch, shape.T, device)
         workspace = ops.verify_workspace(batch, shape.T, device)
         name, accept = _accept_step(device)
+        baselines: dict[str, Callable[[], object]] = {
+            f"torch argmax + {name}": lambda: accept(candidates, logits.argmax(-1), prefix_lens, theirs)
+        }
+        row_argmax = _sglang_row_argmax() if device.type == "cuda" else None
+        if row_argmax is not None:  # takes float32 alone: bfloat16 is copied first, as the engine does
+            flat, best = logits.view(rows, shape.V), row_argmax
+            copy = " of a float32 copy" if dtype != torch.float32 else ""
+            baselines[f"row_argmax{copy} + {name}"] = lambda: accept(
+                candidates, best(flat.float()).view_as(candidates), prefix_lens, theirs
+            )
         return Calls(
             lambda: ops.verify_block(candidates, logits, prefix_lens, lazy=lazy, out=out, workspace=workspace),
-            {f"torch argmax + {name}": lambda: accept(candidates, logits.argmax(-1), prefix_lens, theirs)},
+            baselines,
         )
 
     read = sum(length + 1 for length in lengths) if lazy == 1 else rows
