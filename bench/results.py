@@ -21,6 +21,7 @@ from typing import Any
 from bench.harness import HEADER, Row, geomean
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_OTHERS = ("acceptance", "drafter")  # filed there too, but no runs of the suites
 
 
 def file_run(run: dict[str, Any], root: Path) -> list[Path]:
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.readme:
             path = args.file[0]
-            runs = [_read(found) for found in sorted(RESULTS.glob("*/*.json")) if found.stem != "acceptance"]
+            runs = [_read(found) for found in sorted(RESULTS.glob("*/*.json")) if found.stem not in _OTHERS]
             path.write_text(put_between_marks(path.read_text(encoding="utf-8"), summary(runs)), encoding="utf-8")
             return 0
         runs = [_read(path) for path in args.file]

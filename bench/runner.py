@@ -240,11 +240,16 @@ def driver_version() -> str:
 
 
 def commit_id() -> str:
-    """The checkout's commit ("+" appended when tracked files differ), else `DFLASH_COMMIT`, else "unknown"."""
+    """`DFLASH_COMMIT`, else the checkout's commit ("+" appended when tracked files differ), else "unknown".
+
+    The variable comes first: a copy of a checkout may carry git metadata that its files have left behind.
+    """
+    if named := os.environ.get("DFLASH_COMMIT"):
+        return named
     commit = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
     if commit:
         return commit + ("+" if _output(["git", "-C", str(ROOT), "status", "--porcelain", "-uno"]) else "")
-    return os.environ.get("DFLASH_COMMIT", "unknown")
+    return "unknown"
 
 
 def _output(command: list[str]) -> str:

@@ -10,7 +10,7 @@
 # Environment (default):
 #   OUT            folder of the logs and JSON files (a folder under $TMPDIR)
 #   PYTHON         interpreter with torch (python3)
-#   DFLASH_COMMIT  commit named in the rows where the checkout has no .git
+#   DFLASH_COMMIT  commit named in the rows (the checkout's own; set it where .git is missing or stale)
 #   TESTS_LIMIT SANITIZE_LIMIT BENCH_LIMIT DEMO_LIMIT   seconds of a stage (240 120 170 120)
 #   TEST_MODULES   test modules to run (every python_tests/test_*.py)
 #   MODULE_LIMIT   seconds of one test module (90); TEST_JOBS: modules at a time (4)
@@ -163,6 +163,6 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>
 for stage in "${stages[@]}"; do
   echo "== $stage" && "stage_$stage"
 done
-printf '\n== gpu_round, commit %s\n' "$(git rev-parse --short=12 HEAD 2>/dev/null || echo "${DFLASH_COMMIT:-unknown}")"
+printf '\n== gpu_round, commit %s\n' "${DFLASH_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}"
 cat "$table"
 exit $failed

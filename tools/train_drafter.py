@@ -184,11 +184,11 @@ def stage_train(args: argparse.Namespace) -> None:
 def stage_evaluate(args: argparse.Namespace) -> None:
     target, tokenizer = load_target(args, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
     drafter = build_drafter(args.work / "export").to(args.device).eval()
-    report: dict[str, Any] = {"max_new_tokens": args.new_tokens, "sets": {}}
+    report: dict[str, Any] = {"max_new_tokens": args.evaluate_tokens, "sets": {}}
     for name, messages in held_out_sets().items():
         prompts = [chat_ids(tokenizer, text) for text in messages[: args.evaluate_limit]]
         prompts = [ids for ids in prompts if len(ids) <= args.length // 2 + 128]
-        found = continuations(args, target, prompts, args.new_tokens, float("inf"))
+        found = continuations(args, target, prompts, args.evaluate_tokens, float("inf"))
         texts = pack_texts(prompts, found, args.length, CONFIG["pad_token_id"])
         cut = pack_texts(prompts, [cut_loop(tokens) for tokens in found], args.length, CONFIG["pad_token_id"])
         taps = CONFIG["dflash_config"]["target_layer_ids"]
@@ -283,10 +283,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=60000)
     parser.add_argument("--files", type=int, default=20000, help="Python files to take prompts from, at most")
     parser.add_argument("--length", type=int, default=512, help="tokens of a text, prompt included")
-    parser.add_argument("--new-tokens", type=int, default=320)
+    parser.add_argument("--new-tokens", type=int, default=256, help="of a training text")
+    parser.add_argument("--evaluate-tokens", type=int, default=320, help="new tokens of a held-out text")
     parser.add_argument("--decode-batch", type=int, default=1024)
-    parser.add_argument("--generate-seconds", type=float, default=150)
-    parser.add_argument("--train-seconds", type=float, default=600)
+    parser.add_argument("--generate-seconds", type=float, default=100)
+    parser.add_argument("--train-seconds", type=float, default=300)
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens of the texts of a step")
     parser.add_argument("--tokens-per-anchor", type=int, default=11, help="tokens of text for each block of a step")
