@@ -12,14 +12,9 @@
 #include <cuda_runtime.h>
 
 #include "common/cuda_check.h"
+#include "common/ptx.cuh"
 
 namespace dflash {
-
-// Returns at once in a kernel that was launched without the attribute.
-__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
-
-// Lets the next kernel's blocks start once every block of this one has called it or ended.
-__device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;\n" :::); }
 
 // `cluster` blocks along z share a cluster (1: none); grid.z is a multiple of it.
 template <typename... Parameters, typename... Arguments>

@@ -27,6 +27,7 @@
 #include <cuda_runtime.h>
 
 #include "common/cuda_check.h"
+#include "common/ptx.cuh"
 #include "smxx/alloc/launch.h"
 
 namespace dflash::alloc {
@@ -201,11 +202,6 @@ __device__ __forceinline__ void store_found(const BlockParams& block, const Toke
               static_cast<int64_t>(entry) * token.scale + token.offset);
 }
 
-// Relaxed, which spares a fence of some hundred cycles: no CTA reads what another writes. Only this CTA's reads must be
-// over, and they are: their values have been in shared memory since make_plan's first barrier.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
 // Grid = one cluster. Barriers: __syncthreads inside make_plan only; the cluster barrier once, by all threads.
 template <bool kReserve, bool kPrepare>
 __device__ __forceinline__ void move_pages(const PageParams& p, const BlockParams& block) {
@@ -221,7 +217,9 @@ __device__ __forceinline__ void move_pages(const PageParams& p, const BlockParam
   const int64_t count = plan.count;
   const int64_t available = kReserve ? count : p.num_pages - count;
   const bool refused = total > available;
-  cluster_arrive();
+  // Relaxed, which spares a fence of some hundred cycles: no CTA reads what another writes. Only this CTA's reads must
+  // be over, and they are: their values have been in shared memory since make_plan's first barrier.
+  cluster_arrive_relaxed();
 
   // The first token of this thread: loaded here, stored after the table.
   const unsigned tokens = kPrepare ? static_cast<unsigned>(batch * block.block_size) : 0;

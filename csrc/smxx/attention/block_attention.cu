@@ -17,18 +17,11 @@
 #include <string>
 
 #include "common/dependent_launch.cuh"
+#include "common/ptx.cuh"
 #include "smxx/attention/launch.h"
-#include "smxx/gemm/mma.cuh"
 
 namespace dflash::attention {
 namespace {
-
-using gemm::copy_async_16;
-using gemm::copy_async_commit;
-using gemm::copy_async_wait;
-using gemm::load_matrix_x4;
-using gemm::load_matrix_x4_transposed;
-using gemm::mma_m16n8k16;
 
 template <int D>
 struct Config {

@@ -35,6 +35,7 @@
 #include <cuda_runtime.h>
 
 #include "common/cuda_check.h"
+#include "common/ptx.cuh"
 #include "smxx/dflash2/launch.h"
 
 namespace dflash::dflash2 {
@@ -58,16 +59,7 @@ static_assert(kMaxRank == kWarp * kRankVector, "a lane holds one piece of a row"
 
 // Copies 16 bytes, or writes zeros and reads nothing.
 __device__ void copy_async(Piece* shared, const void* global, bool valid) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
-}
-
-__device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  copy_async_16(shared, global, valid ? 16 : 0);
 }
 
 __device__ Piece multiply(const Piece& a, const Piece& b) {
@@ -161,7 +153,7 @@ __global__ void __launch_bounds__(kMaxTopK* kWarp) select_path_kernel(SelectPara
       fetch(successor + place(slot, warp), p.successors, id);
       if (slot + 1 < slots) fetch(predecessor + place(slot, warp), p.predecessors, id);
     }
-    commit_copies();
+    copy_async_commit();
   }
   const float own_logit = in_path ? p.logit_at(b, lane, warp) : 0.0f;
   const float temperature = p.temperature != nullptr ? p.temperature[b] : 0.0f;
@@ -173,7 +165,7 @@ __global__ void __launch_bounds__(kMaxTopK* kWarp) select_path_kernel(SelectPara
 
   int winner = 0;
   for (int slot = 0; slot < slots; ++slot) {
-    wait_copies<kRing - 2>();
+    copy_async_wait<kRing - 2>();
     const Piece product = slot == 0 ? first_product : predecessor[place(slot - 1, winner)];
     const float edge = dot(product, successor[place(slot, warp)]);
     if (slot + 1 < slots) {
@@ -198,7 +190,7 @@ __global__ void __launch_bounds__(kMaxTopK* kWarp) select_path_kernel(SelectPara
     if (slot > 0 && slot + kRing < slots) {
       fetch(predecessor + place(slot - 1, warp), p.predecessors, id_of(slot + kRing - 1));
     }
-    commit_copies();
+    copy_async_commit();
   }
 }
 

@@ -16,7 +16,7 @@
 #include <cstdint>
 
 #include "common/dependent_launch.cuh"
-#include "smxx/gemm/mma.cuh"
+#include "common/ptx.cuh"
 #include "smxx/gemm/params.h"
 
 namespace dflash::gemm {

@@ -8,16 +8,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/ptx.cuh"
 #include "smxx/verify/params.h"
 
 namespace dflash::verify {
-
-// The larger of two, NaN if either is.
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
 
 // An element type: value of one, the values of a 16-byte vector, and the vector's max_nan.
 template <LogitType kType>
@@ -52,11 +46,7 @@ struct Element<LogitType::kBFloat16> {
       x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
   }
-  static __device__ __forceinline__ uint32_t max2(uint32_t a, uint32_t b) {
-    uint32_t result;
-    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    return result;
-  }
+  static __device__ __forceinline__ uint32_t max2(uint32_t a, uint32_t b) { return max_nan_bf16x2(a, b); }
   static __device__ __forceinline__ float max_of(const uint4& v) {
     const uint32_t pair = max2(max2(v.x, v.y), max2(v.z, v.w));
     return max_nan(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
@@ -76,11 +66,7 @@ struct Element<LogitType::kFloat16> {
       x[2 * i + 1] = value(static_cast<uint16_t>(words[i] >> 16));
     }
   }
-  static __device__ __forceinline__ uint32_t max2(uint32_t a, uint32_t b) {
-    uint32_t result;
-    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    return result;
-  }
+  static __device__ __forceinline__ uint32_t max2(uint32_t a, uint32_t b) { return max_nan_f16x2(a, b); }
   static __device__ __forceinline__ float max_of(const uint4& v) {
     const uint32_t pair = max2(max2(v.x, v.y), max2(v.z, v.w));
     return max_nan(value(static_cast<uint16_t>(pair)), value(static_cast<uint16_t>(pair >> 16)));

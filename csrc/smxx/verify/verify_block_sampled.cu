@@ -33,6 +33,7 @@
 #include "common/cuda_check.h"
 #include "common/order_key.h"
 #include "common/philox.h"
+#include "common/ptx.cuh"
 #include "smxx/verify/finish.cuh"
 #include "smxx/verify/launch.h"
 #include "smxx/verify/row_reader.cuh"
@@ -243,31 +244,6 @@ __device__ uint64_t block_inclusive_scan(Scratch& scratch, uint64_t value) {
   if (threadIdx.x == 0) scratch.total = total;
   __syncthreads();
   return before + value;
-}
-
-// Another CTA's copy of a variable in shared memory. Volatile: not to be kept in registers across barriers.
-__device__ uint32_t remote_address(const void* local, int rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(address)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(local))), "r"(rank));
-  return address;
-}
-
-__device__ uint32_t load_remote(const uint32_t* local, int rank) {
-  uint32_t value;
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote_address(local, rank)) : "memory");
-  return value;
-}
-
-__device__ uint64_t load_remote(const uint64_t* local, int rank) {
-  uint64_t value;
-  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote_address(local, rank)) : "memory");
-  return value;
-}
-
-__device__ void store_remote(const uint32_t* local, int rank, uint32_t value) {
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote_address(local, rank)), "r"(value) : "memory");
 }
 
 // The sum of a value that every CTA of the cluster holds in the same place of its shared memory. The caller has put a

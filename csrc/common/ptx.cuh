@@ -1,0 +1,117 @@
+// Instructions that CUDA C++ has no name for, one function each. No kernel of csrc/smxx holds inline PTX of its own:
+// python_tests/emulator/common/ptx.cuh has the same functions in C++, with which the kernels run on a CPU.
+#pragma once
+
+#include <cstdint>
+
+namespace dflash {
+
+// ---- asynchronous copies ---------------------------------------------------------------------------------------
+
+// global -> shared, 16 bytes, bypassing L1. bytes = 0 reads nothing and writes zeros.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Waits until at most kPending of this thread's most recent groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// ---- tensor cores ----------------------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements; lane 8 * i + r gives the address of row r of matrix i (16-byte aligned).
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* shared) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The same, each matrix transposed on its way: lane l gets column l / 4, rows 2 * (l % 4) + {0, 1}.
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// d[16, 8] += a[16, 16] * b[16, 8] in bf16; a row-major, b column-major (so b comes straight from W [N, K]).
+// Lane l holds d[l / 4][2 * (l % 4) + {0, 1}] in d[0..1] and the same of row l / 4 + 8 in d[2..3].
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- maxima ----------------------------------------------------------------------------------------------------
+
+// The larger of two, NaN if either is; of a pair of 16-bit floats, each half by itself.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// ---- clusters --------------------------------------------------------------------------------------------------
+
+// The cluster's barrier in two halves. Arriving is relaxed: it publishes no writes of this CTA.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Another CTA's copy of a variable in shared memory. Volatile: not to be kept in registers across barriers.
+__device__ __forceinline__ uint32_t remote_address(const void* local, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(local))), "r"(rank));
+  return address;
+}
+
+__device__ __forceinline__ uint32_t load_remote(const uint32_t* local, int rank) {
+  uint32_t value;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote_address(local, rank)) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint64_t load_remote(const uint64_t* local, int rank) {
+  uint64_t value;
+  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote_address(local, rank)) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_remote(const uint32_t* local, int rank, uint32_t value) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote_address(local, rank)), "r"(value) : "memory");
+}
+
+// ---- programmatic dependent launch: rules in common/dependent_launch.cuh ------------------------------------------
+
+// Returns at once in a kernel that was launched without the attribute.
+__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
+
+// Lets the next kernel's blocks start once every block of this one has called it or ended.
+__device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;\n" :::); }
+
+}  // namespace dflash
