@@ -67,13 +67,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files csrc python_tests/emulator | grep -E '\.(h|cpp|cuh?)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(READY)
 	$(INSTALL) $$($(EXTRA) lint)
 	$(BIN)/ruff check -q --fix .
 	$(BIN)/ruff format -q .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format -i
+	git ls-files csrc python_tests/emulator | grep -E '\.(h|cpp|cuh?)$$' | xargs $(BIN)/clang-format -i
 
 # On the library that `make test` or `make dev` built with both architectures.
 LIBRARY := dflash_kernels/_C.abi3.so

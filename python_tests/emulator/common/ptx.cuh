@@ -1,0 +1,83 @@
+// The functions of csrc/common/ptx.cuh in C++.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace dflash {
+
+inline void copy_async_16(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
+inline void copy_async_commit() { emulator::commit_copies(); }
+template <int kPending>
+void copy_async_wait() {
+  emulator::wait_for_copies(kPending);
+}
+
+// Lane l gets row l / 4, columns 2 * (l % 4) + {0, 1} of each matrix, or of its transpose.
+inline void load_matrices(uint32_t (&r)[4], const void* shared, bool transposed) {
+  const auto address = reinterpret_cast<uint64_t>(shared);
+  if (address % 16 != 0) emulator::fail("a matrix row that is not a multiple of 16 bytes from zero");
+  const auto* rows = emulator::exchange(emulator::Collective::kLoadMatrix, &address, 1);
+  const unsigned lane = emulator::lane();
+  const auto element = [&](int matrix, unsigned row, unsigned column) -> uint32_t {
+    return reinterpret_cast<const uint16_t*>(rows[8 * matrix + row][0])[column];
+  };
+  for (int i = 0; i < 4; ++i) {
+    const unsigned major = lane / 4, minor = 2 * (lane % 4);
+    r[i] = transposed ? element(i, minor, major) | element(i, minor + 1, major) << 16
+                      : element(i, major, minor) | element(i, major, minor + 1) << 16;
+  }
+  emulator::exchange(emulator::Collective::kLoadMatrix, nullptr, 0);  // all have read
+}
+inline void load_matrix_x4(uint32_t (&r)[4], const void* shared) { load_matrices(r, shared, false); }
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared) { load_matrices(r, shared, true); }
+
+inline float bf16_half(uint64_t pair, int half) {
+  return __uint_as_float(static_cast<uint32_t>(pair >> (16 * half)) << 16);
+}
+
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint64_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const auto* lanes = emulator::exchange(emulator::Collective::kMultiply, words, 6);
+  const unsigned lane = emulator::lane();
+  for (int e = 0; e < 4; ++e) {
+    const unsigned row = lane / 4, column = 2 * (lane % 4) + e % 2;  // of the 8 x 8 quarter
+    float sum = d[e];
+    for (int k = 0; k < 16; ++k) {
+      const uint64_t x = lanes[4 * row + k % 8 / 2][e / 2 + 2 * (k / 8)];
+      const uint64_t y = lanes[4 * column + k % 8 / 2][4 + k / 8];
+      sum += bf16_half(x, k % 2) * bf16_half(y, k % 2);
+    }
+    d[e] = sum;
+  }
+}
+
+inline float max_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
+inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  const auto half = [&](int i) { return __float_as_uint(max_nan(bf16_half(a, i), bf16_half(b, i))) >> 16; };
+  return half(0) | half(1) << 16;
+}
+inline uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
+  const auto value = [](uint32_t pair, int i) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> (16 * i))));
+  };
+  const auto half = [&](int i) -> uint32_t {
+    return __half_as_ushort(__float2half_rn(max_nan(value(a, i), value(b, i))));
+  };
+  return half(0) | half(1) << 16;
+}
+
+inline void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+template <typename T>
+T load_remote(const T* local, int rank) {
+  return *reinterpret_cast<const T*>(emulator::remote_shared(local, static_cast<unsigned>(rank)));
+}
+inline void store_remote(const uint32_t* local, int rank, uint32_t value) {
+  *reinterpret_cast<uint32_t*>(emulator::remote_shared(local, static_cast<unsigned>(rank))) = value;
+}
+
+// Kernels run one after another.
+inline void grid_dependency_wait() {}
+inline void grid_dependency_launch() {}
+
+}  // namespace dflash

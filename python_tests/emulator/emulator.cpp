@@ -1,0 +1,460 @@
+#include "emulator.h"
+
+#include <cuda_runtime.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace dflash::emulator {
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kMaxSharedBytes = 232448, kDefaultSharedBytes = 48 << 10;
+constexpr size_t kGuardBytes = 256;
+constexpr unsigned char kPoison = 0xff;
+
+uint64_t count(const dim3& size) { return uint64_t{size.x} * size.y * size.z; }
+
+struct Barrier {
+  unsigned arrived = 0;
+  uint64_t generation = 0;
+  // With this many threads to come the barrier opens.
+  void open_if(unsigned expected) {
+    if (arrived > 0 && arrived >= expected) arrived = 0, ++generation;
+  }
+};
+
+struct Warp {
+  Barrier barrier;
+  Collective what = Collective::kBarrier;
+  bool lane_ended = false;
+  LaneWords words[2][kWarp] = {};  // of even and odd generations: a fast lane writes one while slow ones read the other
+};
+
+struct Region {  // of shared memory; a guard follows it
+  size_t begin = 0, bytes = 0;
+};
+
+struct Cta {
+  std::vector<unsigned char> memory;
+  std::vector<unsigned char*> variables;  // by id, nullptr until declared
+  std::vector<Warp> warps;
+  Barrier barrier;
+  unsigned live = 0;
+  bool any[2] = {};  // of even and odd generations of the barrier
+  uint3 index{};
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, group;
+};
+
+struct Fiber {
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
+  ucontext_t start{};
+  jmp_buf place;
+  bool started = false, ended = false;
+  unsigned thread = 0, cta = 0;
+  const Barrier* waits_for = nullptr;
+  uint64_t generation = 0;  // that it waits to pass
+  uint64_t cluster_generation = 0;
+  std::vector<Copy> copies;
+  int groups = 0;
+
+  bool is_blocked() const { return waits_for != nullptr && waits_for->generation == generation; }
+};
+
+struct Machine {
+  Order order = Order::kForward;
+  std::mt19937_64 random;
+  int sms = 132;
+  bool last_launch_accepted = true;
+  std::map<const void*, size_t> allowed_shared_bytes;
+
+  // The cluster that runs.
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Cta> ctas;
+  std::map<int, Region> regions;  // of static variables, alike in all CTAs
+  size_t dynamic_bytes = 0, shared_end = 0;
+  Barrier cluster_barrier;
+  const std::function<void()>* body = nullptr;
+  Fiber* current = nullptr;
+  jmp_buf scheduler;
+  std::string error;
+
+  Cta& cta() { return ctas[current->cta]; }
+  unsigned live() const {
+    return std::accumulate(ctas.begin(), ctas.end(), 0u, [](unsigned sum, const Cta& cta) { return sum + cta.live; });
+  }
+  bool coin() { return random() & 1; }
+};
+
+Machine& machine() {
+  static Machine instance;
+  return instance;
+}
+
+void suspend() {
+  Machine& m = machine();
+  if (_setjmp(m.current->place) == 0) _longjmp(m.scheduler, 1);
+}
+
+void resume(Fiber& fiber) {
+  Machine& m = machine();
+  m.current = &fiber;
+  threadIdx = {fiber.thread, 0, 0};
+  blockIdx = m.ctas[fiber.cta].index;
+  if (_setjmp(m.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+void end_thread() {
+  Machine& m = machine();
+  m.current->ended = true;
+  Cta& cta = m.cta();
+  --cta.live;
+  cta.barrier.open_if(cta.live);
+  m.cluster_barrier.open_if(m.live());
+  Warp& warp = cta.warps[m.current->thread / kWarp];
+  warp.lane_ended = true;
+  if (warp.barrier.arrived > 0) fail("a lane ended while its warp waits for it");
+}
+
+// A fiber serves one thread after another.
+void fiber_main() {
+  while (true) {
+    (*machine().body)();
+    end_thread();
+    suspend();
+  }
+}
+
+void wait(const Barrier& barrier, uint64_t generation) {
+  Fiber& fiber = *machine().current;
+  fiber.waits_for = &barrier;
+  fiber.generation = generation;
+  while (fiber.is_blocked()) suspend();
+  fiber.waits_for = nullptr;
+}
+
+void perform(const Copy& copy) {
+  std::memset(copy.to, 0, 16);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
+
+void check_guards() {
+  Machine& m = machine();
+  const auto is_intact = [](const Cta& cta, size_t end) {
+    const unsigned char* guard = cta.memory.data() + end;
+    return std::all_of(guard, guard + kGuardBytes, [](unsigned char byte) { return byte == kPoison; });
+  };
+  for (const Cta& cta : m.ctas) {
+    if (!is_intact(cta, m.dynamic_bytes)) throw std::runtime_error("emulator: written beyond dynamic shared memory");
+    for (const auto& [id, region] : m.regions) {
+      if (cta.variables.size() <= size_t(id) || cta.variables[id] == nullptr) continue;
+      if (!is_intact(cta, region.begin + region.bytes)) {
+        throw std::runtime_error("emulator: written beyond a variable in shared memory");
+      }
+    }
+  }
+}
+
+void start_threads(const Launch& launch) {
+  Machine& m = machine();
+  const size_t count = launch.threads * m.ctas.size();
+  while (m.fibers.size() < count) {
+    auto fiber = std::make_unique<Fiber>();
+    getcontext(&fiber->start);
+    fiber->start.uc_stack.ss_sp = fiber->stack.get();
+    fiber->start.uc_stack.ss_size = kStackBytes;
+    fiber->start.uc_link = nullptr;
+    makecontext(&fiber->start, fiber_main, 0);
+    m.fibers.push_back(std::move(fiber));
+  }
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& fiber = *m.fibers[i];
+    fiber.ended = false;
+    fiber.thread = static_cast<unsigned>(i % launch.threads);
+    fiber.cta = static_cast<unsigned>(i / launch.threads);
+    fiber.waits_for = nullptr;
+    fiber.copies.clear();
+    fiber.groups = 0;
+  }
+}
+
+void run_cluster(const Launch& launch) {
+  Machine& m = machine();
+  for (Cta& cta : m.ctas) {
+    cta.memory.resize(kMaxSharedBytes + 64 * kGuardBytes);
+    std::memset(cta.memory.data(), kPoison, launch.shared_bytes + kGuardBytes);
+    cta.variables.clear();
+    cta.warps.assign(launch.threads / kWarp, Warp{});
+    cta.barrier = {};
+    cta.live = launch.threads;
+  }
+  m.cluster_barrier = {};
+  start_threads(launch);
+
+  // Random: the first warp that can run does, each one behind it half as often as the one before.
+  const unsigned warps_of_cta = launch.threads / kWarp;
+  std::vector<unsigned> warp_order, lane_order(kWarp), cta_order(m.ctas.size()), warps(warps_of_cta);
+  std::iota(lane_order.begin(), lane_order.end(), 0u);
+  std::iota(cta_order.begin(), cta_order.end(), 0u);
+  std::iota(warps.begin(), warps.end(), 0u);
+  if (m.order == Order::kRandom) std::shuffle(cta_order.begin(), cta_order.end(), m.random);
+  for (const unsigned cta : cta_order) {
+    if (m.order == Order::kRandom) std::shuffle(warps.begin(), warps.end(), m.random);
+    for (const unsigned warp : warps) warp_order.push_back(cta * warps_of_cta + warp);
+  }
+  if (m.order == Order::kReversed) {
+    std::reverse(warp_order.begin(), warp_order.end());
+    std::reverse(lane_order.begin(), lane_order.end());
+  }
+  while (m.live() > 0) {
+    bool progress = false;
+    if (m.order == Order::kRandom) std::shuffle(lane_order.begin(), lane_order.end(), m.random);
+    for (const unsigned warp : warp_order) {
+      const auto can_run = [&](unsigned lane) {
+        const Fiber& fiber = *m.fibers[warp * kWarp + lane];
+        return !fiber.ended && !fiber.is_blocked();
+      };
+      if (std::none_of(lane_order.begin(), lane_order.end(), can_run)) continue;
+      progress = true;
+      for (const unsigned lane : lane_order) {
+        if (!can_run(lane)) continue;
+        resume(*m.fibers[warp * kWarp + lane]);
+        if (!m.error.empty()) {
+          m.fibers.clear();  // they hang in the middle of the kernel
+          throw std::runtime_error("emulator: " + std::exchange(m.error, {}));
+        }
+      }
+      if (m.order == Order::kRandom && m.coin()) break;
+    }
+    if (!progress && m.live() > 0) {
+      m.fibers.clear();
+      throw std::runtime_error("emulator: deadlock, threads wait at different barriers");
+    }
+  }
+  check_guards();
+}
+
+}  // namespace
+
+bool is_valid(const Launch& launch) {
+  const auto allowed = machine().allowed_shared_bytes.find(launch.kernel);
+  const size_t limit = allowed == machine().allowed_shared_bytes.end() ? kDefaultSharedBytes
+                                                                       : std::max(kDefaultSharedBytes, allowed->second);
+  const dim3 &grid = launch.grid, &cluster = launch.cluster;
+  return count(grid) > 0 && grid.x < (1u << 31) && grid.y <= 65535 && grid.z <= 65535 && launch.threads > 0 &&
+         launch.threads <= 1024 && launch.shared_bytes <= limit && count(cluster) > 0 && count(cluster) <= 8 &&
+         grid.x % cluster.x == 0 && grid.y % cluster.y == 0 && grid.z % cluster.z == 0;
+}
+
+void run(const Launch& launch, const std::function<void()>& thread) {
+  Machine& m = machine();
+  if (launch.threads % kWarp != 0) throw std::runtime_error("emulator: a CTA must be whole warps");
+  m.ctas.resize(count(launch.cluster));
+  m.body = &thread;
+  m.regions.clear();
+  m.dynamic_bytes = launch.shared_bytes;
+  m.shared_end = launch.shared_bytes + kGuardBytes;
+  gridDim = launch.grid;
+  blockDim = dim3(launch.threads);
+  const dim3 clusters(launch.grid.x / launch.cluster.x, launch.grid.y / launch.cluster.y,
+                      launch.grid.z / launch.cluster.z);
+  std::vector<uint64_t> order(count(clusters));
+  std::iota(order.begin(), order.end(), uint64_t{0});
+  if (m.order == Order::kReversed) std::reverse(order.begin(), order.end());
+  if (m.order == Order::kRandom) std::shuffle(order.begin(), order.end(), m.random);
+  for (const uint64_t i : order) {
+    for (unsigned rank = 0; rank < m.ctas.size(); ++rank) {
+      const dim3& cluster = launch.cluster;
+      m.ctas[rank].index = {
+          static_cast<unsigned>(i % clusters.x * cluster.x + rank % cluster.x),
+          static_cast<unsigned>(i / clusters.x % clusters.y * cluster.y + rank / cluster.x % cluster.y),
+          static_cast<unsigned>(i / clusters.x / clusters.y * cluster.z + rank / cluster.x / cluster.y)};
+    }
+    run_cluster(launch);
+  }
+  size_t total = launch.shared_bytes;
+  for (const auto& [id, region] : m.regions) total += region.bytes;
+  const bool opted_in = m.allowed_shared_bytes.count(launch.kernel) > 0;
+  if (total > (opted_in ? kMaxSharedBytes : kDefaultSharedBytes)) {
+    throw std::runtime_error("emulator: " + std::to_string(total) + " bytes of shared memory are more than allowed");
+  }
+}
+
+void allow_shared_bytes(const void* kernel, size_t bytes) { machine().allowed_shared_bytes[kernel] = bytes; }
+
+void report_launch(bool accepted) { machine().last_launch_accepted = accepted; }
+
+void fail(const std::string& what) {
+  Machine& m = machine();
+  m.error = what + ", thread " + std::to_string(threadIdx.x) + " of block " + std::to_string(blockIdx.x) + ", " +
+            std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z);
+  while (true) suspend();  // the scheduler drops this fiber
+}
+
+unsigned lane() { return machine().current->thread % kWarp; }
+
+void block_barrier() {
+  Cta& cta = machine().cta();
+  const uint64_t generation = cta.barrier.generation;
+  ++cta.barrier.arrived;
+  cta.barrier.open_if(cta.live);
+  wait(cta.barrier, generation);
+}
+
+bool block_any(bool value) {
+  Cta& cta = machine().cta();
+  const unsigned parity = cta.barrier.generation % 2;
+  if (cta.barrier.arrived == 0) cta.any[parity] = false;
+  cta.any[parity] |= value;
+  block_barrier();
+  return cta.any[parity];
+}
+
+void cluster_arrive() {
+  Machine& m = machine();
+  m.current->cluster_generation = m.cluster_barrier.generation;
+  ++m.cluster_barrier.arrived;
+  m.cluster_barrier.open_if(m.live());
+}
+
+void cluster_wait() { wait(machine().cluster_barrier, machine().current->cluster_generation); }
+
+unsigned cluster_rank() { return machine().current->cta; }
+unsigned cluster_size() { return static_cast<unsigned>(machine().ctas.size()); }
+
+const LaneWords* exchange(Collective what, const uint64_t* words, int count) {
+  Machine& m = machine();
+  Warp& warp = m.cta().warps[m.current->thread / kWarp];
+  if (warp.lane_ended) fail("a warp function is called after a lane of the warp ended");
+  if (warp.barrier.arrived > 0 && warp.what != what) fail("lanes of one warp call different warp functions");
+  warp.what = what;
+  const uint64_t generation = warp.barrier.generation;
+  LaneWords* slots = warp.words[generation % 2];
+  std::copy(words, words + count, slots[lane()]);
+  ++warp.barrier.arrived;
+  warp.barrier.open_if(kWarp);
+  wait(warp.barrier, generation);
+  return slots;
+}
+
+unsigned char* dynamic_shared() { return machine().cta().memory.data(); }
+
+unsigned char* static_shared(int id, size_t bytes) {
+  Machine& m = machine();
+  Cta& cta = m.cta();
+  if (cta.variables.size() <= size_t(id)) cta.variables.resize(id + 1);
+  if (cta.variables[id] == nullptr) {
+    auto found = m.regions.find(id);
+    if (found == m.regions.end()) {
+      const Region region{(m.shared_end + 127) / 128 * 128, bytes};
+      if (region.begin + bytes + kGuardBytes > cta.memory.size()) fail("too much shared memory");
+      m.shared_end = region.begin + bytes + kGuardBytes;
+      found = m.regions.emplace(id, region).first;
+    }
+    cta.variables[id] = cta.memory.data() + found->second.begin;
+    std::memset(cta.variables[id], kPoison, bytes + kGuardBytes);
+  }
+  return cta.variables[id];
+}
+
+unsigned char* remote_shared(const void* local, unsigned rank) {
+  Machine& m = machine();
+  const auto* place = static_cast<const unsigned char*>(local);
+  const unsigned char* mine = m.cta().memory.data();
+  if (place < mine || place >= mine + m.shared_end) fail("not an address in shared memory");
+  if (rank >= m.ctas.size()) fail("no such CTA in the cluster");
+  if (m.ctas[rank].live == 0) fail("shared memory of a CTA that has ended");
+  return m.ctas[rank].memory.data() + (place - mine);
+}
+
+void copy_async(void* shared, const void* global, int bytes) {
+  Machine& m = machine();
+  const auto* place = static_cast<unsigned char*>(shared);
+  if (place < dynamic_shared() || place + 16 > dynamic_shared() + m.dynamic_bytes) fail("a copy beyond shared memory");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("a copy to an address that is not a multiple of 16");
+  if (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("a copy from an unaligned address");
+  const Copy copy{shared, global, bytes, m.current->groups};
+  if (m.order == Order::kReversed || (m.order == Order::kRandom && m.coin())) {
+    perform(copy);
+  } else {
+    m.current->copies.push_back(copy);
+  }
+}
+
+void commit_copies() { ++machine().current->groups; }
+
+void wait_for_copies(int pending) {
+  Fiber& fiber = *machine().current;
+  const auto is_pending = [&](const Copy& copy) { return copy.group >= fiber.groups - pending; };
+  const auto first = std::stable_partition(fiber.copies.begin(), fiber.copies.end(), is_pending);
+  std::for_each(first, fiber.copies.end(), perform);
+  fiber.copies.erase(first, fiber.copies.end());
+}
+
+extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int sms) {
+  machine().order = static_cast<Order>(order);
+  machine().random.seed(seed);
+  machine().sms = sms;
+}
+
+}  // namespace dflash::emulator
+
+// ---- the CUDA runtime: memory is the host's, everything is done at once ------------------------------------------
+
+using dflash::emulator::machine;
+
+extern "C" {
+
+cudaError_t cudaGetLastError() {
+  const bool accepted = std::exchange(machine().last_launch_accepted, true);
+  return accepted ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid launch"; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute == cudaDevAttrMultiProcessorCount) return *value = machine().sms, cudaSuccess;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) return *value = 9, cudaSuccess;
+  return cudaErrorInvalidValue;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return std::memset(to, value, bytes), cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                              size_t height, cudaMemcpyKind, cudaStream_t) {
+  for (size_t row = 0; row < height; ++row) {
+    std::memcpy(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width);
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) {
+  return *memory = std::malloc(bytes), cudaSuccess;
+}
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return std::free(memory), cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+
+}  // extern "C"

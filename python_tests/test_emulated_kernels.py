@@ -1,0 +1,226 @@
+"""The CUDA kernels of csrc/smxx, run on the CPU by python_tests/emulator, pass tests that are written for a GPU.
+
+Each check is a test of another module with `torch.ops.dflash` replaced by `torch.ops.dflash_emulated`: the same schemas
+and checks, the CUDA side's launch code and the kernels' own source. Every check runs with threads and CTAs in three
+orders, so that a barrier that is missing shows, and the last tests take barriers and bounds away to see that it does.
+
+Left out: csrc/sm90 (wgmma, TMA). What an emulator cannot show is listed in CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_alloc
+import test_dflash2
+import test_draft
+import test_head
+import test_inject
+import test_verify
+import test_verify_sampled
+import torch
+from emulator.build import ROOT, build, missing
+from test_draft import Case
+
+if reason := missing():
+    pytest.skip(f"the kernels cannot be built for the CPU: {reason}", allow_module_level=True)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FOLDER = ROOT / "build" / "emulator"
+LIBRARY = "DFLASH_EMULATED_LIBRARY"  # of the mutation checks: the library to test
+
+# Order of threads and CTAs (emulator.h), multiprocessors: with few, launches take the paths of a full GPU.
+ORDERS = {"forward": (0, 132), "reversed": (1, 132), "random": (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    path = os.environ.get(LIBRARY) or str(build(FOLDER))
+    torch.ops.load_library(path)
+    return ctypes.CDLL(path)
+
+
+@pytest.fixture(params=ORDERS)
+def emulated(request: pytest.FixtureRequest, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, multiprocessors = ORDERS[request.param]
+    library.emulator_configure(order, ctypes.c_uint64(1234), multiprocessors)
+    monkeypatch.setattr(torch.ops, "dflash", torch.ops.dflash_emulated)
+
+
+def calls(function: Callable[..., None], *arguments: dict[str, Any]) -> list[Any]:
+    """Parameters of a check: `function` with each of `arguments`."""
+    name = f"{function.__module__.removeprefix('test_')}-{function.__name__.removeprefix('test_')}"
+    return [pytest.param(function, given, id=f"{name}-{i}") for i, given in enumerate(arguments or ({},))]
+
+
+def blocks(batch: int, block_size: int, vocab: int, dtype: torch.dtype, **more: Any) -> dict[str, Any]:
+    return {"batch": batch, "block_size": block_size, "vocab": vocab, "dtype": dtype, **more}
+
+
+def heads(rows: int, hidden_size: int, vocab: int, **more: Any) -> dict[str, Any]:
+    return {"rows": rows, "hidden_size": hidden_size, "vocab": vocab, **more}
+
+
+def drafts(*contexts: int, layers: int = 1, **more: Any) -> dict[str, Any]:
+    values = {"H": 64, "I": 32, "windows": (0,) * layers, "causal": (0,) * layers, **more}
+    return {"case": Case(contexts=contexts, **values)}
+
+
+CHECKS = [
+    *calls(
+        test_verify.test_top1_matches_reference,
+        {"batch": 3, "block_size": 7, "index": torch.int32},
+        {"batch": 64, "block_size": 32, "index": torch.int64},
+        {"batch": 5, "block_size": 1, "index": torch.int64},
+    ),
+    *calls(
+        test_verify.test_logits_match_reference,
+        *(blocks(1, 16, 4099, dtype, lazy=lazy) for dtype in (BF16, FP16, FP32) for lazy in (0, 1)),
+        blocks(1, 1, 20000, FP32, lazy=0),  # many spans a row
+        blocks(3, 7, 5, BF16, lazy=-1),
+        blocks(2, 8, 1, FP16, lazy=1),
+        blocks(2, 32, 2049, BF16, lazy=1),
+        blocks(12, 16, 83, BF16, lazy=-1),
+    ),
+    *calls(test_verify.test_row_strides_and_alignment, {"dtype": BF16}, {"dtype": FP32}),
+    *calls(test_verify.test_nan_infinities_and_zeros, *({"dtype": t, "lazy": 1} for t in (BF16, FP16, FP32))),
+    *calls(test_verify.test_poison_past_the_mismatch_is_harmless),
+    *calls(test_verify.test_sharded_equals_unsharded, {"dtype": BF16, "shards": 4}),
+    *calls(test_verify.test_shard_values_are_the_logits),
+    *calls(
+        test_verify_sampled.test_matches_reference,
+        *(blocks(8, 9, 301, BF16, sparse=True, rule=rule) for rule in ("token", "block")),
+        blocks(4, 16, 83, FP32, sparse=True, rule="token"),
+        blocks(3, 32, 61, FP16, sparse=False, rule="block"),
+        blocks(7, 1, 50, FP32, sparse=False, rule="token"),
+    ),
+    *calls(test_verify_sampled.test_mask_and_bias, {"index": torch.int32, "rule": "block"}),
+    *calls(test_verify_sampled.test_nan_and_infinities),
+    *calls(test_alloc.test_prepare_block, {"batch": 7, "block": 5, "index": torch.int32, "table_dtype": torch.int64}),
+    *calls(
+        test_alloc.test_random_schedule_equals_the_oracle,
+        {"page_size": 1, "index": torch.int64},
+        {"page_size": 16, "index": torch.int32},
+    ),
+    *calls(test_alloc.test_batch_sizes, *({"batch": batch, "page_size": 16} for batch in (33, 513, 1025))),
+    *calls(test_alloc.test_fused_equals_reserve_then_prepare, {"page_size": 3}),
+    *calls(test_alloc.test_long_row),
+    *calls(test_alloc.test_strided_table_and_expanded_lengths),
+    *calls(test_alloc.test_padding_rows_take_no_part),
+    *calls(
+        test_draft.test_bf16_matches_reference,
+        drafts(5, T=7, layers=2),
+        drafts(70, 3, T=10, heads=(3, 1), index=torch.int32),
+        drafts(64, 65, T=8, heads=(8, 2), D=128),
+        drafts(150, T=16, heads=(9, 1), H=72),
+        drafts(33, T=32, heads=(6, 2), D=96, causal=(1,)),
+        drafts(100, T=16, D=256),
+        drafts(40, T=16, D=32, rotary=0, scale=0.3),
+        drafts(150, 40, T=16, windows=(5, 33), causal=(0, 1), rotary=32),
+        drafts(128, 20, T=8, qk_norm=False, biases=True, windows=(64,), heads=(16, 2)),
+        drafts(700, T=16, heads=(4, 1), windows=(300,)),  # keys in several parts
+        drafts(30, T=8, H=1024, I=1024, heads=(2, 1)),  # K of the products in two parts
+        drafts(30, T=8, I=8192, heads=(2, 1)),  # 16 rows, wide tiles
+        drafts(9, 2, 5, 3, T=12, I=5120, heads=(2, 1)),  # 64 rows, wide tiles; K in eight parts
+        drafts(*range(20), T=7, I=2560, heads=(2, 1)),  # 128 rows
+    ),
+    *calls(
+        test_draft.test_uniform_attention_shows_the_visible_keys,
+        *({"context": context, "causal": 1, "window": window} for context, window in ((0, 4), (64, 0), (129, 70))),
+    ),
+    *calls(
+        test_inject.test_matches_reference,
+        *({"shape": shape, "index": torch.int32} for shape in ({}, {"block": 16, "hidden": 96, "dim": 64})),
+    ),
+    *calls(test_inject.test_rounding_is_exact_where_every_product_is),
+    *calls(test_inject.test_dead_rows_are_not_read),
+    *calls(test_inject.test_a_small_workspace_means_chunks_not_other_results),
+    *calls(test_inject.test_many_requests, {"batch": 12, "block": 8}, {"batch": 270, "block": 2}),
+    *calls(
+        test_head.test_exact_where_sums_are,
+        heads(1, 8, 1, with_bias=False),
+        heads(7, 288, 1000, with_bias=True),
+        heads(17, 64, 128, with_bias=False),
+        heads(64, 192, 257, with_bias=True),
+        heads(65, 40, 1025, with_bias=False),
+    ),
+    *calls(test_head.test_topk_sizes, *({"k": k} for k in (2, 33, 64))),
+    *calls(test_head.test_topk_of_one_crowded_tile),
+    *calls(test_head.test_order_of_special_values, {"rows": 3}),
+    *calls(
+        test_dflash2.test_walk_equals_reference_on_exact_sums,
+        *(
+            {"batch": batch, "slots": slots, "top_k": top_k, "rank": rank, "temperature": True, "index": torch.int64}
+            for batch, slots, top_k, rank in ((3, 15, 16, 256), (2, 32, 32, 256), (5, 1, 1, 8), (4, 5, 7, 72))
+        ),
+    ),
+    *calls(test_dflash2.test_conv_other_taps_and_groups, {"taps": 3, "group_size": 8}, {"taps": 2, "group_size": 24}),
+    *calls(test_dflash2.test_conv_looks_back_inside_its_block_only),
+    *calls(test_dflash2.test_conv_strided_and_unaligned),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments"), CHECKS)
+def test_kernels_pass(
+    function: Callable[..., None], arguments: dict[str, Any], emulated: None, rng: torch.Generator
+) -> None:
+    fixtures = {"device": "cpu", "rng": rng}
+    wanted = inspect.signature(function).parameters
+    function(**arguments, **{name: value for name, value in fixtures.items() if name in wanted})
+
+
+# ---- the checks above can fail ------------------------------------------------------------------------------------
+
+# File, text, replacement; checks of which one must fail.
+MUTATIONS = [
+    pytest.param(
+        "smxx/verify/verify_block.cu",
+        "__syncthreads();",
+        "",
+        "verify-logits_match",
+        id="verify_block without barriers",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block_sampled.cu",
+        "cluster.sync();  // nobody reads the words",
+        "// nobody reads the words",
+        "verify_sampled-matches",
+        id="verify_block_sampled leaves its cluster early",
+    ),
+    pytest.param(
+        "smxx/alloc/alloc.cu", "  cluster_wait();\n", "", "alloc-batch_sizes", id="the allocator does not wait"
+    ),
+    pytest.param(
+        "smxx/gemm/gemm_bf16.cu",
+        "  cluster.sync();\n#pragma",
+        "#pragma",
+        "draft-bf16_matches",
+        id="the GEMM adds up before all have written",
+    ),
+    pytest.param(
+        "smxx/attention/block_attention.cu",
+        "copy_async_wait<1>();",
+        "copy_async_wait<2>();",
+        "draft-bf16_matches",
+        id="attention does not wait for its copies",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "text", "replacement", "checks"), MUTATIONS)
+def test_mutations_are_found(file: str, text: str, replacement: str, checks: str) -> None:
+    library = build(FOLDER, {file: (text, replacement)})
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", checks]
+    command += [f"{Path(__file__)}::test_kernels_pass"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, LIBRARY: str(library)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "\n1 failed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
