@@ -209,17 +209,25 @@ def _torch_sampled(
     return _sampled_finish(candidates, guess_p, prefix_lens, draw)
 
 
+@cache
+def _sgl_kernel() -> tuple[str, Any] | None:
+    """Version and module of sgl-kernel, where it is installed for this torch."""
+    try:
+        import sgl_kernel  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except Exception as error:  # built for another torch, or not there
+        print(f"# verify: no sgl-kernel baseline: {type(error).__name__}")
+        return None
+    return getattr(sgl_kernel, "__version__", "?"), sgl_kernel
+
+
 def _sgl_kernel_baseline(
     candidates: torch.Tensor, logits: torch.Tensor, prefix_lens: torch.Tensor
 ) -> dict[str, Callable[[], object]]:
     """SGLang's dense path: softmax, renormalise by top-k and top-p, chain sampling against a zero draft."""
-    try:
-        import sgl_kernel  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-        version = getattr(sgl_kernel, "__version__", "?")
-    except Exception as error:  # built for another torch, or not there
-        print(f"# verify: no sgl-kernel baseline: {type(error).__name__}")
+    found = _sgl_kernel()
+    if found is None:
         return {}
+    version, sgl_kernel = found
     batch, block_size, vocab = logits.shape
     device = logits.device
     rows = batch * block_size

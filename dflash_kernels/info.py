@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -43,6 +44,7 @@ def collect() -> dict[str, Any]:
             "error": str(dflash_kernels.load_error) if dflash_kernels.load_error else None,
             "archs": archs,
             "host_module": has_host_module(),
+            "build": build(),
         },
         "device": device,
         "ops": op_table(archs, device),
@@ -64,6 +66,14 @@ def has_host_module() -> bool:
     except ImportError:
         return False
     return True
+
+
+def build() -> dict[str, Any] | None:
+    """How the library was built, and its CUDA sources with their architectures; None without the host module."""
+    if not has_host_module():
+        return None
+    host = importlib.import_module("dflash_kernels._host")
+    return {**host.build_info(), "kernels": host.kernel_table()}
 
 
 def binary_archs(library: Path) -> list[str]:
@@ -170,6 +180,10 @@ def describe(found: dict[str, Any]) -> str:
     if library["error"]:
         lines.append(f"         NOT LOADED: {library['error']}")
     lines.append(f"kernels  {', '.join(library['archs']) or 'none: built for the CPU only'}")
+    if library["build"]:
+        build = library["build"]
+        nvcc = f"nvcc {build['cuda']}, {len(build['kernels'])} CUDA sources" if build["cuda"] else "no nvcc"
+        lines.append(f"build    compiler {build['compiler']}, {nvcc}, stable ABI of torch {build['torch_target']}")
     lines.append(f"ledger   {'C++ (_host)' if library['host_module'] else 'Python (the optional _host is not built)'}")
     if device:
         capability = ".".join(str(part) for part in device["capability"])

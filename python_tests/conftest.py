@@ -20,6 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def on_device(value: torch.Tensor, device: str) -> torch.Tensor:
+    """``value`` on a device with the strides it has: ``Tensor.to`` makes a tensor with gaps contiguous on the way."""
+    out = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    return out.copy_(value)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,26 +183,59 @@ def test_difference_gives_exit_code_1(
     assert "identical to plain decoding: NO" in out and "prompt 1 differs from token 9 on" in out
 
 
+def damaged_checkpoints(target: Path, drafter: Path, root: Path) -> list[tuple[Path, Path, str]]:
+    """(target, drafter, message): files cut off, of another format, or that do not hold what their config says."""
+    weights, config = "model.safetensors", "config.json"
+
+    def copy(original: Path, name: str, file: str, content: bytes) -> Path:
+        shutil.copytree(original, root / name)
+        (root / name / file).write_bytes(content)
+        return root / name
+
+    def configured(name: str, **changes: Any) -> Path:
+        return copy(target, name, config, json.dumps(json.loads((target / config).read_text()) | changes).encode())
+
+    half = (target / weights).read_bytes()[:20000], (drafter / weights).read_bytes()[:3000]
+    return [
+        (copy(target, "half", weights, half[0]), drafter, "could not be loaded"),
+        (copy(target, "text", weights, b"not tensors"), drafter, "could not be loaded"),
+        (copy(target, "no-json", config, b"{"), drafter, "could not be loaded"),
+        (configured("wide", intermediate_size=80), drafter, "must have shape [48, 80], got [48, 64]"),
+        (
+            configured("deep", num_hidden_layers=5, layer_types=None),
+            drafter,
+            "layers.4.input_layernorm.weight must be in",
+        ),
+        (configured("odd", num_hidden_layers=3, layer_types=["full_attention"]), drafter, "could not be loaded"),
+        (target, copy(drafter, "half-drafter", weights, half[1]), "must be a whole safetensors file, got 3000 bytes"),
+        (target, copy(drafter, "text-drafter", weights, b"x"), "must be a whole safetensors file, got 1 bytes"),
+        (target, target, "mask_token_id must be given, found none"),
+    ]
+
+
 def test_bad_input_is_one_clear_line(capsys: pytest.CaptureFixture[str], pair: list[str], tmp_path: Path) -> None:
     target, drafter = pair[1], pair[3]
-    save_drafter(tmp_path / "wide", hidden=64)
-    save_drafter(tmp_path / "deep", taps=(0, 9))
+    save_drafter(tmp_path / "wide-drafter", hidden=64)
+    save_drafter(tmp_path / "deep-drafter", taps=(0, 9))
     (tmp_path / "empty").mkdir()
+    damaged = damaged_checkpoints(Path(target), Path(drafter), tmp_path)
     cases = [
         ([], "a prompt is needed"),
         (["w1", "--target", target], "--target needs --drafter"),
         (["w1", "--drafter", drafter], "--drafter needs --target"),
         (["w1", "--target", str(tmp_path / "empty"), "--drafter", drafter], "must hold a Hugging Face checkpoint"),
         (["w1", "--target", target, "--drafter", str(tmp_path / "empty")], "found no config.json"),
-        (["w1", "--target", target, "--drafter", str(tmp_path / "wide")], "hidden_size must be 48, got 64"),
-        (["w1", "--target", target, "--drafter", str(tmp_path / "deep")], "9"),
+        (["w1", "--target", target, "--drafter", str(tmp_path / "wide-drafter")], "hidden_size must be 48, got 64"),
+        (["w1", "--target", target, "--drafter", str(tmp_path / "deep-drafter")], "drafter taps target layer 9, but"),
         (["w1", *pair, "--temperature", "-1"], "temperature must be"),
         (["w1", *pair, "--top-p", "0"], "top_p must be in (0, 1]"),
         (["w1", *pair, "--page-size", "65"], "page_size must be in 1..64"),
         (["w1", *pair, "--device", "tpu0"], "--device must be"),
         (["w1 w2 w3 w4", *pair, "--max-len", "4"], "shorter than max_len (4 tokens), got 4"),
         (["w1", *pair, "--max-new-tokens", "100000"], "rope table"),
+        (["w1", *pair, "--top-k", str(2**31)], "top_k must be in 0..2**31 - 1"),
         ([*pair, "--prompts-file", str(tmp_path / "none.txt")], "could not be read"),
+        *((["w1", "--target", str(t), "--drafter", str(d)], message) for t, d, message in damaged),
     ]
     for options, message in cases:
         code, out, err = run(capsys, "generate", *options)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import on_device
 
 from dflash_kernels import ops
 from dflash_kernels.reference import dflash2 as reference
@@ -423,7 +424,7 @@ def run_conv(x: torch.Tensor, delta: torch.Tensor, base: torch.Tensor, block_siz
 
 
 def on(device: str, case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]) -> tuple:
-    return tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in case)
+    return tuple(on_device(value, device) if isinstance(value, torch.Tensor) else value for value in case)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,21 @@ def test_info_lists_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and all(name in text for name in uses) and f"dflash-kernels {found['version']}" in text
 
 
+def test_build_is_what_the_tree_holds() -> None:
+    """The host module names every CUDA source of a CUDA build, with the architectures that its folder is for."""
+    found = info.build()
+    if found is None:
+        pytest.skip("the host module is not built")
+    csrc = Path(__file__).resolve().parent.parent / "csrc"
+    sources = {str(file.relative_to(csrc)) for file in csrc.glob("sm*/*/*.cu")}
+    archs = found["cuda_archs"].split(",") if found["cuda_archs"] else []
+    assert set(found["kernels"]) == (sources if found["cuda"] else set()) and bool(archs) == bool(found["cuda"])
+    for source, built in found["kernels"].items():
+        folder = source.split("/")[0]
+        assert built == [arch for arch in archs if folder == "smxx" or f"sm{arch[:-1]}" == folder]
+    assert {f"sm_{arch}" for arch in archs} == set(info.binary_archs(library_path()))
+
+
 def test_archs_of_a_binary(tmp_path: Path) -> None:
     """The containers of nvcc: kind, architecture and flags of each entry decide; PTX and other bytes do not count."""
 

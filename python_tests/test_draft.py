@@ -144,6 +144,7 @@ CASES = [
     Case(contexts=(40,), H=4096, I=24, heads=(4, 1), D=128, windows=(0,), causal=(0,)),
     Case(contexts=(40,), H=5120, I=16, heads=(2, 2), D=128, T=8, windows=(0,), causal=(0,)),
     Case(contexts=tuple(range(64)), H=64, I=32, heads=(2, 1), T=7, windows=(0,), causal=(0,)),
+    Case(contexts=tuple(b % 19 for b in range(256)), H=64, I=32, heads=(4, 1), T=10, windows=(16,), causal=(1,)),
 ]
 
 
@@ -356,6 +357,21 @@ def test_output_errors(device: str, rng: torch.Generator) -> None:
     ]:
         with pytest.raises(ValueError, match=f"^dflash::draft_forward: {match}"):
             draft_forward(**inputs, **{**held, name: value})
+    assert held["out"].isnan().all()
+
+
+@pytest.mark.gpu
+def test_mixed_devices(rng: torch.Generator) -> None:
+    inputs = make_inputs(Case(contexts=(5, 12), T=7), rng, "cuda", torch.bfloat16)
+    held = outputs(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            with pytest.raises(ValueError, match=r"^dflash::draft_forward: \w+ must be on "):
+                draft_forward(**{**inputs, name: value.cpu()}, **held)
+    for name in ("k_caches", "v_caches"):
+        mixed = [inputs[name][0], inputs[name][1].cpu()]
+        with pytest.raises(ValueError, match=rf"^dflash::draft_forward: {name}\[1\] must be on cuda:0, got cpu"):
+            draft_forward(**{**inputs, name: mixed}, **held)
     assert held["out"].isnan().all()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import on_device
 
 from dflash_kernels.ops import (
     lm_head_argmax,
@@ -329,7 +330,7 @@ GOOD = {"hidden": zeros(6, 64), "weight": zeros(300, 64)}
 
 
 def call(op: Callable[..., object], device: str, arguments: dict[str, object]) -> None:
-    op(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()})
+    op(**{n: on_device(v, device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()})
 
 
 @pytest.mark.parametrize(
@@ -401,6 +402,19 @@ def test_verify_errors(device: str, rng: torch.Generator) -> None:
             candidates, hidden, weight, prefix_lens, out=tuple(out), workspace=lm_head_workspace(12, device)
         )
     assert all((tensor == -9).all() for tensor in out)
+
+
+@pytest.mark.gpu
+def test_mixed_devices() -> None:
+    hidden, weight = zeros(6, 64).cuda(), zeros(300, 64).cuda()
+    for op, extra in ((lm_head_argmax, ()), (lm_head_topk, (4,))):
+        with pytest.raises(ValueError, match=rf"^dflash::{op.__name__}: weight must be on cuda:0, got cpu"):
+            op(hidden, weight.cpu(), *extra)
+        with pytest.raises(ValueError, match=rf"^dflash::{op.__name__}: bias must be on cuda:0, got cpu"):
+            op(hidden, weight, *extra, bias=zeros(300))
+    candidates, prefix_lens = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^dflash::verify_block_from_hidden: \w+ must be on "):
+        verify_block_from_hidden(candidates, hidden, weight, prefix_lens.cuda())
 
 
 @pytest.mark.gpu

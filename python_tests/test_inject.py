@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from conftest import on_device
 
 from dflash_kernels.ops import inject_kv, inject_kv_workspace
 from dflash_kernels.reference.inject import context_kv, live_rows
@@ -123,6 +124,8 @@ def check_against_reference(inputs: Inputs) -> None:
         {"batch": 5, "block": 7, "hidden": 72, "num_taps": 5, "heads": 3, "dim": 18, "rotary_dim": 6, "layers": 3},
         {"batch": 5, "block": 16, "hidden": 576, "num_taps": 5, "layers": 5, "heads": 3, "dim": 64},
         {"batch": 1, "block": 16, "hidden": 256, "heads": 1, "dim": 256, "num_taps": 8},
+        {"batch": 3, "block": 10, "hidden": 2880, "num_taps": 2, "layers": 1, "heads": 1, "dim": 64},
+        {"batch": 1, "block": 7, "hidden": 4096, "num_taps": 1, "layers": 1, "heads": 2, "dim": 128},
     ],
 )
 def test_matches_reference(device: str, rng: torch.Generator, shape: dict[str, int], index: torch.dtype) -> None:
@@ -252,7 +255,7 @@ def test_long_prefill(device: str, rng: torch.Generator) -> None:
     check_against_reference(inputs)
 
 
-@pytest.mark.parametrize(("batch", "block"), [(40, 16), (1100, 2), (2, 100)])
+@pytest.mark.parametrize(("batch", "block"), [(40, 16), (64, 7), (256, 10), (1100, 2), (2, 100)])
 def test_many_requests(device: str, rng: torch.Generator, batch: int, block: int) -> None:
     """Rows enough that CUDA gathers the live ones; requests beyond one scan; blocks too long to be gathered."""
     commit = torch.randint(0, block + 1, (batch,), generator=rng).tolist()
@@ -344,14 +347,22 @@ def b16(*shape: int) -> torch.Tensor:
 )
 def test_errors_name_the_argument(device: str, rng: torch.Generator, changes: dict[str, object], message: str) -> None:
     def move(value: object) -> object:
-        if isinstance(value, list):
-            return [tensor.to(device) for tensor in value]
-        return value.to(device)
+        return [on_device(tensor, device) for tensor in value] if isinstance(value, list) else on_device(value, device)
 
     inputs = make(rng, device, commit=[8, 8, 8])
     bad = replace(inputs, **{name: move(value) for name, value in changes.items()})
     with pytest.raises(ValueError, match=r"^dflash::inject_kv: " + message):
         bad.run()
+    assert (inputs.caches() == POISON).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fc_weight", "kv_bias", "cos_sin", "positions", "slots", "commit_lens", "workspace"])
+def test_mixed_devices(rng: torch.Generator, name: str) -> None:
+    inputs = make(rng, "cuda", commit=[8, 8, 8])
+    setattr(inputs, name, getattr(inputs, name).cpu())
+    with pytest.raises(ValueError, match=r"^dflash::inject_kv: .* must be on (cuda:0, got cpu|cpu, got cuda:0)"):
+        inputs.run()
     assert (inputs.caches() == POISON).all()
 
 
@@ -367,6 +378,7 @@ def test_alignment_errors(rng: torch.Generator) -> None:
         inputs.run()
 
 
+@pytest.mark.parametrize("debug", ["0", "1"])
 @pytest.mark.parametrize(
     ("name", "row", "value", "message"),
     [
@@ -386,10 +398,14 @@ def test_values_out_of_range(
     row: int,
     value: int,
     message: str,
+    debug: str,
 ) -> None:
+    """The CPU always looks at the values; CUDA under DFLASH_DEBUG=1."""
     inputs = make(rng, device, commit=[8, 8, 8])
     getattr(inputs, name)[row] = value
-    monkeypatch.setenv("DFLASH_DEBUG", "1")
+    monkeypatch.setenv("DFLASH_DEBUG", debug)
+    if device == "cuda" and debug == "0":
+        pytest.skip("see the next test")
     with pytest.raises(ValueError, match=r"^dflash::inject_kv: " + message):
         inputs.run()
     assert (inputs.caches() == POISON).all()

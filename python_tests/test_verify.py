@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import on_device
 
 from dflash_kernels import ops
 from dflash_kernels.ops import Verified
@@ -332,7 +333,7 @@ GOOD = {
 )
 def test_bad_arguments(device: str, name: str, value: object, message: str) -> None:
     arguments = {k: v.to(device) for k, v in GOOD.items()}
-    arguments[name] = value.to(device) if isinstance(value, torch.Tensor) else value
+    arguments[name] = on_device(value, device) if isinstance(value, torch.Tensor) else value
     out = poisoned(2, 4, device)
     with pytest.raises(ValueError, match="dflash::verify_block: " + message):
         ops.verify_block(**arguments, out=out, workspace=ops.verify_workspace(2, 32, device))
@@ -348,7 +349,7 @@ def test_bad_arguments(device: str, name: str, value: object, message: str) -> N
     ],
 )
 def test_bad_outputs(device: str, field: str, value: torch.Tensor, message: str) -> None:
-    out = poisoned(2, 4, device)._replace(**{field: value.to(device)})
+    out = poisoned(2, 4, device)._replace(**{field: on_device(value, device)})
     with pytest.raises(ValueError, match="dflash::verify_block: " + message):
         ops.verify_block(*(v.to(device) for v in GOOD.values()), out=out, workspace=ops.verify_workspace(2, 4, device))
 

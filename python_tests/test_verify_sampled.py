@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import on_device
 
 from dflash_kernels import ops
 from dflash_kernels.ops import Verified
@@ -503,13 +504,20 @@ def test_graph_replay_equals_eager(rng: torch.Generator, rule: str) -> None:
 )
 def test_bad_arguments(device: str, name: str, value: Any, message: str) -> None:
     arguments = {**good(device), "rule": "token"}
-    if isinstance(value, torch.Tensor):
-        copied = value.to(device)  # to another device, it comes out contiguous
-        value = copied if value.is_contiguous() else copied.repeat_interleave(2)[::2]
-    arguments[name] = value
+    arguments[name] = on_device(value, device) if isinstance(value, torch.Tensor) else value
     out = poisoned(2, 4, device)
     with pytest.raises(ValueError, match="dflash::verify_block_sampled: " + message):
         ops.verify_block_sampled(**arguments, out=out, workspace=ops.verify_workspace(2, 4, device))
+    assert all((tensor == -77).all() for tensor in out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in good("cpu") if name != "candidates"])
+def test_mixed_devices(name: str) -> None:
+    arguments, out = good("cuda"), poisoned(2, 4, "cuda")
+    arguments[name] = arguments[name].cpu()
+    with pytest.raises(ValueError, match=f"^dflash::verify_block_sampled: {name} must be on cuda:0, got cpu"):
+        ops.verify_block_sampled(**arguments, out=out, workspace=ops.verify_workspace(2, 4, "cuda"))
     assert all((tensor == -77).all() for tensor in out)
 
 

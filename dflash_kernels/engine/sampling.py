@@ -41,8 +41,8 @@ class SamplingParams:
             raise ValueError(f"SamplingParams: temperature must be a finite number >= 0, got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"SamplingParams: top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"SamplingParams: top_k must be >= 0 (0 is off), got {self.top_k}")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"SamplingParams: top_k must be in 0..2**31 - 1 (0 is off), got {self.top_k}")
         if not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"SamplingParams: min_p must be in [0, 1], got {self.min_p}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:

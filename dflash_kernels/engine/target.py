@@ -231,7 +231,8 @@ def load_target(path: str | Path, dtype: torch.dtype, device: torch.device | str
     Only safetensors are read. The tokenizer is None when the directory carries none.
 
     Raises:
-        ValueError: the path is no checkpoint directory, or its model class is not a causal LM.
+        ValueError: the path is no checkpoint directory, its model class is not a causal LM, or a file is damaged, lacks
+            a tensor, or has one of another shape.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -239,23 +240,35 @@ def load_target(path: str | Path, dtype: torch.dtype, device: torch.device | str
     if not (path / "config.json").is_file():
         raise ValueError(f"target directory {path} must hold a Hugging Face checkpoint (config.json), found none")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # found below, and said with both shapes
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"target directory {path} could not be loaded: {_first_line(error)}") from error
+    except Exception as error:  # of transformers, safetensors and huggingface_hub, without a common base
+        raise ValueError(f"target directory {path} could not be loaded: {_one_line(error)}") from error
+    model, found = loaded
+    # transformers fills what it does not find with random numbers, and warns.
+    for name, got, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(f"target directory {path}: tensor {name} must have shape {list(expected)}, got {list(got)}")
+    for name in sorted(found["missing_keys"]):
+        raise ValueError(f"target directory {path}: tensor {name} must be in the checkpoint, found none")
     tokenizer = None
     if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ValueError(f"tokenizer of {path} could not be loaded: {_first_line(error)}") from error
+        except Exception as error:  # likewise, and of tokenizers
+            raise ValueError(f"tokenizer of {path} could not be loaded: {_one_line(error)}") from error
     nn.Module.to(model, device)
     model.eval()
     gc.collect()
     return model, tokenizer
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 4] + " ..."

@@ -132,6 +132,8 @@ def reserve_kv_slots(
     Raises:
         ValueError: wrong shape, dtype, device or stride; on the CPU (on CUDA only under DFLASH_DEBUG=1) also rows
             outside the table or not distinct, lengths out of range, too few free pages. Nothing has changed then.
+
+    Source: SGLang's paged allocation of a draft block's slots, which the host does there; the order of pages is ours.
     """
     torch.ops.dflash.reserve_kv_slots.default(
         req_to_token, alloc_lens, free_pages, ring, req_pool_indices, target_lens, page_size
@@ -237,94 +239,38 @@ def _new_block(anchor_ids: torch.Tensor, block_size: int) -> _BlockTensors:
     return ids, positions, slots
 
 
+# -- fakes ------------------------------------------------------------------------------------------------------------
+
+
 @torch.library.register_fake("dflash::prepare_block")
-def _(
+def _prepare_block_fake(
     anchor_ids: torch.Tensor,
     prefix_lens: torch.Tensor,
     req_pool_indices: torch.Tensor,
     req_to_token: torch.Tensor,
     block_size: int,
     mask_token_id: int,
+) -> _BlockTensors:
+    return _new_block(anchor_ids, block_size)
+
+
+@torch.library.register_fake("dflash::reserve_and_prepare_block")
+def _reserve_and_prepare_block_fake(
+    req_to_token: torch.Tensor,
+    alloc_lens: torch.Tensor,
+    free_pages: torch.Tensor,
+    ring: torch.Tensor,
+    anchor_ids: torch.Tensor,
+    *args: object,
+    block_size: int,
+    **kwargs: object,
 ) -> _BlockTensors:
     return _new_block(anchor_ids, block_size)
 
 
 @torch.library.register_fake("dflash::prepare_block.out")
-def _(
-    anchor_ids: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    req_to_token: torch.Tensor,
-    mask_token_id: int,
-    *,
-    block_ids: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
-    return None
-
-
 @torch.library.register_fake("dflash::reserve_kv_slots")
-def _(
-    req_to_token: torch.Tensor,
-    alloc_lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    ring: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    target_lens: torch.Tensor,
-    page_size: int,
-) -> None:
-    return None
-
-
 @torch.library.register_fake("dflash::release_kv_slots")
-def _(
-    req_to_token: torch.Tensor,
-    alloc_lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    ring: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    keep_lens: torch.Tensor,
-    page_size: int,
-) -> None:
-    return None
-
-
-@torch.library.register_fake("dflash::reserve_and_prepare_block")
-def _(
-    req_to_token: torch.Tensor,
-    alloc_lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    ring: torch.Tensor,
-    anchor_ids: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    page_size: int,
-    mask_token_id: int,
-    *,
-    block_size: int,
-    reserve_tokens: int | None = None,
-    active: torch.Tensor | None = None,
-) -> _BlockTensors:
-    return _new_block(anchor_ids, block_size)
-
-
 @torch.library.register_fake("dflash::reserve_and_prepare_block.out")
-def _(
-    req_to_token: torch.Tensor,
-    alloc_lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    ring: torch.Tensor,
-    anchor_ids: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    page_size: int,
-    mask_token_id: int,
-    *,
-    reserve_tokens: int | None = None,
-    active: torch.Tensor | None = None,
-    block_ids: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
+def _mutating_fake(*args: object, **kwargs: object) -> None:
     return None

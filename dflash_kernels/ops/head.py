@@ -80,6 +80,8 @@ def lm_head_argmax(
 
     Raises:
         ValueError: wrong shape, dtype, device, stride or alignment.
+
+    Source: the target's LM head and ``torch.argmax``, as the published DFlash model takes its draft tokens.
     """
     ops = torch.ops.dflash.lm_head_argmax
     if out is None:
@@ -114,6 +116,8 @@ def lm_head_topk(
 
     Raises:
         ValueError: wrong shape, dtype, device, stride or alignment, or k out of range.
+
+    Source: the target's LM head and ``torch.topk``, made definite: DFlash2's candidates of a slot.
     """
     ops = torch.ops.dflash.lm_head_topk
     if out is None:

@@ -88,6 +88,9 @@ def verify_block(
         out: with ``workspace`` (see `verify_workspace`; used by logits only, still to be given): fills these tensors
             and allocates nothing.
 
+    Returns:
+        The five outputs of the module's table.
+
     Raises:
         ValueError: wrong shape, dtype, device or strides of an argument.
 
@@ -156,6 +159,8 @@ def verify_block_sampled(
     Raises:
         ValueError: wrong shape, dtype, device or strides; on the CPU, and on CUDA under ``DFLASH_DEBUG=1``, also a
             value out of its range.
+
+    Source: the papers named above; the filters' order is SGLang's (top-k, top-p, min-p).
     """
     inputs = (
         *(candidates, logits, prefix_lens, temperature, top_k, top_p, min_p, seeds, offsets),
