@@ -248,8 +248,10 @@ def test_probs_are_the_draft_distribution_of_the_path(device: str, rng: torch.Ge
 
 
 @pytest.mark.gpu
-def test_walk_in_a_graph(rng: torch.Generator) -> None:
-    """A replay on new values equals the eager call on them."""
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_walk_in_a_graph(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, debug: str) -> None:
+    """A replay on new values equals the eager call on them; under DFLASH_DEBUG=1 a capture goes without the checks."""
+    monkeypatch.setenv("DFLASH_DEBUG", debug)
     walk = make_walk(rng, 4, 7, temperature=True).to("cuda")
     out = walk.outputs()
     ops.select_path(*walk.args(), out=out)
@@ -335,6 +337,15 @@ def test_walk_limits(slots: int, top_k: int, message: str, device: str, rng: tor
     walk = make_walk(rng, 1, slots, top_k, 8, 50).to(device)
     with pytest.raises(ValueError, match="^dflash::select_path: candidate_ids must have .*" + message):
         ops.select_path(*walk.args())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [field.name for field in fields(Walk) if field.name != "candidate_ids"])
+def test_walk_on_mixed_devices(name: str, rng: torch.Generator) -> None:
+    walk = make_walk(rng, 2, 3, 4, 16, 50, temperature=True).to("cuda")
+    setattr(walk, name, getattr(walk, name).cpu())
+    with pytest.raises(ValueError, match=f"^dflash::select_path: {name} must be on cuda:0, got cpu"):
+        walk.run()
 
 
 @pytest.mark.gpu

@@ -186,13 +186,6 @@ void check_page_values(const char* op, const char* lens_name, const PageParams& 
 }
 
 #if DFLASH_WITH_CUDA
-// DFLASH_DEBUG=1, and the stream is not being captured: a capture cannot wait for the device.
-bool debug_check(cudaStream_t stream) {
-  if (!api::debug_enabled()) return false;
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  return cudaStreamIsCapturing(stream, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone;
-}
-
 // The first n entries of a device vector, read after what is on the stream so far.
 std::vector<int64_t> to_host(const char* op, const IntView& view, int64_t n, cudaStream_t stream) {
   const size_t width = view.is_int64 ? 8 : 4;
@@ -280,7 +273,7 @@ void prepare_block_out_cuda(Tensor anchor_ids, Tensor prefix_lens, Tensor req_po
   if (p.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(anchor_ids.get_device_index());
   const cudaStream_t stream = api::current_stream(kPrepare, anchor_ids);
-  if (debug_check(stream)) debug_check_block(p, stream);
+  if (api::checks_values(kPrepare, stream)) debug_check_block(p, stream);
   launch_prepare_block(p, stream);
 }
 
@@ -291,7 +284,7 @@ void reserve_cuda(Tensor req_to_token, Tensor alloc_lens, Tensor free_pages, Ten
   if (p.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(req_to_token.get_device_index());
   const cudaStream_t stream = api::current_stream(kReserve, req_to_token);
-  if (debug_check(stream)) debug_check_pages(kReserve, "target_lens", p, true, stream);
+  if (api::checks_values(kReserve, stream)) debug_check_pages(kReserve, "target_lens", p, true, stream);
   launch_reserve_kv_slots(p, stream);
 }
 
@@ -302,7 +295,7 @@ void release_cuda(Tensor req_to_token, Tensor alloc_lens, Tensor free_pages, Ten
   if (p.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(req_to_token.get_device_index());
   const cudaStream_t stream = api::current_stream(kRelease, req_to_token);
-  if (debug_check(stream)) debug_check_pages(kRelease, "keep_lens", p, false, stream);
+  if (api::checks_values(kRelease, stream)) debug_check_pages(kRelease, "keep_lens", p, false, stream);
   launch_release_kv_slots(p, stream);
 }
 
@@ -316,7 +309,8 @@ void fused_out_cuda(Tensor req_to_token, Tensor alloc_lens, Tensor free_pages, T
   if (p.pages.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(req_to_token.get_device_index());
   const cudaStream_t stream = api::current_stream(kReserveAndPrepare, req_to_token);
-  if (debug_check(stream)) debug_check_pages(kReserveAndPrepare, "prefix_lens", p.pages, true, stream);
+  if (api::checks_values(kReserveAndPrepare, stream))
+    debug_check_pages(kReserveAndPrepare, "prefix_lens", p.pages, true, stream);
   launch_reserve_and_prepare_block(p.pages, p.block, stream);
 }
 #endif

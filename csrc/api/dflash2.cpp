@@ -161,7 +161,7 @@ void select_path_out_cuda(Tensor candidate_ids, Tensor base_logits, Tensor hidde
   if (p.batch == 0 || p.slots == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(candidate_ids.get_device_index());
   const cudaStream_t stream = api::current_stream(kSelect, candidate_ids);
-  if (api::debug_enabled()) report(p, check_select_cuda(p, stream));
+  if (api::checks_values(kSelect, stream)) report(p, check_select_cuda(p, stream));
   launch_select_path(p, stream);
 }
 #endif

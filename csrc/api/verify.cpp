@@ -294,7 +294,7 @@ void sampled_cuda(const SampledInputs& in, const FiveTensors& out, const Tensor&
   if (p.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(in.candidates.get_device_index());
   const cudaStream_t stream = api::current_stream(kSampled, in.candidates);
-  if (api::debug_enabled()) raise_fault(check_sampled_cuda(p, stream));
+  if (api::checks_values(kSampled, stream)) raise_fault(check_sampled_cuda(p, stream));
   launch_verify_block_sampled(p, stream);
 }
 #endif
