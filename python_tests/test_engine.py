@@ -263,6 +263,29 @@ def test_close_and_abort_give_everything_back(case: Any) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("failing_call", [0, 1, 6])
+def test_a_failure_gives_everything_back(case: Any, failing_call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the pass over the first prompt, over the second, and in a step: the engine is as good as new afterwards."""
+    target, prompts, texts = case
+    drafter = oracle(texts)
+    engine = Engine(target, drafter, max_batch=2, max_len=128)
+    calls, inject = iter(range(100)), drafter.inject
+
+    def failing(*args: Any) -> None:
+        if next(calls) == failing_call:
+            raise RuntimeError("out of memory")
+        inject(*args)
+
+    monkeypatch.setattr(drafter, "inject", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.generate(prompts, SamplingParams(max_new_tokens=48))
+    engine.pool.assert_sound()
+    assert engine.pool.free_page_count() == engine.pool.num_pages - 1
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=48))
+    assert [r.prompt_ids + r.token_ids for r in results] == texts
+    engine.close()
+
+
 def test_small_pool_makes_requests_wait(case: Any) -> None:
     target, prompts, texts = case
     engine = Engine(target, oracle(texts), max_batch=5, max_len=128, page_size=16, num_pages=1 + 2 * 7)

@@ -309,8 +309,8 @@ class Engine:
                 yield from self._abort_marked(aborted, waiting, running)
                 while waiting and len(running) < self.max_batch and self._admit(waiting[0], mode):
                     request = waiting.popleft()
-                    pending.append((self._prefill(request, len(running), mode), [request], True))
-                    running.append(request)
+                    running.append(request)  # first, so that it is retired if the pass over its prompt fails
+                    pending.append((self._prefill(request, len(running) - 1, mode), [request], True))
                     stats.prefill_passes += 1
                 while pending and self._depth == 0:
                     yield from self._absorb(*pending.popleft(), running, stats)
