@@ -140,7 +140,10 @@ def cuda_archs(nvcc: Nvcc) -> str:
 
 
 def compile_jobs() -> int:
-    return int(os.environ.get("MAX_JOBS") or min(len(os.sched_getaffinity(0)), 16))
+    wanted = os.environ.get("MAX_JOBS") or str(min(len(os.sched_getaffinity(0)), 16))
+    if not wanted.isdecimal() or int(wanted) < 1:
+        fail(f"MAX_JOBS must be a number of at least 1, got {wanted}")
+    return int(wanted)
 
 
 def has_host_module() -> bool:

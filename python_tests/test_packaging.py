@@ -171,6 +171,11 @@ def test_jobs(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= setup.compile_jobs() <= 16
     monkeypatch.setenv("MAX_JOBS", "3")
     assert setup.compile_jobs() == 3
+    for value in ("0", "two"):
+        monkeypatch.setenv("MAX_JOBS", value)
+        with pytest.raises(SystemExit) as error:
+            setup.compile_jobs()
+        assert f"MAX_JOBS must be a number of at least 1, got {value}" in message(error)
 
 
 def test_large_library_is_refused(setup: ModuleType, tmp_path: Path) -> None:
