@@ -74,7 +74,7 @@ def assert_blocks(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("table_dtype", INDEX)
 @pytest.mark.parametrize("index", INDEX)
-@pytest.mark.parametrize("batch,block", [(1, 1), (3, 16), (7, 5), (65, 8), (256, 16)])
+@pytest.mark.parametrize("batch,block", [(1, 1), (3, 10), (7, 5), (64, 7), (65, 8), (256, 16)])
 def test_prepare_block(
     rng: torch.Generator, device: str, batch: int, block: int, index: torch.dtype, table_dtype: torch.dtype
 ) -> None:
