@@ -90,6 +90,8 @@ def build(folder: Path, changes: Mapping[str, tuple[str, str]] | None = None) ->
     cuda = toolkit()
     assert cuda, missing()
     flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fvisibility=hidden"]
+    sanitize = ["-fsanitize=address", "-g"] if os.environ.get("DFLASH_EMULATED_ASAN") == "1" else []
+    flags += sanitize
     flags += [f"-I{HERE}", f"-I{CSRC}", "-isystem", str(cuda), "-isystem", str(include)]
     flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DDFLASH_WITH_CUDA=1"]
     command = [*([ccache] if (ccache := shutil.which("ccache")) else []), str(compiler()), *flags]
@@ -131,7 +133,7 @@ def build(folder: Path, changes: Mapping[str, tuple[str, str]] | None = None) ->
     if not library.exists():
         part = library.with_suffix(".part")
         libraries = [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        run([str(compiler()), "-shared", "-Wl,-Bsymbolic", "-o", str(part), *map(str, objects), *libraries])
+        run([str(compiler()), *sanitize, "-shared", "-Wl,-Bsymbolic", "-o", str(part), *map(str, objects), *libraries])
         part.rename(library)
     return library
 
