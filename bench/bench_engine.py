@@ -2,8 +2,10 @@
 
 A row's `ours_us` and `baseline_us` are microseconds per emitted token of whole calls, prompts included, with natural
 stops; the baseline is the faster of the two and `baselines_us` holds both. Further keys: `mean_acceptance` (tokens a
-decode step, the bonus counted), `tokens_per_s`, `ms_per_step` and `plain_ms_per_step` (decode only), and `identical`
-(prompts whose text equals plain decoding's token for token, as "8/8"; with a bf16 target rounding may flip a tie).
+decode step, the bonus counted), `tokens_per_s`, `ms_per_step` and `plain_ms_per_step` (decode only), `decode_ratio`
+(ours / plain by time from the first token on, prompts left out), `graph_captures` (within the measured calls: 0 means
+that none of them paid for one), and `identical` (prompts whose text equals plain decoding's token for token, as "8/8";
+with a bf16 target rounding may flip a tie).
 """
 
 from __future__ import annotations
@@ -47,11 +49,12 @@ def rows(
     gpu = device.type == "cuda"
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     new_tokens = (64 if quick else 128) if gpu else 16
-    count = len(PROMPTS) if gpu and not quick else 2
     order: tuple[Mode, ...] = ("dflash", "plain") if quick or not gpu else ("dflash", "plain", "plain", "dflash")
     for name, dtype in dtypes.items() if gpu else [("fp32", torch.float32)]:
         pair = None
         for batch in (1, 8) if gpu else (1, 2):
+            # No fewer prompts than rows: a batch that is never full would measure a smaller one.
+            count = max(2, batch) if quick or not gpu else len(PROMPTS)
             shape = f"demo pair B{batch} T16, {count} prompts, up to {new_tokens} tokens"
             title = f"{SUITE} {OP} {shape} {name}"
             if name_filter not in title:
@@ -80,9 +83,11 @@ def _measure(
         params = SamplingParams(max_new_tokens=new_tokens)
         ours, plain = engine.generate(ids, params), engine.decode_plain(ids, params)  # warm: graphs are captured here
         us: dict[str, list[float]] = {"dflash": [], "plain": []}
+        captures = 0
         for mode in order:
             results = engine.generate(ids, params, mode=mode)
             us[mode].append(engine.last_stats.seconds * 1e6 / engine.last_stats.new_tokens)
+            captures += engine.last_stats.graph_captures
             ours, plain = (results, plain) if mode == "dflash" else (ours, results)
     finally:
         engine.close()
@@ -106,6 +111,8 @@ def _measure(
             "tokens_per_s": 1e6 / ours_us,
             "ms_per_step": _ms_per_step(ours, batch),
             "plain_ms_per_step": _ms_per_step(plain, batch),
+            "decode_ratio": _decode_us(ours) / _decode_us(plain),
+            "graph_captures": captures,
             "identical": f"{same}/{len(ours)}",
         },
     )  # fmt: skip
@@ -115,6 +122,12 @@ def _ms_per_step(results: list[GenerationResult], batch: int) -> float:
     """Decode time over decode steps of a full batch: each request's own span over its own steps, median."""
     each = [r.stats.decode_seconds / len(r.stats.commit_lens) for r in results if r.stats.commit_lens]
     return median(each) * 1e3 if each else 0.0
+
+
+def _decode_us(results: list[GenerationResult]) -> float:
+    """us per token after the first of each request, over the requests' own spans."""
+    tokens = sum(len(r.token_ids) - 1 for r in results)
+    return sum(r.stats.decode_seconds for r in results) * 1e6 / max(tokens, 1)
 
 
 def _transformers_us(
