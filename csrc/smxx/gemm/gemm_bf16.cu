@@ -23,13 +23,20 @@ using Rows64 = TileConfig<64, 64, 2, 2, 5>;
 using Rows64Wide = TileConfig<64, 128, 2, 2, 4>;
 using Rows128 = TileConfig<128, 128, 2, 2, 3>;
 
-constexpr int kMaxSplits = 8;        // the portable size of a cluster
-constexpr int64_t kOneWave = 160;    // blocks that splitting aims at, at most: a little more than there are SMs
+constexpr int kMaxSplits = 8;  // the portable size of a cluster
+// Blocks that splitting aims at, at most: three an SM with 16 rows, whose few warps leave schedulers idle otherwise;
+// else a little more than there are SMs.
+template <typename C>
+constexpr int64_t kOneWave = C::BM == 16 ? 396 : 160;
 constexpr int64_t kMinTilesK = 8;    // steps of K that a part keeps, so that its pipeline fills
 constexpr int64_t kWideTiles = 256;  // 64-column tiles from which 16 rows take them: two a SM
 
 __device__ __forceinline__ float2 load_pair(const uint16_t* from) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+}
+
+__device__ __forceinline__ float2 pair_of(uint32_t bits) {  // of bf16, the first in the low half
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
@@ -103,6 +110,27 @@ __global__ void __launch_bounds__(C::kThreads) gemm_bf16_kernel(const __grid_con
   if (splits > 1) reduce_over_cluster<C>(acc, shared_bytes);
 
   const TilePosition<C> at;
+  // C may be the residual, so that no load moves over a store: all loads come first.
+  uint32_t residual[C::kTilesM][2][C::kTilesN];
+  if constexpr (!kGated) {
+    if (p.residual != nullptr) {
+#pragma unroll
+      for (int i = 0; i < C::kTilesM; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t row = row0 + at.row(i, half);
+          const bool live = row < p.m && p.live.at(row);
+#pragma unroll
+          for (int j = 0; j < C::kTilesN; ++j) {
+            const int64_t column = column0 + at.column(j);
+            residual[i][half][j] = 0;
+            if (live && column < p.n && (splits == 1 || unit_of<C>(i, j) % splits == split)) {
+              residual[i][half][j] = *reinterpret_cast<const uint32_t*>(p.residual + row * p.residual_stride + column);
+            }
+          }
+        }
+    }
+  }
 #pragma unroll
   for (int i = 0; i < C::kTilesM; ++i) {
 #pragma unroll
@@ -135,8 +163,8 @@ __global__ void __launch_bounds__(C::kThreads) gemm_bf16_kernel(const __grid_con
           __nv_bfloat162 out = __float22bfloat162_rn(value);
           if (p.residual != nullptr) {
             const float2 rounded = __bfloat1622float2(out);
-            const float2 residual = load_pair(p.residual + row * p.residual_stride + column);
-            out = __float22bfloat162_rn(make_float2(rounded.x + residual.x, rounded.y + residual.y));
+            const float2 add = pair_of(residual[i][half][j]);
+            out = __float22bfloat162_rn(make_float2(rounded.x + add.x, rounded.y + add.y));
           }
           *reinterpret_cast<__nv_bfloat162*>(p.c + row * p.c_stride + column) = out;
         }
@@ -156,9 +184,9 @@ int64_t num_tiles(const GemmParams& p) {
 // Parts of K, a power of two.
 template <typename C>
 int num_splits(const GemmParams& p) {
-  const int64_t tiles = num_tiles<C>(p), tiles_k = (p.k + C::BK - 1) / C::BK;
+  const int64_t tiles = num_tiles<C>(p), tiles_k = int64_t{p.num_sources} * steps_of<C>(p.k / p.num_sources);
   int splits = 1;
-  while (2 * splits <= kMaxSplits && tiles * 2 * splits <= kOneWave && tiles_k / (2 * splits) >= kMinTilesK)
+  while (2 * splits <= kMaxSplits && tiles * 2 * splits <= kOneWave<C> && tiles_k / (2 * splits) >= kMinTilesK)
     splits *= 2;
   return splits;
 }

@@ -4,11 +4,12 @@
 // Shared memory: kStages buffers, each A [BM, BK] then W [BN, BK], bf16. Rows are padded by 8 elements: the row pitch
 // of 144 bytes (BK = 64) moves every row by 4 banks, so the 8 rows of an ldmatrix touch all 32 banks once. Pipeline:
 // cp.async, kStages - 1 tiles of K in flight; one __syncthreads per K tile, which both publishes tile i and frees the
-// buffer of tile i - 1 for the next copy. Edges: rows of A that are dead or beyond M, rows of W beyond N and columns
-// beyond K are filled with zeros and not read. K is a multiple of 8 elements, the width of one copy, so no copy
-// straddles the end of a row or of a source of A. Gated: the tile's columns alternate between eights of the first half
-// of W's rows and of the second, so that a thread's accumulators d[i][j] (gate) and d[i][j + 1] (up), j even, belong to
-// the same output column.
+// buffer of tile i - 1 for the next copy. Edges: rows of A that are dead or beyond M and columns beyond a source of A
+// are filled with zeros and not read; rows of W beyond N are copies of its first row, whose products nobody stores. A
+// source takes whole steps of K and is a multiple of 8 elements wide, the width of one copy. Addresses: the inner loop
+// adds a constant to one pointer for A and one for W; a copy adds its own 32-bit offset, in units of 16 bytes. Gated:
+// the tile's columns alternate between eights of the first half of W's rows and of the second, so that a thread's
+// accumulators d[i][j] (gate) and d[i][j + 1] (up), j even, belong to the same output column.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,7 +30,8 @@ struct TileConfig {
   static constexpr int kThreads = 32 * WARPS_M * WARPS_N;
   static constexpr int kPitch = BK + 8;  // elements between rows in shared memory
   static constexpr int kStageElements = (BM + BN) * kPitch;
-  static constexpr int kSharedBytes = kStages * kStageElements * 2;
+  static constexpr int kBytesA = BM * kPitch * 2, kStageBytes = kStageElements * 2;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
   static constexpr int kTilesM = BM / WARPS_M / 16;  // m16 tiles of a warp
   static constexpr int kTilesN = BN / WARPS_N / 8;   // n8 tiles of a warp
   static constexpr int kCopiesPerRow = BK / 8;
@@ -58,9 +60,15 @@ struct TilePosition {
   __device__ __forceinline__ int column(int j) const { return warp_column + 8 * j + 2 * (lane % 4); }
 };
 
+// Steps of K that a source of A takes, at least one; the last may be partly beyond it.
+template <typename C>
+DFLASH_HOST_DEVICE int steps_of(int64_t source_k) {
+  return source_k > C::BK ? static_cast<int>((source_k + C::BK - 1) / C::BK) : 1;
+}
+
 // Ends with all warps past their last read of shared memory only after the caller's next __syncthreads.
 // With p.early_start it waits for the preceding kernel before it reads A.
-// Sums over part `split` of `splits` of K, cut at multiples of BK.
+// Sums over part `split` of `splits` of the steps of K.
 template <typename C, bool kGated = false>
 __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, int64_t column0, __nv_bfloat16* shared,
                                              Accumulators<C>& acc, int split = 0, int splits = 1) {
@@ -69,30 +77,36 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
   const int copy_row = threadIdx.x / C::kCopiesPerRow;
   const int copy_column = threadIdx.x % C::kCopiesPerRow * 8;
   const int64_t source_k = p.k / p.num_sources;
-  const int64_t all_tiles = (p.k + C::BK - 1) / C::BK;
-  const int64_t first_tile = all_tiles * split / splits;
-  const int num_tiles = static_cast<int>(all_tiles * (split + 1) / splits - first_tile);
-  const int64_t first_column = first_tile * C::BK + copy_column;
+  const int steps_per_source = steps_of<C>(source_k);
+  const int64_t all_steps = static_cast<int64_t>(steps_per_source) * p.num_sources;
+  const int64_t first_step = all_steps * split / splits;
+  const int num_steps = static_cast<int>(all_steps * (split + 1) / splits - first_step);
+  const bool whole_end = copy_column < source_k - (steps_per_source - 1) * int64_t{C::BK};  // inside a last step too
 
-  int64_t a_row[kPassesA];  // -1: dead
+  // What a thread copies lies at from + 16 bytes * offset; from moves along K, offsets stay: one register each.
+  int32_t a_row[kPassesA];  // -1: dead
 #pragma unroll
   for (int i = 0; i < kPassesA; ++i) {
     const int64_t row = row0 + copy_row + i * kRowsPerPass;
-    a_row[i] = row < p.m && p.live.at(row) ? row : -1;
+    a_row[i] = row < p.m && p.live.at(row) ? static_cast<int32_t>(row) : -1;
     if (p.a_rows != nullptr && a_row[i] >= 0) a_row[i] = p.a_rows[row];
   }
+  uint32_t w_offset[kPassesW];
+#pragma unroll
+  for (int i = 0; i < kPassesW; ++i) {
+    const int row = copy_row + i * kRowsPerPass;
+    int64_t w_row = column0 + row;
+    if (kGated) w_row = column0 / 2 + row / 16 * 8 + row % 8 + (row / 8 % 2 ? p.n / 2 : 0);
+    if (column0 + row >= p.n) w_row = 0;  // any: these columns are not stored
+    w_offset[i] = static_cast<uint32_t>((w_row * p.k + copy_column) / 8);
+  }
 
-  // The source of A and the column in it that this thread copies next.
-  int source = 0;
-  int64_t source_column = first_column;
-  int64_t a_column = first_column;
-  auto copy_a = [&](int stage) {
-    __nv_bfloat16* a_tile = shared + stage * C::kStageElements;
-    while (source_column >= source_k && source < p.num_sources - 1) {
-      source_column -= source_k;
-      ++source;
-    }
-    const bool inside = a_column < p.k;
+  int source = static_cast<int>(first_step / steps_per_source);
+  const int first_in_source = static_cast<int>(first_step % steps_per_source);
+  int a_left = steps_per_source - first_in_source, w_left = a_left;  // steps of the source, this one included
+  const uint4* a_from;
+  uint32_t a_offset[kPassesA];
+  auto enter_source = [&](int step) {
     const uint16_t* a = p.a[0];
     int64_t a_stride = p.a_stride[0];
 #pragma unroll
@@ -102,30 +116,41 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
         a_stride = p.a_stride[s];
       }
     }
+    a_from = reinterpret_cast<const uint4*>(a) + step * (C::BK / 8);
 #pragma unroll
     for (int i = 0; i < kPassesA; ++i) {
-      const int row = copy_row + i * kRowsPerPass;
-      const bool read = inside && a_row[i] >= 0;
-      const uint16_t* from = read ? a + a_row[i] * a_stride + source_column : p.w;
-      copy_async_16(a_tile + row * C::kPitch + copy_column, from, read ? 16 : 0);
+      a_offset[i] = a_row[i] < 0 ? 0 : static_cast<uint32_t>((a_row[i] * a_stride + copy_column) / 8);
     }
-    source_column += C::BK;
-    a_column += C::BK;
   };
-  int64_t w_column = first_column;
-  auto copy_w = [&](int stage) {
-    __nv_bfloat16* w_tile = shared + stage * C::kStageElements + C::BM * C::kPitch;
-    const bool inside = w_column < p.k;
+  enter_source(first_in_source);
+  const uint4* w_from = reinterpret_cast<const uint4*>(p.w + source * source_k) + first_in_source * (C::BK / 8);
+
+  auto* const bytes = reinterpret_cast<unsigned char*>(shared);
+  unsigned char* const copy_to = bytes + (copy_row * C::kPitch + copy_column) * 2;
+  constexpr int kPassBytes = kRowsPerPass * C::kPitch * 2;
+  auto copy_a = [&](int at) {
+    const bool inside = a_left > 1 || whole_end;
+#pragma unroll
+    for (int i = 0; i < kPassesA; ++i) {
+      copy_async_16(copy_to + at + i * kPassBytes, a_from + a_offset[i], inside && a_row[i] >= 0 ? 16 : 0);
+    }
+    a_from += C::BK / 8;
+    if (--a_left == 0) {
+      a_left = steps_per_source;
+      if (++source < p.num_sources) enter_source(0);
+    }
+  };
+  auto copy_w = [&](int at) {
+    const bool inside = w_left > 1 || whole_end;
 #pragma unroll
     for (int i = 0; i < kPassesW; ++i) {
-      const int row = copy_row + i * kRowsPerPass;
-      const bool read = inside && column0 + row < p.n;
-      int64_t w_row = column0 + row;
-      if (kGated) w_row = column0 / 2 + row / 16 * 8 + row % 8 + (row / 8 % 2 ? p.n / 2 : 0);
-      const uint16_t* from = read ? p.w + w_row * p.k + w_column : p.w;
-      copy_async_16(w_tile + row * C::kPitch + copy_column, from, read ? 16 : 0);
+      copy_async_16(copy_to + at + C::kBytesA + i * kPassBytes, w_from + w_offset[i], inside ? 16 : 0);
     }
-    w_column += C::BK;
+    w_from += C::BK / 8;
+    if (--w_left == 0) {
+      w_left = steps_per_source;
+      w_from += (source_k - steps_per_source * int64_t{C::BK}) / 8;  // back to where the next source begins
+    }
   };
 
 #pragma unroll
@@ -135,47 +160,45 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc.d[i][j][e] = 0.0f;
 
-  const TilePosition<C> at;
   if (p.early_start) {  // all of W's first stages, then the wait: they count as part of the first group
     for (int s = 0; s < C::kStages - 1; ++s) {
-      if (s < num_tiles) copy_w(s);
+      if (s < num_steps) copy_w(s * C::kStageBytes);
     }
     grid_dependency_wait();
   }
   for (int s = 0; s < C::kStages - 1; ++s) {
-    if (s < num_tiles) {
-      copy_a(s);
-      if (!p.early_start) copy_w(s);
+    if (s < num_steps) {
+      copy_a(s * C::kStageBytes);
+      if (!p.early_start) copy_w(s * C::kStageBytes);
     }
     copy_async_commit();  // an empty group where there is nothing to copy keeps the count
   }
 
-  for (int tile = 0; tile < num_tiles; ++tile) {
+  // A: matrices (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15), (rows 8-15, k 8-15).
+  // W: matrices (n 0-7, k 0-7), (n 0-7, k 8-15), (n 8-15, k 0-7), (n 8-15, k 8-15): two n8 tiles at once.
+  const TilePosition<C> at;
+  const unsigned char* const a_read = bytes + ((at.warp_row + at.lane % 16) * C::kPitch + at.lane / 16 * 8) * 2;
+  const unsigned char* const w_read =
+      bytes + C::kBytesA + ((at.warp_column + at.lane / 16 * 8 + at.lane % 8) * C::kPitch + at.lane / 8 % 2 * 8) * 2;
+  int read_at = 0, write_at = (C::kStages - 1) * C::kStageBytes;  // bytes of the stages
+  for (int step = 0; step < num_steps; ++step) {
     copy_async_wait<C::kStages - 2>();
     __syncthreads();
-    if (tile + C::kStages - 1 < num_tiles) {
-      copy_a((tile + C::kStages - 1) % C::kStages);
-      copy_w((tile + C::kStages - 1) % C::kStages);
+    if (step + C::kStages - 1 < num_steps) {
+      copy_a(write_at);
+      copy_w(write_at);
     }
     copy_async_commit();
 
-    const __nv_bfloat16* a_tile = shared + tile % C::kStages * C::kStageElements;
-    const __nv_bfloat16* w_tile = a_tile + C::BM * C::kPitch;
 #pragma unroll
     for (int kk = 0; kk < C::BK; kk += 16) {
-      // A: matrices (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15), (rows 8-15, k 8-15).
       uint32_t a[C::kTilesM][4];
 #pragma unroll
-      for (int i = 0; i < C::kTilesM; ++i) {
-        const int row = at.warp_row + 16 * i + at.lane % 16;
-        load_matrix_x4(a[i], a_tile + row * C::kPitch + kk + at.lane / 16 * 8);
-      }
-      // W: matrices (n 0-7, k 0-7), (n 0-7, k 8-15), (n 8-15, k 0-7), (n 8-15, k 8-15): two n8 tiles at once.
+      for (int i = 0; i < C::kTilesM; ++i) load_matrix_x4(a[i], a_read + read_at + (16 * i * C::kPitch + kk) * 2);
 #pragma unroll
       for (int j = 0; j < C::kTilesN; j += 2) {
         uint32_t b[4];
-        const int row = at.warp_column + 8 * j + at.lane / 16 * 8 + at.lane % 8;
-        load_matrix_x4(b, w_tile + row * C::kPitch + kk + at.lane / 8 % 2 * 8);
+        load_matrix_x4(b, w_read + read_at + (8 * j * C::kPitch + kk) * 2);
 #pragma unroll
         for (int i = 0; i < C::kTilesM; ++i) {
           mma_m16n8k16(acc.d[i][j], a[i], b[0], b[1]);
@@ -183,6 +206,8 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
         }
       }
     }
+    write_at = read_at;
+    read_at = read_at == (C::kStages - 1) * C::kStageBytes ? 0 : read_at + C::kStageBytes;
   }
 }
 
