@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 import torch
+from sglang_source import VERSIONS, Source, unpack_wheel
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 
@@ -37,3 +38,9 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
     generator = torch.Generator()
     generator.manual_seed(zlib.crc32(request.node.nodeid.encode()))
     return generator
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """SGLang's source, of each version that the plugin is checked against."""
+    return Source(unpack_wheel(request.param, tmp_path_factory.mktemp("sglang")), request.param)

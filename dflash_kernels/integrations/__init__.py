@@ -1,0 +1,1 @@
+"""Engines that the kernels plug into."""

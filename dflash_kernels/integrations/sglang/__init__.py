@@ -1,0 +1,17 @@
+"""SGLang's DFLASH path on this package's kernels, as a general plugin (entry point group `sglang.srt.plugins`).
+
+Installed beside SGLang, it replaces functions at *seams*; start the server as before with
+``--speculative-algorithm DFLASH``. A seam that does not fit the engine, the drafter or the pools stays stock, and a
+table in the log says which and why.
+
+=========================  ===========================================================================================
+``DFLASH_KERNELS_SEAMS``   ``all`` (default), ``none``, or a comma-separated list of seams
+``DFLASH_KERNELS_STRICT``  ``1``: refuse to start, or stop, where a seam that was asked for would fall back
+=========================  ===========================================================================================
+
+`plugin` holds the hook and the worker subclass, `seam` what all seams share, and every seam has a module.
+"""
+
+from dflash_kernels.integrations.sglang.plugin import activate
+
+__all__ = ["activate"]

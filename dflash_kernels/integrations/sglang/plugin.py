@@ -1,0 +1,201 @@
+"""The plugin's entry point, the hook on SGLang's choice of a worker, and the worker with this package's seams.
+
+`activate` hooks ``speculative/spec_info.py`` SpeculativeAlgorithm.create_worker through ``plugins/hook_registry.py``.
+SGLang logs and swallows what a plugin or the application of a hook raises, but not what a hook raises when it runs: so
+settings are read, and refused, in the hook.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from dflash_kernels.integrations.sglang.accept import AcceptSeam
+from dflash_kernels.integrations.sglang.head import HeadSeam
+from dflash_kernels.integrations.sglang.inject import InjectSeam
+from dflash_kernels.integrations.sglang.prepare import PrepareSeam
+from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Refused, Seam, logger
+from dflash_kernels.integrations.sglang.settings import Settings, read_settings
+
+HOOK_TARGET = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
+SEAMS: tuple[type[Seam], ...] = (InjectSeam, AcceptSeam, PrepareSeam, HeadSeam)
+
+
+def activate() -> None:
+    """Entry point of the group `sglang.srt.plugins`: registers the hook, nothing else."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(HOOK_TARGET, create_worker, HookType.AROUND)
+
+
+def create_worker(original: Callable[..., Any], algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around SpeculativeAlgorithm.create_worker: for DFLASH, a subclass of the class it chose."""
+    if not algorithm.is_dflash():
+        return original(algorithm, *args, **kwargs)
+    settings = read_settings([seam.name for seam in SEAMS])
+    if not settings.seams:
+        return original(algorithm, *args, **kwargs)
+    seams = Seams(settings)
+    # Before `original`: other plugins that wrap the worker's functions from their own hook then wrap ours.
+    seams.install(importlib.import_module(WORKER_MODULE))
+    chosen = original(algorithm, *args, **kwargs)
+    if chosen.__module__ != WORKER_MODULE:
+        seams.decline_all(f"SGLang chose the worker {chosen.__module__}.{chosen.__qualname__}")
+        logger.warning("%s", seams.table())
+        return chosen
+    return worker_class(chosen, seams)
+
+
+class Seams:
+    """The seams of one worker, each active or stock for a reason."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.all: dict[str, Seam] = {seam.name: seam() for seam in SEAMS}
+        self._open = [self.all[name] for name in settings.seams]
+        for seam in self._open:
+            seam.strict = settings.strict
+            seam.reason = "not bound yet"
+
+    def __getitem__(self, name: str) -> Seam:
+        return self.all[name]
+
+    def each(self, act: Callable[[Seam], None]) -> None:
+        """Run one phase on the seams that are still in; in strict mode a decline is refused."""
+        for seam in tuple(self._open):
+            try:
+                act(seam)
+            except Declined as declined:
+                self.decline(seam, str(declined))
+            except Refused:
+                raise
+            except Exception as error:
+                # Whatever an engine that changed may do here: stock is the answer, and the table says so.
+                self.decline(seam, f"{type(error).__name__}: {error}")
+
+    def decline(self, seam: Seam, reason: str) -> None:
+        if seam in self._open:
+            self._open.remove(seam)
+        seam.active, seam.reason = False, reason
+        if self.settings.strict:
+            raise Refused(f"dflash-kernels: seam {seam.name} declined: {reason}")
+
+    def decline_all(self, reason: str) -> None:
+        for seam in tuple(self._open):
+            self.decline(seam, reason)
+
+    def install(self, worker_module: Any) -> None:
+        self.each(lambda seam: seam.install(worker_module))
+
+    def prepare(self, worker: Any) -> None:
+        self.each(_require_device(worker))
+        self.each(lambda seam: seam.prepare(worker))
+
+    def bind(self, worker: Any) -> None:
+        def bind(seam: Seam) -> None:
+            seam.bind(worker)
+            seam.active, seam.reason = True, ""
+
+        self.each(bind)
+
+    def check(self) -> None:
+        """Raise what a replacement raised inside a function whose errors SGLang swallows."""
+        for seam in self._open:
+            if seam.error is not None:
+                raise Refused(f"dflash-kernels: seam {seam.name} failed: {seam.error}") from seam.error
+
+    def table(self) -> str:
+        """One line a seam: its name, active or stock, why."""
+        width = max(map(len, self.all))
+        lines = [
+            f"  {name:<{width}}  {'active' if seam.active else 'stock '}  {seam.reason}".rstrip()
+            for name, seam in self.all.items()
+        ]
+        return "\n".join(["dflash-kernels seams in SGLang's DFLASH worker:", *lines])
+
+
+def _require_device(worker: Any) -> Callable[[Seam], None]:
+    device = torch.device(worker.device)
+    reason = ""
+    if device.type not in ("cuda", "cpu"):
+        reason = f"device {device.type}"
+    elif device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability[0] not in (9, 10):
+            reason = f"compute capability {capability[0]}.{capability[1]}"
+
+    def check(seam: Seam) -> None:
+        if reason:
+            raise Declined(reason)
+
+    return check
+
+
+_current: dict[type, Seams] = {}
+
+
+def worker_class(base: type, seams: Seams) -> type:
+    """The subclass of SGLang's worker with these seams; one a base class, whatever the number of calls."""
+    cls = _subclass(base)
+    _current[cls] = seams
+    return cls
+
+
+@cache
+def _subclass(base: type) -> type:
+    class DFlashKernelsWorker(base):  # type: ignore[misc, valid-type]
+        """SGLang's worker, with replacements where a seam is active. Arguments pass through: they differ by version."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._dflash_seams = _current[type(self)]
+            super().__init__(*args, **kwargs)
+            self._dflash_seams.prepare(self)
+
+        def init_cuda_graphs(self, *args: Any, **kwargs: Any) -> Any:
+            self._dflash_seams.bind(self)
+            result = super().init_cuda_graphs(*args, **kwargs)
+            head = self._dflash_seams["head"]
+            if head.active and not _has_our_sampler(self):
+                self._dflash_seams.decline(head, "no draft graph was captured with a sampler")
+            if getattr(self.model_runner, "tp_rank", 0) == 0:
+                logger.warning("%s", self._dflash_seams.table())
+            return result
+
+        def _maybe_build_draft_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            stock = super()._maybe_build_draft_sampler(*args, **kwargs)
+            head = self._dflash_seams["head"]
+            if not head.active:
+                return stock
+            try:
+                return head.replace(stock)  # type: ignore[attr-defined]
+            except Declined as declined:
+                self._dflash_seams.decline(head, str(declined))
+                return stock
+
+        def _append_target_hidden_to_draft_kv_by_loc(self, **kwargs: Any) -> None:
+            inject = self._dflash_seams["inject"]
+            if inject.active:
+                try:
+                    if inject.run(**kwargs):  # type: ignore[attr-defined]
+                        return
+                except Exception as error:
+                    inject.failed(error)
+            super()._append_target_hidden_to_draft_kv_by_loc(**kwargs)
+
+        def forward_batch_generation(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().forward_batch_generation(*args, **kwargs)
+            self._dflash_seams.check()
+            return result
+
+    DFlashKernelsWorker.__qualname__ = DFlashKernelsWorker.__name__ = f"DFlashKernels{base.__name__}"
+    return DFlashKernelsWorker
+
+
+def _has_our_sampler(worker: Any) -> bool:
+    from dflash_kernels.integrations.sglang.head import DraftSampler
+
+    return isinstance(getattr(worker, "_draft_sampler", None), DraftSampler)

@@ -1,0 +1,43 @@
+"""The plugin's two environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+SEAMS_VARIABLE = "DFLASH_KERNELS_SEAMS"
+STRICT_VARIABLE = "DFLASH_KERNELS_STRICT"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Seams that are asked for, and whether falling back is refused."""
+
+    seams: tuple[str, ...]
+    strict: bool
+
+
+def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from the environment; ``known`` are the names of all seams.
+
+    Raises:
+        ValueError: an unknown seam, or a strictness that is neither 0 nor 1.
+    """
+    asked = environment.get(SEAMS_VARIABLE, "all").strip() or "all"
+    if asked == "all":
+        seams = tuple(known)
+    elif asked == "none":
+        seams = ()
+    else:
+        names = [name.strip() for name in asked.split(",") if name.strip()]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(
+                f"{SEAMS_VARIABLE} must be all, none or a list of {', '.join(known)}, got {', '.join(unknown)}"
+            )
+        seams = tuple(name for name in known if name in names)
+    strict = environment.get(STRICT_VARIABLE, "0").strip() or "0"
+    if strict not in ("0", "1"):
+        raise ValueError(f"{STRICT_VARIABLE} must be 0 or 1, got {strict}")
+    return Settings(seams, strict == "1")

@@ -1,0 +1,749 @@
+"""The SGLang plugin on the CPU: SGLang's own plugin loader, hook registry and worker methods, this package's CPU ops.
+
+The engine itself needs a GPU stack to import. So the methods and classes that a seam replaces are compiled alone from
+the wheels' source, both as the base class of the plugin's worker and as the reference that its results are compared
+with.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sglang_source import Source, bare_package, make_module, unavailable
+
+from dflash_kernels.integrations.sglang import activate, plugin
+from dflash_kernels.integrations.sglang.head import DraftSampler
+from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Refused
+from dflash_kernels.integrations.sglang.settings import read_settings
+
+ACCEPT, PREPARE = "_compute_dflash_accept_bonus_triton_unchecked", "_prepare_dflash_draft_block_unchecked"
+APPEND = "_append_target_hidden_to_draft_kv_by_loc"
+H, HQ, HKV, D, MLP, L, K, T, V, SLOTS = 32, 4, 2, 8, 48, 2, 3, 4, 50, 60
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DFLASH_KERNELS_SEAMS", raising=False)
+    monkeypatch.delenv("DFLASH_KERNELS_STRICT", raising=False)
+
+
+# -- a drafter of torch modules whose methods are SGLang's -------------------------------------------------------------
+
+
+class RMSNorm(torch.nn.Module):
+    """SGLang's forward_native in its default settings: float32 inside, one rounding."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(1 + 0.1 * torch.randn(size))
+        self.variance_epsilon = eps
+        self.cast_x_before_out_mul, self.variance_size_override = False, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.variance_epsilon).to(x.dtype)
+
+
+class Rotary:
+    """SGLang's RotaryEmbedding on contiguous halves: `cos_sin_cache` float32 [P, D]."""
+
+    is_neox_style, rotary_dim = True, D
+
+    def __init__(self) -> None:
+        angles = torch.arange(64)[:, None] * (10000.0 ** (-torch.arange(0, D, 2) / D))
+        self.cos_sin_cache = torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def __call__(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.cos_sin_cache[positions][:, None].chunk(2, dim=-1)
+        a, b = k.view(len(positions), -1, D).float().chunk(2, dim=-1)
+        return q, torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(k.dtype).view(k.shape)
+
+
+class UnquantizedLinearMethod:
+    pass
+
+
+def linear(inputs: int, outputs: int) -> torch.nn.Linear:
+    layer = torch.nn.Linear(inputs, outputs, bias=False)
+    layer.quant_method = UnquantizedLinearMethod()
+    return layer
+
+
+def build_drafter(source: Source, dtype: torch.dtype) -> torch.nn.Module:
+    names = {"DFlashAttention": ("kv_proj_only", "apply_k_norm", "apply_k_rope")}
+    model_names = {"DFlashDraftModel": ("project_target_hidden", "prepare_context_hidden_for_kv")}
+    space: dict[str, Any] = {"nn": torch.nn, "torch": torch, "F": F}
+    space["can_dflash_slice_qkv_weight"] = lambda qkv_proj: (True, "")
+    source.compile("sglang.srt.models.dflash", {**names, **model_names}, space)
+    rotary = Rotary()
+    model = space["DFlashDraftModel"]()
+    model.config = types.SimpleNamespace(hidden_size=H)
+    model.num_context_features, model.quantizable = K, False
+    model.prefix_gru = model.embed_proj = None
+    model.fc, model.hidden_norm, model.norm = torch.nn.Linear(K * H, H, bias=False), RMSNorm(H), RMSNorm(H)
+    model.layers = torch.nn.ModuleList()
+    for i in range(L):
+        attention = space["DFlashAttention"]()
+        attention.q_size, attention.kv_size, attention.num_kv_heads, attention.head_dim = HQ * D, HKV * D, HKV, D
+        attention.qkv_proj, attention.o_proj = linear(H, (HQ + 2 * HKV) * D), linear(HQ * D, H)
+        attention.q_norm, attention.k_norm = RMSNorm(D), RMSNorm(D)
+        attention.rotary_emb, attention.v_scale = rotary, None
+        attention.attn = types.SimpleNamespace(layer_id=i, k_scale=None, v_scale=None)
+        layer = torch.nn.Module()
+        layer.self_attn, layer.mlp = attention, torch.nn.Module()
+        layer.mlp.gate_up_proj, layer.mlp.down_proj = linear(H, 2 * MLP), linear(MLP, H)
+        layer.input_layernorm, layer.post_attention_layernorm = RMSNorm(H), RMSNorm(H)
+        model.layers.append(layer)
+    return model.to(dtype).requires_grad_(False)
+
+
+def build_pool(source: Source, dtype: torch.dtype) -> Any:
+    """SGLang's prefix-valid write on its branch for devices without Triton; `set_kv_buffer` is an indexed store."""
+    space: dict[str, Any] = {"torch": torch, "KVCache": object, "_is_cuda": False, "_is_hip": False}
+    members = {"MHATokenToKVPool": ("set_kv_buffer_prefix_valid",)}
+    cls = source.compile("sglang.srt.mem_cache.memory_pool", members, space)["MHATokenToKVPool"]
+
+    def set_kv_buffer(self: Any, layer: Any, loc: Any, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> None:
+        slots = getattr(loc, "loc", loc)  # the newer version wraps them (KVWriteLoc)
+        self.k_buffer[layer.layer_id][slots] = k
+        self.v_buffer[layer.layer_id][slots] = v
+
+    cls.set_kv_buffer = set_kv_buffer
+    pool = cls()
+    pool.dtype = pool.store_dtype = dtype
+    pool.start_layer, pool.kv_cache_layout, pool.use_hnd, pool.is_quantized_kv_cache = 0, "nhd", False, False
+    pool.k_buffer = [torch.full((SLOTS, HKV, D), -7.0, dtype=dtype) for _ in range(L)]
+    pool.v_buffer = [torch.full((SLOTS, HKV, D), -7.0, dtype=dtype) for _ in range(L)]
+    return pool
+
+
+# -- SGLang's worker module, as far as the seams touch it --------------------------------------------------------------
+
+
+class Nothing:
+    """A context manager, an environment variable, a parallel state: what the methods ask for on one rank."""
+
+    tp_rank, world_size, attn_dp_enabled = 0, 1, False
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *args: Any) -> None: ...
+
+    def get(self) -> bool:
+        return False
+
+
+def reference_accept(source: Source) -> Callable[..., None]:
+    """Under the Triton function's signature, the eager path that SGLang falls back to."""
+    name = "compute_dflash_correct_drafts_and_bonus"
+    space = source.compile(WORKER_MODULE, {name: None}, {"torch": torch, "Tuple": tuple})
+
+    def _compute_dflash_accept_bonus_triton_unchecked(
+        candidates: torch.Tensor,
+        target_top1: torch.Tensor,
+        accept_lens_out: torch.Tensor,
+        commit_lens_out: torch.Tensor,
+        bonus_ids_out: torch.Tensor,
+        out_tokens_out: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        new_seq_lens_out: torch.Tensor,
+    ) -> None:
+        accept, bonus = space[name](candidates=candidates, target_predict=target_top1)
+        accept_lens_out.copy_(accept)
+        commit_lens_out.copy_(accept + 1)
+        bonus_ids_out.copy_(bonus)
+        out_tokens_out[:, :-1].copy_(candidates[:, 1:])
+        out_tokens_out[:, -1].fill_(0)
+        out_tokens_out.scatter_(1, accept.to(torch.int64)[:, None], bonus[:, None])
+        new_seq_lens_out.copy_(prefix_lens + commit_lens_out)
+
+    return _compute_dflash_accept_bonus_triton_unchecked
+
+
+def _prepare_dflash_draft_block_unchecked(
+    bonus_tokens: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    block_ids_out: torch.Tensor,
+    positions_out: torch.Tensor,
+    cache_loc_out: torch.Tensor,
+    mask_token_id: int,
+) -> None:
+    """The worker's eager path in forward_batch_generation; slots beyond the table are 0, as in the Triton kernel."""
+    block_ids_out.fill_(mask_token_id)
+    block_ids_out[:, 0].copy_(bonus_tokens)
+    positions_out.copy_(prefix_lens.unsqueeze(1) + torch.arange(block_ids_out.shape[1]))
+    width = req_to_token.shape[1]
+    slots = req_to_token[req_pool_indices[:, None], positions_out.clamp(max=width - 1)].to(torch.int64)
+    cache_loc_out.copy_(torch.where(positions_out < width, slots, 0))
+
+
+def worker_module(source: Source) -> types.ModuleType:
+    """`dflash_worker_v2` with the real methods that seams replace or are called from, and nothing else."""
+    members = (
+        APPEND,
+        "_append_target_hidden_sequential",
+        "_maybe_build_draft_sampler",
+        "_next_accept_bonus_buffers",
+        "_ensure_accept_bonus_buffers",
+        "forward_batch_generation",
+        "_accept_block",
+    )
+    module = make_module(
+        WORKER_MODULE,
+        {
+            "torch": torch,
+            "logger": logging.getLogger("sglang-under-test"),
+            "BaseSpecWorker": object,
+            "_is_npu": False,
+            "envs": types.SimpleNamespace(SGLANG_DFLASH_EAGER_DRAFT_SAMPLER=Nothing()),
+            "get_tp_group": Nothing,
+            "get_parallel": lambda: types.SimpleNamespace(tp_group=Nothing(), tp_rank=0, attn_dp_enabled=False),
+            "get_exec": lambda: types.SimpleNamespace(graph=types.SimpleNamespace(cuda_graph_config=GRAPHS)),
+            "unwrap_lora_layer": lambda layer: layer,
+            "is_dense_head_weight": torch.is_floating_point,
+            "should_apply_lm_head_quant_method": lambda head, method: False,
+            "draft_tp_context": lambda layout: Nothing(),
+            "publish_anchor": unavailable("LiLiCorr"),
+            "KVWriteLoc": lambda loc, **kwargs: types.SimpleNamespace(loc=loc, **kwargs),
+            ACCEPT: reference_accept(source),
+            PREPARE: _prepare_dflash_draft_block_unchecked,
+        },
+    )
+    names = {"_DflashDraftSampler": None, "DFlashWorkerV2": members}
+    source.compile(WORKER_MODULE, names, module.__dict__)
+    cls = module.DFlashWorkerV2
+
+    def __init__(self: Any, parts: dict[str, Any]) -> None:
+        self.__dict__.update(parts)
+
+    def init_cuda_graphs(self: Any) -> None:
+        self._draft_sampler = self._maybe_build_draft_sampler()
+
+    cls.__init__, cls.init_cuda_graphs, cls.__module__ = __init__, init_cuda_graphs, WORKER_MODULE
+    return module
+
+
+GRAPHS = types.SimpleNamespace(decode=types.SimpleNamespace(bs=[1, 2, 4]))
+
+
+def parts(source: Source, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What the worker's constructor would have set."""
+    head = types.SimpleNamespace(
+        weight=torch.randn(V + 6, H).to(dtype),
+        shard_indices=types.SimpleNamespace(num_added_elements=0, num_org_elements=V, org_vocab_start_index=0),
+    )
+    target = types.SimpleNamespace(model=types.SimpleNamespace(lm_head=head))
+    target.model_config = types.SimpleNamespace(context_len=40)
+    target.device, target.tp_rank = torch.device("cpu"), 0
+    target.req_to_token_pool = types.SimpleNamespace(req_to_token=torch.zeros(6, 40, dtype=torch.int32))
+    return {
+        "device": "cpu",
+        "block_size": T,
+        "draft_model": build_drafter(source, dtype),
+        "draft_model_runner": types.SimpleNamespace(token_to_kv_pool=build_pool(source, dtype)),
+        "model_runner": target,
+        "_target_worker": types.SimpleNamespace(model_runner=target),
+        "server_args": types.SimpleNamespace(cuda_graph_config=GRAPHS),
+        "ps": Nothing(),
+        "selector": None,
+        "lilicorr": None,
+        "_is_domino": False,
+        "_target_tp_rank": 0,
+        "draft_parallel_layout": None,
+        "_use_fused_kv_materialize": False,
+        "_fused_kv_helper": None,
+        "_accept_bonus_buffer_cap": 0,
+        "_accept_bonus_buffer_slot": 0,
+    }
+
+
+class Algorithm:
+    """Stands for SpeculativeAlgorithm where the hook is called directly."""
+
+    def __init__(self, dflash: bool = True) -> None:
+        self.is_dflash = lambda: dflash
+
+
+@pytest.fixture
+def engine(source: Source, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    module = worker_module(source)
+    monkeypatch.setitem(sys.modules, WORKER_MODULE, module)
+    return module
+
+
+def make_worker(engine: types.ModuleType, given: dict[str, Any]) -> Any:
+    cls = plugin.create_worker(lambda algorithm, args: engine.DFlashWorkerV2, Algorithm(), None)
+    worker = cls(given)
+    worker.init_cuda_graphs()
+    return worker
+
+
+def table(worker: Any) -> dict[str, str]:
+    rows = worker._dflash_seams.table().splitlines()[1:]
+    return {row.split()[0]: " ".join(row.split()[1:]) for row in rows}
+
+
+# -- settings, loader and hook -----------------------------------------------------------------------------------------
+
+
+def test_settings() -> None:
+    known = ("a", "b", "c")
+    assert read_settings(known, {}).seams == known
+    assert not read_settings(known, {}).strict
+    assert read_settings(known, {"DFLASH_KERNELS_SEAMS": "none"}).seams == ()
+    chosen = read_settings(known, {"DFLASH_KERNELS_SEAMS": "c, a", "DFLASH_KERNELS_STRICT": "1"})
+    assert chosen.seams == ("a", "c") and chosen.strict
+    with pytest.raises(ValueError, match="DFLASH_KERNELS_SEAMS must be all, none or a list of a, b, c, got x"):
+        read_settings(known, {"DFLASH_KERNELS_SEAMS": "a,x"})
+    with pytest.raises(ValueError, match="DFLASH_KERNELS_STRICT must be 0 or 1, got yes"):
+        read_settings(known, {"DFLASH_KERNELS_STRICT": "yes"})
+
+
+@pytest.fixture
+def plugins(source: Source, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """SGLang's real plugin loader and hook registry."""
+    before = {name for name in sys.modules if name.partition(".")[0] == "sglang"}
+    monkeypatch.setitem(sys.modules, "sglang", bare_package(source.root))
+    import importlib
+
+    module = importlib.import_module("sglang.srt.plugins")
+    yield module
+    for name in [n for n in sys.modules if n.partition(".")[0] == "sglang" and n not in before]:
+        del sys.modules[name]
+
+
+def spec_info(source: Source) -> types.ModuleType:
+    """SGLang's `spec_info`: imported where that needs no more than torch, else its class compiled alone."""
+    import importlib
+
+    name = "sglang.srt.speculative.spec_info"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        from enum import Enum, auto
+
+        space = {"Enum": Enum, "auto": auto, "resolving_view": lambda args: args}
+        source.compile(
+            name, {"SpeculativeAlgorithm": ("DFLASH", "NONE", "is_dflash", "is_none", "create_worker")}, space
+        )
+        module = make_module(name, space)
+        module.SpeculativeAlgorithm.get_platform_worker_cls = lambda self: None
+        sys.modules[name] = module
+        return module
+
+
+def test_loader_runs_the_entry_point_and_the_hook(
+    source: Source, plugins: types.ModuleType, engine: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """load_plugins -> activate -> the hook on create_worker -> the subclass, once, and other algorithms untouched."""
+    point = EntryPoint("dflash_kernels", "dflash_kernels.integrations.sglang:activate", "sglang.srt.plugins")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: EntryPoints([point] if group == point.group else []))
+    algorithms = spec_info(source).SpeculativeAlgorithm
+    plugins.load_plugins()
+    plugins.load_plugins()
+    from sglang.srt.plugins.hook_registry import HookRegistry  # type: ignore[import-not-found]
+
+    assert HookRegistry._patched == {plugin.HOOK_TARGET}
+    first, second = (algorithms.DFLASH.create_worker(None) for _ in range(2))
+    assert first is second and issubclass(first, engine.DFlashWorkerV2) and first is not engine.DFlashWorkerV2
+    with pytest.raises(AssertionError, match="Cannot create worker for NONE"):
+        algorithms.NONE.create_worker(None)
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", "none")
+    assert algorithms.DFLASH.create_worker(None) is engine.DFlashWorkerV2
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", "nonsense")
+    with pytest.raises(ValueError, match="DFLASH_KERNELS_SEAMS"):
+        algorithms.DFLASH.create_worker(None)
+
+
+def test_other_algorithms_keep_their_worker() -> None:
+    assert plugin.create_worker(lambda algorithm, args: int, Algorithm(dflash=False), None) is int
+
+
+def test_another_plugins_worker_is_left_alone(engine: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = type("Other", (), {"__module__": "elsewhere"})
+    assert plugin.create_worker(lambda algorithm, args: other, Algorithm(), None) is other
+    monkeypatch.setenv("DFLASH_KERNELS_STRICT", "1")
+    with pytest.raises(Refused, match="elsewhere.Other"):
+        plugin.create_worker(lambda algorithm, args: other, Algorithm(), None)
+
+
+def test_all_seams_are_active_on_a_plain_drafter(engine: types.ModuleType, source: Source) -> None:
+    assert set(table(make_worker(engine, parts(source))).values()) == {"active"}
+
+
+def test_only_the_seams_asked_for_are_active(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", "accept")
+    states = table(make_worker(engine, parts(source)))
+    assert states.pop("accept") == "active"
+    assert set(states.values()) == {"stock not asked for"}
+
+
+# -- injection ---------------------------------------------------------------------------------------------------------
+
+
+def injection(batch: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    slots = torch.randperm(SLOTS - 1, generator=generator)[: batch * T] + 1
+    starts = torch.randint(0, 36, (batch, 1), generator=generator)
+    return {
+        "target_hidden": torch.randn(batch * T, K * H, generator=generator).to(dtype),
+        "cache_loc": slots,
+        "cache_loc_2d": slots.view(batch, T),
+        "positions": (starts + torch.arange(T)).flatten(),
+        "commit_lens": torch.randint(1, T + 1, (batch,), generator=generator, dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
+def test_injection_equals_stock(
+    engine: types.ModuleType, source: Source, rng: torch.Generator, dtype: torch.dtype, decode: bool
+) -> None:
+    given = parts(source, dtype)
+    worker = make_worker(engine, given)
+    calls = injection(3, dtype, rng)
+    if not decode:
+        del calls["cache_loc_2d"], calls["commit_lens"]
+    getattr(worker, APPEND)(**calls)
+    assert table(worker)["inject"] == "active"
+    ours = given["draft_model_runner"].token_to_kv_pool
+
+    stock = engine.DFlashWorkerV2({**given, "draft_model_runner": types.SimpleNamespace()})
+    theirs = stock.draft_model_runner.token_to_kv_pool = build_pool(source, dtype)
+    getattr(stock, APPEND)(**calls)
+    # K is rounded between norm and rotation on SGLang's eager path and not on the fused one: an ulp or two in bf16.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
+    for a, b in zip((*ours.k_buffer, *ours.v_buffer), (*theirs.k_buffer, *theirs.v_buffer), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+        assert torch.equal((a == -7).all(-1).all(-1), (b == -7).all(-1).all(-1))  # the same slots were written
+
+
+@pytest.mark.parametrize("change", ["long prompt", "dtype", "strided hidden rows"])
+def test_injection_leaves_other_calls_to_stock(
+    engine: types.ModuleType, source: Source, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    given = parts(source)
+    worker = make_worker(engine, given)
+    calls = injection(2, torch.float32, rng)
+    if change == "long prompt":
+        monkeypatch.setattr("dflash_kernels.integrations.sglang.inject.MAX_ROWS", 2 * T - 1)
+    elif change == "dtype":
+        calls["target_hidden"] = calls["target_hidden"].double()
+    else:
+        calls["target_hidden"] = calls["target_hidden"].repeat(1, 2)[:, : K * H]
+    seen = []
+    monkeypatch.setattr(engine.DFlashWorkerV2, APPEND, lambda self, **kwargs: seen.append(kwargs))
+    getattr(worker, APPEND)(**calls)
+    assert len(seen) == 1 and all(seen[0][name] is value for name, value in calls.items())
+    assert table(worker)["inject"] == "active"
+
+
+def test_injection_keeps_stocks_errors(engine: types.ModuleType, source: Source, rng: torch.Generator) -> None:
+    worker = make_worker(engine, parts(source))
+    calls = injection(2, torch.float32, rng)
+    with pytest.raises(RuntimeError, match="missing target hidden"):
+        getattr(worker, APPEND)(**{**calls, "target_hidden": None})
+    with pytest.raises(ValueError, match="length mismatch"):
+        getattr(worker, APPEND)(**{**calls, "cache_loc": calls["cache_loc"][:-1]})
+
+
+def test_injection_follows_a_pool_that_was_made_anew(
+    engine: types.ModuleType, source: Source, rng: torch.Generator
+) -> None:
+    given = parts(source)
+    worker = make_worker(engine, given)
+    pool = given["draft_model_runner"].token_to_kv_pool
+    old = pool.k_buffer
+    pool.k_buffer = [b.clone() for b in pool.k_buffer]
+    pool.v_buffer = [b.clone() for b in pool.v_buffer]
+    getattr(worker, APPEND)(**injection(2, torch.float32, rng))
+    assert (pool.k_buffer[0] != -7).any() and (old[0] == -7).all()
+
+
+def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(given: dict[str, Any]) -> None:
+        *owners, name = path.split(".")
+        owner: Any = given
+        for part in owners:
+            owner = owner[part] if isinstance(owner, dict) else owner[0] if part == "0" else getattr(owner, part)
+        if isinstance(owner, dict):
+            owner[name] = value
+        else:
+            setattr(owner, name, value)
+
+    return change
+
+
+def _rename(path: str, name: str) -> Callable[[dict[str, Any]], None]:
+    def change(given: dict[str, Any]) -> None:
+        owner: Any = given
+        for part in path.split("."):
+            owner = owner[part] if isinstance(owner, dict) else owner[0] if part == "0" else getattr(owner, part)
+        owner.__class__ = type(name, (type(owner),), {})
+
+    return change
+
+
+ATTENTION = "draft_model.layers.0.self_attn"
+POOL = "draft_model_runner.token_to_kv_pool"
+UNSUPPORTED = {
+    "Laguna": (_rename("draft_model", "DFlashLagunaForCausalLM"), "drafter class DFlashLagunaForCausalLM"),
+    "selector": (_set("draft_model.candidate_selector", torch.nn.Identity()), "DFlash2 candidate selector"),
+    "LiLiCorr": (_set("draft_model.lilicorr", torch.nn.Identity()), "LiLiCorr head"),
+    "Domino": (_set("_is_domino", True), "Domino projector"),
+    "Nemotron": (_set("draft_model.is_nemotron_35_draft", True), "Nemotron drafter"),
+    "quantised drafter": (_set("draft_model.quantizable", True), "quantised drafter"),
+    "quantised layer": (_set(f"{ATTENTION}.qkv_proj.quant_method", Nothing()), "quantised drafter (Nothing)"),
+    "convolution": (_set("draft_model.layers.0.attention_conv", torch.nn.Identity()), "DFlash2 convolution"),
+    "gemma norm": (_set(f"{ATTENTION}.use_gemma_norm", True), "gemma norm"),
+    "norm": (_rename("draft_model.hidden_norm", "GemmaRMSNorm"), "norm class GemmaRMSNorm"),
+    "eps": (_set("draft_model.hidden_norm.variance_epsilon", 1e-5), "norms with different eps"),
+    "value scale": (_set(f"{ATTENTION}.v_scale", 2.0), "attention_value_scale"),
+    "sink": (_set(f"{ATTENTION}.attention_sink_bias", torch.zeros(HQ)), "attention sink bias"),
+    "attention bias": (_set(f"{ATTENTION}.qkv_proj.bias", torch.nn.Parameter(torch.zeros(64))), "attention bias"),
+    "KV scale": (_set(f"{ATTENTION}.attn.k_scale", 0.5), "KV scale other than 1"),
+    "interleaved": (_set(f"{ATTENTION}.rotary_emb.is_neox_style", False), "interleaved rotary pairs"),
+    "M-RoPE": (_set(f"{ATTENTION}.rotary_emb.mrope_section", [1, 2]), "M-RoPE"),
+    "short table": (_set(f"{ATTENTION}.rotary_emb.cos_sin_cache", torch.zeros(8, D)), "a rotary table of 8 positions"),
+    "HND": (_set(f"{POOL}.kv_cache_layout", "hnd"), "KV layout hnd"),
+    "FP4 pool": (_rename(POOL, "MHATokenToKVPoolFP4"), "KV pool MHATokenToKVPoolFP4"),
+    "page-major pool": (_rename(POOL, "PageMajorMHATokenToKVPool"), "KV pool PageMajorMHATokenToKVPool"),
+    "fp8 pool": (_set(f"{POOL}.dtype", torch.float8_e4m3fn), "KV pool in torch.float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("feature", UNSUPPORTED)
+def test_unsupported_features_are_declined_by_name(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch, feature: str
+) -> None:
+    change, reason = UNSUPPORTED[feature]
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", "inject")
+    given = parts(source)
+    change(given)
+    assert table(make_worker(engine, given))["inject"].startswith(f"stock {reason}")
+    monkeypatch.setenv("DFLASH_KERNELS_STRICT", "1")
+    given = parts(source)
+    change(given)
+    with pytest.raises(Refused, match="seam inject declined"):
+        make_worker(engine, given)
+
+
+def test_fp16_drafter_is_declined(engine: types.ModuleType, source: Source) -> None:
+    assert (
+        table(make_worker(engine, parts(source, torch.float16)))["inject"]
+        == "stock a drafter in torch.float16, not bfloat16"
+    )
+
+
+def test_failing_replacement_falls_back_once_and_for_all(
+    engine: types.ModuleType, source: Source, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock does the call that failed, and all later ones; strict mode stops the engine at the end of the step."""
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("dflash_kernels.ops.inject_kv", broken)
+    given = parts(source)
+    worker = make_worker(engine, given)
+    getattr(worker, APPEND)(**injection(2, torch.float32, rng))
+    assert (given["draft_model_runner"].token_to_kv_pool.k_buffer[0] != -7).any()
+    assert table(worker)["inject"] == "stock failed: no such kernel"
+    worker._dflash_seams.check()
+
+    monkeypatch.setenv("DFLASH_KERNELS_STRICT", "1")
+    worker = make_worker(engine, parts(source))
+    monkeypatch.setattr(
+        engine.DFlashWorkerV2,
+        "forward_batch_generation",
+        lambda self, calls: getattr(self, APPEND)(**calls),
+    )
+    with pytest.raises(Refused, match="seam inject failed: no such kernel"):
+        worker.forward_batch_generation(injection(2, torch.float32, rng))
+
+
+# -- acceptance and block preparation ----------------------------------------------------------------------------------
+
+
+def acceptance(batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    candidates = torch.randint(0, 3, (batch, T), generator=generator)
+    return {
+        "candidates": candidates,
+        "target_top1": torch.randint(0, 3, (batch, T), generator=generator),
+        "prefix_lens": torch.randint(1, 99, (batch,), generator=generator),
+    }
+
+
+OUTPUTS = ("accept_lens_out", "commit_lens_out", "bonus_ids_out", "out_tokens_out", "new_seq_lens_out")
+
+
+def poisoned(worker: Any, batch: int) -> dict[str, torch.Tensor]:
+    return {name: b.fill_(-9) for name, b in zip(OUTPUTS, worker._next_accept_bonus_buffers(batch), strict=True)}
+
+
+def test_acceptance_equals_stock(engine: types.ModuleType, source: Source, rng: torch.Generator) -> None:
+    stock = getattr(engine, ACCEPT)
+    worker = make_worker(engine, parts(source))
+    assert getattr(engine, ACCEPT) is not stock
+    for batch in (1, 5, 40):
+        calls = acceptance(batch, rng)
+        # Worker and reference each have their own double buffers.
+        ours, theirs = poisoned(worker, batch), poisoned(make_worker(engine, parts(source)), batch)
+        getattr(engine, ACCEPT)(**calls, **ours)
+        stock(**calls, **theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in OUTPUTS)
+    assert table(worker)["accept"] == "active"
+
+
+def test_forced_acceptance_is_honoured(engine: types.ModuleType, source: Source, rng: torch.Generator) -> None:
+    """A plugin that wraps the worker's function from its own hook, inside or outside of this one."""
+
+    def force(original: Callable[..., Any], algorithm: Any, args: Any) -> Any:
+        chosen = original(algorithm, args)
+        inner = getattr(engine, ACCEPT)
+
+        def forced(**kwargs: Any) -> None:
+            inner(**kwargs)
+            kwargs["commit_lens_out"].fill_(2)
+
+        setattr(engine, ACCEPT, forced)
+        return chosen
+
+    def stock(algorithm: Any, args: Any) -> Any:
+        return engine.DFlashWorkerV2
+
+    def ours(algorithm: Any, args: Any) -> Any:
+        return plugin.create_worker(stock, algorithm, args)
+
+    original = getattr(engine, ACCEPT)
+    for chosen in (
+        lambda: force(ours, Algorithm(), None),
+        lambda: plugin.create_worker(lambda a, b: force(stock, a, b), Algorithm(), None),
+    ):
+        setattr(engine, ACCEPT, original)
+        worker = chosen()(parts(source))
+        worker.init_cuda_graphs()
+        assert table(worker)["accept"] == "active"
+        outputs = poisoned(worker, 3)
+        getattr(engine, ACCEPT)(**acceptance(3, rng), **outputs)
+        assert (outputs["commit_lens_out"] == 2).all() and (outputs["accept_lens_out"] != -9).all()
+
+
+def test_a_function_that_was_replaced_before_is_left_alone(engine: types.ModuleType, source: Source) -> None:
+    def elsewhere(**kwargs: Any) -> None: ...
+
+    setattr(engine, PREPARE, elsewhere)
+    worker = make_worker(engine, parts(source))
+    assert table(worker)["prepare"].startswith(f"stock {PREPARE} was already replaced by")
+    assert getattr(engine, PREPARE) is elsewhere
+
+
+def test_long_blocks_keep_stocks_acceptance(engine: types.ModuleType, source: Source) -> None:
+    given = {**parts(source), "block_size": 33}
+    assert table(make_worker(engine, given))["accept"] == "stock block size 33, at most 32"
+
+
+def test_preparation_equals_stock(engine: types.ModuleType, source: Source, rng: torch.Generator) -> None:
+    stock = getattr(engine, PREPARE)
+    worker = make_worker(engine, parts(source))
+    assert table(worker)["prepare"] == "active"
+    batch, rows, width = 5, 8, 40
+    inputs = {
+        "bonus_tokens": torch.randint(0, V, (batch,), generator=rng),
+        "prefix_lens": torch.tensor([1, 36, 38, 40, 7]),
+        "req_pool_indices": torch.randperm(rows, generator=rng)[:batch],
+        "req_to_token": torch.randint(1, SLOTS, (rows, width), generator=rng, dtype=torch.int32),
+        "mask_token_id": 3,
+    }
+    names = ("block_ids_out", "positions_out", "cache_loc_out")
+    ours, theirs = ({n: torch.full((batch, T), -9, dtype=torch.int64) for n in names} for _ in range(2))
+    getattr(engine, PREPARE)(**inputs, **ours)
+    stock(**inputs, **theirs)
+    assert all(torch.equal(ours[n], theirs[n]) for n in names)
+
+
+# -- draft head --------------------------------------------------------------------------------------------------------
+
+
+def test_draft_head_equals_stock(engine: types.ModuleType, source: Source, rng: torch.Generator) -> None:
+    given = parts(source)
+    worker = make_worker(engine, given)
+    sampler = worker._draft_sampler
+    assert isinstance(sampler, DraftSampler)
+    reference = engine.DFlashWorkerV2(given)._maybe_build_draft_sampler()
+    for batch in (1, 3, 4):
+        hidden = torch.randn(batch * T, H, generator=rng)
+        sampler.out.fill_(-9)
+        sampler(hidden, None)
+        reference(hidden, None)
+        live = batch * (T - 1)
+        assert torch.equal(sampler.out[:live], reference.out[:live])
+        assert (sampler.out[live:] == -9).all()
+
+
+class Group:
+    """Two ranks in one process: gathers this rank's tensor and what the other rank gave before."""
+
+    world_size = 2
+
+    def __init__(self) -> None:
+        self.sent: list[list[torch.Tensor]] = [[], []]
+        self.rank = 0
+
+    def all_gather_into_tensor(self, out: torch.Tensor, value: torch.Tensor) -> None:
+        turn = len(self.sent[self.rank])
+        self.sent[self.rank].append(value.clone())
+        other = self.sent[1 - self.rank]
+        known = other[turn] if turn < len(other) else torch.zeros_like(value)
+        out.view(2, -1)[self.rank].copy_(value)
+        out.view(2, -1)[1 - self.rank].copy_(known)
+
+
+def test_draft_head_over_two_ranks(engine: types.ModuleType, rng: torch.Generator) -> None:
+    """The second rank sees what the first sent and picks the token of the whole vocabulary, the smallest id on ties."""
+    hidden = torch.randint(-2, 3, (2 * T, H), generator=rng).float()
+    weight = torch.randint(-2, 3, (V, H), generator=rng).float()
+    weight[V // 2 :] = weight[: V // 2]  # every row ties across the ranks
+    group = Group()
+    samplers = []
+    for rank in range(2):
+        group.rank = rank
+        shard = weight[rank * V // 2 : (rank + 1) * V // 2].contiguous()
+        stock = engine._DflashDraftSampler(
+            weight=shard, block_size=T, num_org=V // 2, org_vocab_start=rank * V // 2, max_bs=2, tp_group=group
+        )
+        samplers.append(DraftSampler(stock))
+        samplers[-1](hidden, None)
+    rows = hidden.view(2, T, H)[:, 1:].reshape(-1, H)
+    assert torch.equal(samplers[1].out, (rows @ weight.T).argmax(-1))
+
+
+def test_other_draft_samplers_are_declined(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = parts(source)
+    given["_target_worker"].model_runner.model.lm_head.shard_indices.num_added_elements = 2
+    assert table(make_worker(engine, given))["head"] == "stock SGLang keeps the draft head eager"
+    with pytest.raises(Declined, match="draft sampler _DominoDraftSampler"):
+        plugin.HeadSeam().replace(type("_DominoDraftSampler", (), {})())
+    monkeypatch.setenv("DFLASH_KERNELS_STRICT", "1")
+    with pytest.raises(Refused, match="seam head declined: SGLang keeps the draft head eager"):
+        make_worker(engine, {**given, "draft_model": build_drafter(source, torch.float32)})
+
+
+def test_activate_needs_only_the_registry(plugins: types.ModuleType) -> None:
+    """Nothing of the engine is imported before the hook runs."""
+    activate()
+    assert WORKER_MODULE not in sys.modules
+    assert Path(plugins.__file__ or "").name == "__init__.py"
