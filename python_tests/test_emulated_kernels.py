@@ -89,8 +89,17 @@ CHECKS = [
         blocks(2, 8, 1, FP16, lazy=1),
         blocks(2, 32, 2049, BF16, lazy=1),
         blocks(12, 16, 83, BF16, lazy=-1),
+        blocks(5, 12, 20001, BF16, lazy=1),  # several units a row, rows of any alignment
+        blocks(3, 32, 9000, FP32, lazy=1),
+        blocks(70, 3, 300, FP16, lazy=1),  # more requests than a warp looks at
+        blocks(400, 2, 9, BF16, lazy=1),  # more units than a round deals out
+        blocks(400, 2, 9, BF16, lazy=0),  # several requests a CTA
     ),
-    *calls(test_verify.test_row_strides_and_alignment, {"dtype": BF16}, {"dtype": FP32}),
+    *calls(test_verify.test_many_units_match_reference, *({"dtype": t, "lazy": 1} for t in (BF16, FP32))),
+    *calls(
+        test_verify.test_row_strides_and_alignment,
+        *({"dtype": dtype, "lazy": lazy} for dtype in (BF16, FP32) for lazy in (0, 1)),
+    ),
     *calls(test_verify.test_nan_infinities_and_zeros, *({"dtype": t, "lazy": 1} for t in (BF16, FP16, FP32))),
     *calls(test_verify.test_poison_past_the_mismatch_is_harmless),
     *calls(test_verify.test_sharded_equals_unsharded, {"dtype": BF16, "shards": 4}),
@@ -187,6 +196,34 @@ MUTATIONS = [
         "",
         "verify-logits_match",
         id="verify_block without barriers",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block.cu",
+        "copy_async_wait<kStages - 1>();",
+        "copy_async_wait<kStages>();",
+        "verify-logits_match",
+        id="verify_block does not wait for its copies",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block_lazy.cu",
+        "    __syncthreads();\n    if (reads) {",
+        "    if (reads) {",
+        "verify-logits_match",
+        id="verify_block, lazy, reports before all have read",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block_lazy.cu",
+        "p.workspace.words[i] = 0;",
+        ";",
+        "verify-logits_match",
+        id="verify_block, lazy, leaves words behind",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block_lazy.cu",
+        "return ends != 0 && (complete & up_to_first) == up_to_first;",
+        "return ends != 0;",
+        "verify-many_units or verify-logits_match",
+        id="verify_block, lazy, decides before the rows ahead are complete",
     ),
     pytest.param(
         "smxx/verify/verify_block_sampled.cu",

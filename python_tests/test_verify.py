@@ -118,8 +118,49 @@ def test_logits_match_reference(
         assert not workspace.any()
 
 
+@pytest.mark.parametrize("lazy", [0, 1])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_row_strides_and_alignment(device: str, rng: torch.Generator, dtype: torch.dtype) -> None:
+def test_many_units_match_reference(device: str, rng: torch.Generator, dtype: torch.dtype, lazy: int) -> None:
+    """Rows in several pieces, and what each of them may hold: the peak, its equal, a NaN, nothing but -inf."""
+    batch, block_size, vocab = 9, 16, 17003
+    logits = torch.full((batch, block_size, vocab), -INF)
+    places = torch.randint(0, vocab, (batch, block_size, 3), generator=rng)
+    values = torch.randint(0, 2, (batch, block_size, 3), generator=rng).float()  # ties, far apart
+    values[torch.rand(values.shape, generator=rng) < 0.1] = NAN
+    logits.scatter_(2, places, values)
+    logits[::3, ::5] = -INF
+    logits = logits.to(dtype)
+    candidates = agreeing_candidates(reference.argmax(logits), rng)
+    prefix = torch.randint(0, 5000, (batch,), generator=rng)
+    out, workspace = poisoned(batch, block_size, device), ops.verify_workspace(batch + 1, block_size, device)
+    arguments = (candidates.to(device), logits.to(device), prefix.to(device))
+    for _ in range(2):
+        ops.verify_block(*arguments, lazy=lazy, out=out, workspace=workspace)
+        assert_same(out, reference.verify_block(candidates, logits, prefix))
+        assert not workspace.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lazy", [0, 1])
+def test_workspace_serves_any_order_of_calls(rng: torch.Generator, lazy: int) -> None:
+    """Launches of all sizes in a row on one workspace, unsynchronised: each finds it as it was made."""
+    workspace, pending = ops.verify_workspace(300, 32, "cuda"), []
+    for batch, block_size, vocab in ((1, 16, 151936), (300, 4, 2000), (7, 32, 30001), (1, 1, 9), (64, 16, 9000)) * 3:
+        logits = torch.randn(batch, block_size, vocab, generator=rng).to(torch.bfloat16)
+        candidates = agreeing_candidates(reference.argmax(logits), rng)
+        prefix = torch.arange(batch)
+        out = poisoned(batch, block_size, "cuda")
+        arguments = (candidates.cuda(), logits.cuda(), prefix.cuda())
+        ops.verify_block(*arguments, lazy=lazy, out=out, workspace=workspace)
+        pending.append((out, reference.verify_block(candidates, logits, prefix)))
+    for out, expected in pending:
+        assert_same(out, expected)
+    assert not workspace.any()
+
+
+@pytest.mark.parametrize("lazy", [0, 1])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_row_strides_and_alignment(device: str, rng: torch.Generator, dtype: torch.dtype, lazy: int) -> None:
     """Rows of any start address: the vector loop has a head and a tail."""
     for start in range(9):
         storage = torch.randn(3, 9, 2100, generator=rng).to(dtype)
@@ -127,7 +168,7 @@ def test_row_strides_and_alignment(device: str, rng: torch.Generator, dtype: tor
         candidates = agreeing_candidates(reference.argmax(view), rng)
         prefix = torch.arange(3)
         on_device = storage.to(device)[:, :8, start : 2090 - start]
-        result = ops.verify_block(candidates.to(device), on_device, prefix.to(device))
+        result = ops.verify_block(candidates.to(device), on_device, prefix.to(device), lazy=lazy)
         assert_same(result, reference.verify_block(candidates, view, prefix))
 
 
@@ -384,3 +425,5 @@ def test_bad_shards(device: str) -> None:
         ops.argmax_logits(values, -1)
     with pytest.raises(ValueError, match=r"argmax_logits: logits must have shape \[\*, \*\], got \[3\]"):
         ops.argmax_logits(values[0])
+    with pytest.raises(ValueError, match=r"argmax_logits: logits must have at most 1023 rows of its size, got 1024"):
+        ops.argmax_logits(values[0, :1].expand(1024, 2**31 - 1))

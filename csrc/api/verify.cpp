@@ -45,6 +45,12 @@ Logits logits_view(const char* op, const char* name, const Tensor& logits) {
   return view;
 }
 
+// Only views that repeat their rows can be as large as this.
+void check_rows(const char* op, const char* name, int64_t rows, int64_t columns) {
+  const int64_t limit = kMaxTiles / ((columns - 1) / kTileElements + 1);
+  DFLASH_CHECK(op, rows <= limit, name, "have at most " + std::to_string(limit) + " rows of its size", rows);
+}
+
 // B and T of [B, T] candidates.
 std::pair<int64_t, int> block_sizes(const char* op, const Tensor& candidates) {
   api::check_shape(op, "candidates", candidates, {-1, -1});
@@ -113,6 +119,7 @@ BlockParams block_params(const Tensor& candidates, const Tensor& target, const T
     api::check_shape(kBlock, "target", target, {p.batch, p.block_size, -1});
     p.logits = logits_view(kBlock, "target", target);
     p.vocab_size = static_cast<int>(target.size(2));
+    check_rows(kBlock, "target", p.batch * p.block_size, p.vocab_size);
     p.workspace = workspace_view(kBlock, workspace, candidates, p.batch, p.block_size);
   }
   api::check_shape(kBlock, "prefix_lens", prefix_lens, {p.batch});
@@ -345,6 +352,7 @@ ArgmaxParams argmax_params(const Tensor& logits, int64_t vocab_start, const Tens
   p.rows = logits.size(0);
   p.logits = logits_view(kArgmax, "logits", logits);
   p.vocab_size = static_cast<int>(logits.size(1));
+  check_rows(kArgmax, "logits", p.rows, p.vocab_size);
   DFLASH_CHECK(kArgmax, vocab_start >= 0, "vocab_start", "be at least 0", vocab_start);
   p.vocab_start = vocab_start;
   check_best(kArgmax, logits, p.rows, ids, values);

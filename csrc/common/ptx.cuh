@@ -22,6 +22,20 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// ---- order between CTAs ------------------------------------------------------------------------------------------
+
+// Adds to a counter and returns what it held; this thread's earlier writes and atomics are seen by whoever sees the new
+// count and then calls fence_device().
+__device__ __forceinline__ unsigned long long atomic_add_release(unsigned long long* counter,
+                                                                 unsigned long long value) {
+  unsigned long long old;
+  asm volatile("atom.release.gpu.global.add.u64 %0, [%1], %2;" : "=l"(old) : "l"(counter), "l"(value) : "memory");
+  return old;
+}
+
+// Acquire and release; __threadfence() would be sequentially consistent, which nobody here needs.
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // ---- tensor cores ----------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane 8 * i + r gives the address of row r of matrix i (16-byte aligned).

@@ -9,6 +9,10 @@ namespace dflash::verify {
 
 constexpr int kMaxBlockSize = 32;  // T: one warp holds a block
 
+// verify_block and argmax_logits count tiles of at least kTileElements of a row in 32 bits.
+constexpr int kTileElements = 1024;
+constexpr int64_t kMaxTiles = (int64_t{1} << 31) - 1;
+
 enum class LogitType : int { kFloat32, kBFloat16, kFloat16 };
 
 // Target logits [B, T, V]; the vocabulary is contiguous, strides in elements.
@@ -28,13 +32,14 @@ struct Outputs {
 };
 
 // Device scratch of verify_block (from logits) and verify_block_sampled: B * (2 T + 2) words, zero before the call and
-// zero after it. CTAs of a request meet here; the last one to arrive does the accept step.
+// zero after it. CTAs of a request meet here; the last one to arrive does the accept step. verify_block_lazy.cu gives
+// the words meanings of its own.
 struct Workspace {
   uint64_t* words = nullptr;
   int64_t batch = 0;
   int block_size = 0;
 
-  static int64_t size(int64_t batch, int64_t block_size) { return batch * (2 * block_size + 2); }
+  static DFLASH_HOST_DEVICE int64_t size(int64_t batch, int64_t block_size) { return batch * (2 * block_size + 2); }
   // Units of the request that have arrived.
   DFLASH_HOST_DEVICE unsigned long long* arrivals(int64_t b) const { return word(b); }
   // T - j for the smallest j known to end the accepted prefix; 0: none known.

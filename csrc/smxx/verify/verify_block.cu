@@ -3,169 +3,168 @@
 //   top1[j] = argmax_v logits[b, j, v]        (torch.argmax's order, first index among equals)
 //   accept_len = the longest prefix with top1[j] == candidates[b, j + 1];  bonus = top1[accept_len]
 //
+// Here: from top-1 ids, and from logits when all rows are read. verify_block_lazy.cu: from logits, only the rows that
+// matter; launch_logits chooses.
+//
 // Floors. From logits: B*T*V elements read once, nothing else of size: 4.9 MB for one block of 16 rows of V = 151936 in
-// bfloat16, 1.6 us at a measured read bandwidth of 3.1 TB/s; 50 us for 32 blocks. One maximum for each element: with
-// packed maxima about two instructions for eight elements of 16 bits, far from a limit. From top-1 ids: some hundred
-// bytes a request; the floor is the launch.
+// bfloat16, 1.6 us at a measured read bandwidth of 3.1 TB/s; 50 us for 32 blocks. About two instructions an element in
+// the loop, a third of what an SM issues in the time its bytes take. What is left is a fixed cost a call, about 4 us:
+// the launch, the way to memory and back, and at the end one maximum, one arrival and one look at the rows' words, each
+// a trip to L2. From top-1 ids: some hundred bytes a request; the floor is the launch.
 //
-// Partition. A row is cut into spans of whole 1024-vector tiles (16 KB: four 16-byte loads of 256 threads, all in
-// flight at once); a CTA takes one span. Few rows: spans of one tile, so that one block alone (304 CTAs) fills the
-// card. Many rows: longer spans, about 16 CTAs an SM in all, which bounds the cost of starting CTAs and the loss at the
-// end. CTAs meet in the workspace: atomicMax of argmax_key joins the spans of a row (a maximum of integers: no order of
-// arrival changes it), the arrival counter of the request tells the last CTA, which accepts and clears the words.
+// Partition. A row is cut into tiles of 4 KB, a 16-byte vector a thread; all tiles of all rows, in order, are dealt out
+// in equal spans to CTAs that stay, two an SM. So a CTA reads the end of one row, whole rows, the beginning of another;
+// one block alone is 4 to 5 tiles a CTA.
 //
-// Lazy. Rows past the first mismatch decide nothing. CTAs are numbered row-major over the block position (all requests'
-// row 0 first) and the hardware starts them about in that order; the CTA that completes a row compares it with the
-// candidate and records a mismatch; later CTAs look before they read. A skipped row leaves words that nobody uses,
-// because every row up to the first mismatch is read in full; so the result is the one of the full pass.
-// Fewer CTAs at a time (kLazySharedBytes) keep the read front narrow.
+// Pipeline. A thread copies its own vectors to its own places in shared memory and reads nobody else's: a ring of
+// kStages tiles (128 KB an SM in flight) without a barrier, which runs on across the ends of rows. At the end of each
+// part of a row: warp maxima, one barrier, and warp 0 joins the eight of them while the other warps go on.
+//
+// CTAs meet in the workspace: atomicMax of argmax_key joins the parts of a row (a maximum of integers: no order of
+// arrival changes it); one arrival a CTA and request, which releases those maxima, tells the last of the request's
+// CTAs; it accepts, and clears the words.
 #include <algorithm>
 
 #include "common/cuda_check.h"
 #include "common/order_key.h"
+#include "common/ptx.cuh"
 #include "smxx/verify/finish.cuh"
 #include "smxx/verify/launch.h"
 #include "smxx/verify/merge.h"
+#include "smxx/verify/row_argmax.cuh"
 #include "smxx/verify/row_reader.cuh"
 
 namespace dflash::verify {
 namespace {
 
-constexpr int kSpanThreads = 256;
-constexpr int kTileVectors = 4 * kSpanThreads;
-constexpr int kCtasPerSm = 16;
-// Dynamic shared memory nobody touches: with 46 KB, four CTAs fit in an SM's 228 KB (64 KB of loads in flight, thrice
-// what the latency needs), so that the CTAs in flight cover about two block positions of 32 requests. Together with
-// the static part it stays below the 48 KB that need no opt-in.
-constexpr int kLazySharedBytes = 46 * 1024;
-// B*T*V from which skipping pays: below, nearly all CTAs are in flight before the first row is complete.
-constexpr int64_t kLazyElements = int64_t{1} << 25;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kCtasPerSm = 2;
+constexpr int kStages = 16;
+constexpr int kRingBytes = kStages * kThreads * static_cast<int>(sizeof(uint4));
+static_assert(kCtasPerSm * (kRingBytes + 2048) <= 228 * 1024, "the CTAs of an SM share its memory");
+
+// Bytes of logits from which verify_block_lazy.cu is faster. It saves what follows the first mismatches, but at the end
+// of the needed rows about 13 MB more are under way (its header), and its ends cost some 2 us (6 MB) more. At 6.5
+// committed of 16, the mean of DFlash's published runs, 60 % can be saved: it wins from (13 + 6) / 0.6 = 32 MB on. At
+// twice that size it still wins with 10 of 16 committed, and loses less than a tenth when everything is accepted.
+constexpr int64_t kLazyBytes = int64_t{1} << 26;
 
 constexpr int kTop1Threads = 128;
 constexpr int kMergeThreads = 128;
 
-// How rows are cut: `splits` spans of `span` elements each, the last one shorter.
+// `tiles` a row; CTA c has `share` of them in all, one more if c < `longer`.
 struct Cut {
-  int splits;
-  int span;
+  int tiles;
+  int share;
+  int longer;
+
+  __device__ int begin(int cta) const { return cta * share + min(cta, longer); }
+  // The CTA that has tile n.
+  __device__ int cta_of(int n) const {
+    const int in_longer = longer * (share + 1);
+    return n < in_longer ? n / (share + 1) : longer + (n - in_longer) / share;
+  }
 };
 
-int sm_count() {
-  int device = 0, sms = 0;
-  cuda_check(cudaGetDevice(&device), "verify_block");
-  cuda_check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "verify_block");
-  return sms;
-}
+// Reads this CTA's span. row_at(n): row n, a Row. part(n, key, ends): called by warp 0 with the argmax_key of a part of
+// row n, the same in all lanes; `ends`: the last part of this CTA.
+template <LogitType kType, typename RowAt, typename Part>
+__device__ __forceinline__ void read_span(const Cut& cut, int vocab_size, RowAt row_at, Part part) {
+  extern __shared__ uint4 ring[];
+  __shared__ uint64_t warp_best[2][kWarps];  // of even and odd parts
+  const int thread = threadIdx.x;
+  const int begin = cut.begin(blockIdx.x), end = cut.begin(blockIdx.x + 1);
 
-Cut cut_rows(int64_t rows, int vocab_size, int per_vector, int ctas_per_sm) {
-  const int64_t tile = int64_t{kTileVectors} * per_vector;
-  const int64_t tiles = (vocab_size + tile - 1) / tile;
-  const int64_t wanted = int64_t{sm_count()} * ctas_per_sm;
-  const int64_t tiles_per_split = std::min(tiles, std::max<int64_t>(1, rows * tiles / wanted));
-  const int64_t splits = (tiles + tiles_per_split - 1) / tiles_per_split;
-  return Cut{static_cast<int>(splits), static_cast<int>(std::min<int64_t>(tiles_per_split * tile, vocab_size))};
-}
-
-// argmax_key of span `split` of a row; valid in thread 0.
-template <LogitType kType>
-__device__ uint64_t span_argmax(const typename Element<kType>::Bits* row, int vocab_size, const Cut& cut, int split) {
-  const int begin = split * cut.span;
-  const int count = min(cut.span, vocab_size - begin);
-  uint64_t best = 0;
-  float best_value = __int_as_float(0x7fffffff);  // NaN: the first comparison lets anything pass
-  const auto take = [&](int i, float value) {
-    const uint64_t key = argmax_key(value, static_cast<uint32_t>(begin + i));
-    best = key > best ? key : best;
-  };
-  visit_span<kType>(row + begin, count, threadIdx.x, kSpanThreads, take, [&](int i, const uint4& v) {
-    const float top = Element<kType>::max_of(v);
-    // A thread sees its elements in ascending order: an equal value later on cannot win.
-    if (top <= best_value) return;
-    float x[Element<kType>::kPerVector];
-    Element<kType>::unpack(v, x);
-    int place = 0;
-#pragma unroll
-    for (int e = Element<kType>::kPerVector - 1; e >= 0; --e) {
-      if (x[e] == top || x[e] != x[e]) place = e;
+  int n = begin / cut.tiles, tile = begin % cut.tiles;  // what is read next
+  Row<kType> row = row_at(n);
+  int copies = begin, copy_n = n, copy_tile = tile;  // what is copied next
+  Row<kType> copy_row = row;
+  const auto copy = [&](int stage) {
+    if (copies < end) {
+      const int i = copy_tile * kThreads + thread;
+      if (i < copy_row.vectors) copy_async_16(ring + stage * kThreads + thread, copy_row.vector(i), 16);
+      if (++copies < end && ++copy_tile == cut.tiles) {
+        copy_tile = 0;
+        copy_row = row_at(++copy_n);
+      }
     }
-    take(i + place, top);
-    best_value = top;
-  });
+    copy_async_commit();
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < kStages; ++stage) copy(stage);
 
-  __shared__ uint64_t warp_best[kSpanThreads / 32];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const uint64_t other = __shfl_down_sync(kFullWarp, best, offset);
-    best = other > best ? other : best;
+  Best<kType> best;
+  int stage = 0, parity = 0, first = tile * kThreads + thread;  // `first` vector of this part
+  best.start(first);
+#pragma unroll 1
+  for (int i = begin; i < end; ++i) {
+    copy_async_wait<kStages - 1>();
+    const int vector = tile * kThreads + thread;
+    if (vector < row.vectors) best.take(ring[stage * kThreads + thread], vector);
+    copy(stage);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    ++tile;
+    const bool row_ends = tile == cut.tiles, ends = i + 1 == end;
+    if (!row_ends && !ends) continue;
+    uint64_t key = first < row.vectors ? best.key(row.head) : 0;
+    if (first == thread) key = row.template with_scalars<true>(key, vocab_size, thread);
+    if (row_ends) key = row.template with_scalars<false>(key, vocab_size, thread);
+    key = warp_max(key);
+    if (thread % 32 == 0) warp_best[parity][thread / 32] = key;
+    __syncthreads();
+    if (thread < 32) part(n, warp_max(thread < kWarps ? warp_best[parity][thread] : 0), ends);
+    if (ends) break;
+    parity ^= 1;
+    tile = 0;
+    row = row_at(++n);
+    first = thread;
+    best.start(first);
   }
-  if (threadIdx.x % 32 == 0) warp_best[threadIdx.x / 32] = best;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < kSpanThreads / 32; ++warp) best = max(best, warp_best[warp]);
-  }
-  return best;
 }
 
-// One more arrival at `counter`; true for the last of `expected`. What earlier arrivals wrote may be read after it.
-__device__ bool arrive(unsigned long long* counter, unsigned long long expected) {
-  __threadfence();
-  const bool last = atomicAdd(counter, 1ull) == expected - 1;
-  __threadfence();
+// Called by warp 0 once its parts of rows [first_row, first_row + rows) are in the workspace by lane 0's hand: true in
+// all lanes for the last CTA that has a part of them. Then the other CTAs' words may be read.
+__device__ __forceinline__ bool arrive(unsigned long long* arrivals, const Cut& cut, int first_row, int rows) {
+  const int first_tile = first_row * cut.tiles;
+  const int others = cut.cta_of(first_tile + rows * cut.tiles - 1) - cut.cta_of(first_tile);
+  bool last = false;
+  if (threadIdx.x == 0) last = atomic_add_release(arrivals, 1) == static_cast<unsigned long long>(others);
+  last = __shfl_sync(kFullWarp, last, 0);
+  if (last) fence_device();
   return last;
 }
 
-template <LogitType kType, bool kLazy>
-__global__ void __launch_bounds__(kSpanThreads, 4) verify_logits_kernel(BlockParams p, Cut cut) {
-  __shared__ bool skip, last;
-  const int block_size = p.block_size;
-  const int64_t unit = blockIdx.x;
-  const int split = static_cast<int>(unit % cut.splits);
-  const int64_t row = unit / cut.splits;
-  const int64_t b = kLazy ? row % p.batch : row / block_size;
-  const int j = static_cast<int>(kLazy ? row / p.batch : row % block_size);
-  if (kLazy) {
-    if (threadIdx.x == 0) {
-      skip = __ldcg(p.workspace.stop(b)) > static_cast<unsigned long long>(block_size - j);
-    }
-    __syncthreads();
-  }
-  uint64_t key = 0;
-  if (!kLazy || !skip) key = span_argmax<kType>(logits_row<kType>(p.logits, b, j), p.vocab_size, cut, split);
-  if (threadIdx.x == 0) {
-    unsigned long long* words = p.workspace.row(b, j);
-    if (!kLazy || !skip) atomicMax(words, static_cast<unsigned long long>(key));
-    if (kLazy && j < block_size - 1 && arrive(words + 1, cut.splits)) {
-      const uint64_t row_key = __ldcg(words);
-      if (static_cast<int64_t>(argmax_index(row_key)) != p.candidates.at(b, j + 1)) {
-        atomicMax(p.workspace.stop(b), static_cast<unsigned long long>(block_size - j));
-      }
-    }
-    last = arrive(p.workspace.arrivals(b), static_cast<unsigned long long>(cut.splits) * block_size);
-  }
-  __syncthreads();
-  if (!last || threadIdx.x >= 32) return;
-  const int lane = threadIdx.x;
-  const int64_t target = lane < block_size ? argmax_index(__ldcg(p.workspace.row(b, lane))) : 0;
-  const Accepted accepted = accept_warp(p.candidates, block_size, b, lane, target);
-  write_outputs(p.out, p.candidates, p.prefix_lens, block_size, b, lane, accepted);
-  clear_workspace(p.workspace, b, lane);
+template <LogitType kType>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) verify_logits_kernel(BlockParams p, Cut cut) {
+  const int lane = threadIdx.x, block_size = p.block_size;
+  const auto row_at = [&](int n) { return Row<kType>(p.logits, n / block_size, n % block_size, p.vocab_size); };
+  read_span<kType>(cut, p.vocab_size, row_at, [&](int n, uint64_t key, bool ends) {
+    const int b = n / block_size, j = n % block_size;
+    if (lane == 0) atomicMax(p.workspace.row(b, j), static_cast<unsigned long long>(key));
+    if (j < block_size - 1 && !ends) return;
+    const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
+    if (!arrive(p.workspace.arrivals(b), cut, b * block_size, block_size)) return;
+    const int64_t target = lane < block_size ? argmax_index(__ldcg(p.workspace.row(b, lane))) : 0;
+    const Accepted accepted = accept_warp(request, block_size, lane, target);
+    write_outputs(p.out, request, block_size, b, lane, accepted);
+    clear_workspace(p.workspace, b, lane);
+  });
 }
 
 template <LogitType kType>
-__global__ void __launch_bounds__(kSpanThreads, 4) argmax_logits_kernel(ArgmaxParams p, Cut cut) {
-  const int split = static_cast<int>(blockIdx.x % cut.splits);
-  const int64_t n = blockIdx.x / cut.splits;
-  const auto* row = logits_row<kType>(p.logits, n, 0);
-  const uint64_t key = span_argmax<kType>(row, p.vocab_size, cut, split);
-  if (threadIdx.x != 0) return;
-  unsigned long long* words = p.workspace.row(n, 0);
-  atomicMax(words, static_cast<unsigned long long>(key));
-  if (!arrive(p.workspace.arrivals(n), cut.splits)) return;
-  const uint32_t index = argmax_index(__ldcg(words));
-  p.ids[n] = p.vocab_start + index;
-  p.values[n] = Element<kType>::value(row[index]);
-  *words = 0;
-  *p.workspace.arrivals(n) = 0;
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) argmax_logits_kernel(ArgmaxParams p, Cut cut) {
+  const auto row_at = [&](int n) { return Row<kType>(p.logits, n, 0, p.vocab_size); };
+  read_span<kType>(cut, p.vocab_size, row_at, [&](int n, uint64_t key, bool) {
+    unsigned long long* word = p.workspace.row(n, 0);
+    if (threadIdx.x == 0) atomicMax(word, static_cast<unsigned long long>(key));
+    if (!arrive(p.workspace.arrivals(n), cut, n, 1) || threadIdx.x != 0) return;
+    const uint32_t index = argmax_index(__ldcg(word));
+    p.ids[n] = p.vocab_start + index;
+    p.values[n] = Element<kType>::value(row_at(n).data[index]);
+    *word = 0;
+    *p.workspace.arrivals(n) = 0;
+  });
 }
 
 // One warp a request.
@@ -174,8 +173,9 @@ __global__ void __launch_bounds__(kTop1Threads) verify_top1_kernel(BlockParams p
   if (b >= p.batch) return;
   const int lane = threadIdx.x % 32;
   const int64_t target = lane < p.block_size ? p.target_ids.at(b, lane) : 0;
-  const Accepted accepted = accept_warp(p.candidates, p.block_size, b, lane, target);
-  write_outputs(p.out, p.candidates, p.prefix_lens, p.block_size, b, lane, accepted);
+  const Request request = load_request(p.candidates, p.prefix_lens, p.block_size, b, lane);
+  const Accepted accepted = accept_warp(request, p.block_size, lane, target);
+  write_outputs(p.out, request, p.block_size, b, lane, accepted);
 }
 
 __global__ void __launch_bounds__(kMergeThreads) merge_vocab_shards_kernel(MergeParams p) {
@@ -185,23 +185,27 @@ __global__ void __launch_bounds__(kMergeThreads) merge_vocab_shards_kernel(Merge
 
 unsigned blocks_for(int64_t items, int per_block) { return static_cast<unsigned>((items + per_block - 1) / per_block); }
 
-template <LogitType kType>
-void launch_logits(const BlockParams& p, cudaStream_t stream) {
-  const int64_t rows = p.batch * p.block_size;
-  const bool lazy = p.lazy == Lazy::kAuto ? rows * p.vocab_size >= kLazyElements : p.lazy == Lazy::kOn;
-  const Cut cut = cut_rows(rows, p.vocab_size, Element<kType>::kPerVector, lazy ? 2 * kCtasPerSm : kCtasPerSm);
-  const auto grid = static_cast<unsigned>(rows * cut.splits);
-  if (lazy) {
-    verify_logits_kernel<kType, true><<<grid, kSpanThreads, kLazySharedBytes, stream>>>(p, cut);
-  } else {
-    verify_logits_kernel<kType, false><<<grid, kSpanThreads, 0, stream>>>(p, cut);
-  }
+// Launches kernel(params, cut) on `rows` rows of p.logits.
+template <LogitType kType, typename Params>
+void launch_rows(void (*kernel)(Params, Cut), const Params& p, int64_t rows, const char* op, cudaStream_t stream) {
+  constexpr int kElements = kThreads * Element<kType>::kPerVector;
+  static_assert(kElements >= kTileElements);
+  const int tiles = (p.vocab_size - 1) / kElements + 1;
+  const auto all = static_cast<int>(rows * tiles);  // fits: kMaxTiles
+  const int ctas = std::min(all, kCtasPerSm * sm_count(op));
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes), op);
+  kernel<<<static_cast<unsigned>(ctas), kThreads, kRingBytes, stream>>>(p, Cut{tiles, all / ctas, all % ctas});
 }
 
 template <LogitType kType>
-void launch_argmax(const ArgmaxParams& p, cudaStream_t stream) {
-  const Cut cut = cut_rows(p.rows, p.vocab_size, Element<kType>::kPerVector, kCtasPerSm);
-  argmax_logits_kernel<kType><<<static_cast<unsigned>(p.rows * cut.splits), kSpanThreads, 0, stream>>>(p, cut);
+void launch_logits(const BlockParams& p, cudaStream_t stream) {
+  const int64_t rows = p.batch * p.block_size;
+  const int64_t bytes = rows * p.vocab_size * static_cast<int64_t>(sizeof(typename Element<kType>::Bits));
+  if (p.lazy == Lazy::kOn || (p.lazy == Lazy::kAuto && bytes >= kLazyBytes)) {
+    launch_verify_block_lazy(p, stream);
+  } else {
+    launch_rows<kType>(verify_logits_kernel<kType>, p, rows, "verify_block", stream);
+  }
 }
 
 }  // namespace
@@ -216,7 +220,10 @@ void launch_verify_block(const BlockParams& p, cudaStream_t stream) {
 }
 
 void launch_argmax_logits(const ArgmaxParams& p, cudaStream_t stream) {
-  dispatch_logit_type(p.logits.type, [&](auto type) { launch_argmax<decltype(type)::value>(p, stream); });
+  dispatch_logit_type(p.logits.type, [&](auto type) {
+    constexpr LogitType kType = decltype(type)::value;
+    launch_rows<kType>(argmax_logits_kernel<kType>, p, p.rows, "argmax_logits", stream);
+  });
   cuda_check_launch("argmax_logits");
 }
 

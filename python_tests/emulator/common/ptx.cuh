@@ -12,6 +12,11 @@ void copy_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
+inline unsigned long long atomic_add_release(unsigned long long* counter, unsigned long long value) {
+  return atomicAdd(counter, value);
+}
+inline void fence_device() {}
+
 // Lane l gets row l / 4, columns 2 * (l % 4) + {0, 1} of each matrix, or of its transpose.
 inline void load_matrices(uint32_t (&r)[4], const void* shared, bool transposed) {
   const auto address = reinterpret_cast<uint64_t>(shared);
