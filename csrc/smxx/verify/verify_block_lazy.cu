@@ -1,13 +1,13 @@
 // Greedy verification from logits that reads, of each request, the rows up to the first mismatch and few more.
 //
-// Floor. With 6.5 tokens committed of 16 on average, 32 requests, V = 151936 in bfloat16: 208 of 512 rows, 63 MB, 20
-// us.
+// Floor. With 6.5 tokens committed of 16 on average, 32 requests, V = 151936 in bfloat16: 208 of 512
+// rows, 63 MB, 20 us.
 //
 // Partition. A unit is 16 KB of a row (four 16-byte vectors a thread), 19 a row. CTAs that stay, two an SM, claim
 // units: a request has a cursor over its units in the order of rows, and a CTA goes round the requests that still need
-// some. So all requests advance together, about nine units between a row's neighbours in time, a dead request costs
-// nothing but a look, and what is left is shared by all CTAs to the end. A fixed split of the rows would leave the CTAs
-// of requests that stop early idle; one cursor for all would deal out the dead rows' units one by one, at 1 us each.
+// some. So all requests advance together, a dead request costs nothing but a look, and what is left is shared by all
+// CTAs to the end. A fixed split of the rows would leave the CTAs of requests that stop early idle; one cursor for all
+// would deal out the dead rows' units one by one, at 1 us each.
 //
 // Pipeline. kReaders threads read, a ring of kStages units (96 KB an SM in flight), each thread its own vectors; one
 // more warp, the desk, claims and reports. One barrier a unit: before it the readers have put the maxima of unit n into
@@ -60,7 +60,7 @@ struct Unit {
 
 struct Claims {
   int pieces;  // of a row
-  // Units kStages * gridDim of the round are fixed: unit i belongs to request i % B, of which it is unit i / B.
+  // kStages * gridDim units are fixed, not claimed: unit i of them is unit i / B of request i % B.
   int fixed_each;  // of every request,
   int fixed_more;  // and one more of the first requests
 
