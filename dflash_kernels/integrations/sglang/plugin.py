@@ -24,6 +24,8 @@ from dflash_kernels.integrations.sglang.settings import Settings, read_settings
 HOOK_TARGET = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
 SEAMS: tuple[type[Seam], ...] = (InjectSeam, AcceptSeam, PrepareSeam, HeadSeam)
 
+_current: dict[type, Seams] = {}  # of each of our worker classes, the seams of its next worker
+
 
 def activate() -> None:
     """Entry point of the group `sglang.srt.plugins`: registers the hook, nothing else."""
@@ -43,6 +45,8 @@ def create_worker(original: Callable[..., Any], algorithm: Any, *args: Any, **kw
     # Before `original`: other plugins that wrap the worker's functions from their own hook then wrap ours.
     seams.install(importlib.import_module(WORKER_MODULE))
     chosen = original(algorithm, *args, **kwargs)
+    if chosen in _current:  # the entry point was found twice, in a source tree and in an installed copy
+        return chosen
     if chosen.__module__ != WORKER_MODULE:
         seams.decline_all(f"SGLang chose the worker {chosen.__module__}.{chosen.__qualname__}")
         logger.warning("%s", seams.table())
@@ -133,9 +137,6 @@ def _require_device(worker: Any) -> Callable[[Seam], None]:
             raise Declined(reason)
 
     return check
-
-
-_current: dict[type, Seams] = {}
 
 
 def worker_class(base: type, seams: Seams) -> type:

@@ -1,0 +1,179 @@
+"""`python -m bench.bench_sglang RECIPE`: step time of SGLang's DFLASH, stock and with the plugin, in fresh engines.
+
+RECIPE holds target/config.json and draft/config.json; the weights are random (``load_format="dummy"``) and the
+acceptance length is forced, so that a step is a step whatever the tokens. Engines run in the order A B B A (stock,
+plugin, plugin, stock); the ratio is that of the medians over the repeats of all engines of a kind. --seams adds engines
+with these seams only, --trace a profiler trace of each kind, reduced to microseconds a step.
+
+Exit codes: 0 every engine ran; 1 otherwise; 2 bad arguments or something missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.sglang_engine import PLAIN, STOCK, run_engine
+
+
+def engine_arguments(args: argparse.Namespace, seams: str) -> dict[str, Any]:
+    """Arguments of the engine for random weights."""
+    sizes = args.concurrency
+    arguments: dict[str, Any] = {
+        "model_path": str((args.recipe / "target").resolve()),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "attention_backend": "fa3",
+        "mem_fraction_static": 0.8,
+        "context_length": 8192,
+        "max_running_requests": max(sizes),
+        "cuda_graph_bs_decode": sorted(sizes),
+        "disable_prefill_cuda_graph": True,
+        "disable_radix_cache": True,
+        "grammar_backend": "none",
+        "log_level": "warning",
+        "random_seed": 1,
+    }
+    if seams != PLAIN:
+        arguments["speculative_algorithm"] = "DFLASH"
+        arguments["speculative_draft_model_path"] = str((args.recipe / "draft").resolve())
+    return arguments
+
+
+def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a kind of engine and concurrency: medians, and the speed over stock."""
+    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for engine in report["engines"]:
+        for row in engine["rows"]:
+            found.setdefault((row["concurrency"], engine["seams"]), []).append(row)
+    rows = []
+    for (concurrency, seams), samples in sorted(found.items()):
+        median = statistics.median(s["ms_per_step"] for s in samples)
+        row = {
+            "concurrency": concurrency,
+            "seams": seams,
+            "samples": len(samples),
+            "ms_per_step": median,
+            "tokens_per_step": statistics.median(s["tokens_per_step"] for s in samples),
+            "tokens_per_s": statistics.median(s["tokens_per_s"] for s in samples),
+        }
+        stock = found.get((concurrency, STOCK))
+        if stock and seams not in (STOCK, PLAIN):
+            row["over_stock"] = statistics.median(s["ms_per_step"] for s in stock) / median
+        rows.append(row)
+    return rows
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run the engines; returns the exit code."""
+    from bench.runner import commit_id
+
+    order = args.order.split("/") + (args.seams or [])
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "bench.bench_sglang", *argv]),
+        "commit": commit_id(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": {name: json.loads((args.recipe / name / "config.json").read_text()) for name in ("target", "draft")},
+        "prompt": args.prompt,
+        "forced_tokens_per_step": args.forced,
+        "engines": [],
+    }
+    if args.json is not None and args.append and args.json.is_file():
+        report["engines"] = json.loads(args.json.read_text())["engines"]
+    started = time.monotonic()
+    complete, traced = True, set()
+    for number, seams in enumerate(order):
+        left = args.time_limit - (time.monotonic() - started)
+        if left < args.start_seconds:
+            complete = False
+            print(f"# {seams}: no time left", flush=True)
+            continue
+        short, long = (33, 161) if seams == PLAIN else (round(10 * args.forced), round(80 * args.forced))
+        common = {"prompt": args.prompt, "short": short, "long": long, "repeats": args.repeats}
+        tasks: list[dict[str, Any]] = [{"task": "step", "concurrency": c, **common} for c in args.concurrency]
+        if args.trace and seams not in traced:
+            traced.add(seams)
+            folder = args.work.resolve() / f"trace-{seams.replace(',', '+')}"
+            tasks += [
+                {"task": "trace", "concurrency": c, "prompt": args.prompt, "steps": 24, "folder": f"{folder}-{c}"}
+                for c in args.trace
+            ]
+        engine: dict[str, Any] = {"seams": seams, "rows": [], "traces": []}
+        report["engines"].append(engine)
+        work = args.work / f"{number}-{seams.replace(',', '+')}"
+        forced = None if seams == PLAIN else args.forced
+        for result in run_engine(seams, engine_arguments(args, seams), tasks, work, left, forced):
+            if result["task"] == "start":
+                engine.update(start_seconds=result["seconds"], sglang=result["sglang"])
+                print(f"# {seams}: up in {result['seconds']:.0f} s", flush=True)
+            elif result["task"] == "step":
+                engine["rows"].append({k: v for k, v in result.items() if k != "task"})
+                print(f"  {seams:<8} c {result['concurrency']:>3}  {result['ms_per_step']:8.3f} ms/step", flush=True)
+            elif result["task"] == "trace":
+                engine["traces"].append({k: v for k, v in result.items() if k != "task"})
+                print(f"  {seams:<8} c {result['concurrency']:>3}  {_short(result)}", flush=True)
+            else:
+                engine.update(code=result["code"], table=result["table"])
+                print("\n".join(result["table"]), flush=True)
+                if result["code"] != 0:
+                    complete = False
+                    engine["log"] = result["log"]
+                    print(f"# {seams}: {result['code']}\n{result['log']}", flush=True)
+            report["summary"] = summarise(report)
+            if args.json is not None:
+                args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"\n# {'conc':>4} {'seams':<24} {'ms/step':>8} {'tok/step':>8} {'tok/s':>8} {'over stock':>10}")
+    for row in report.get("summary", []):
+        print(
+            f"  {row['concurrency']:>4} {row['seams']:<24} {row['ms_per_step']:>8.3f} {row['tokens_per_step']:>8.2f} "
+            f"{row['tokens_per_s']:>8.0f} {row.get('over_stock', float('nan')):>10.3f}"
+        )
+    return 0 if complete else 1
+
+
+def _short(trace: dict[str, Any]) -> str:
+    if "error" in trace:
+        return str(trace["error"])
+    kinds = ", ".join(f"{name} {us:.0f}" for name, us in trace["kinds_us"].items())
+    return (
+        f"span {trace['span_us']:.0f} us, idle {trace['idle_us']:.0f}, {trace['gpu_operations']:.0f} GPU operations, "
+        f"{trace['host_launches']:.0f} host launches ({trace['graph_launches']:.0f} graphs): {kinds}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; see the module's text for the exit codes."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_sglang", description="Step time of SGLang's DFLASH.")
+    parser.add_argument("recipe", type=Path, help="directory with target/config.json and draft/config.json")
+    parser.add_argument("--concurrency", type=lambda s: [int(x) for x in s.split(",")], default=[1, 4, 8, 16, 32])
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt; default: 1024")
+    parser.add_argument("--forced", type=float, default=6.5, help="tokens committed a step; default: 6.5")
+    parser.add_argument("--repeats", type=int, default=3, help="of each concurrency in one engine; default: 3")
+    parser.add_argument("--order", default=f"{STOCK}/all/all/{STOCK}", help="engines; default: stock/all/all/stock")
+    parser.add_argument("--seams", type=lambda s: s.split("/"), metavar="A/B,C", help="more engines: seams of each")
+    parser.add_argument("--trace", type=lambda s: [int(x) for x in s.split(",")], help="concurrencies to profile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, kept current")
+    parser.add_argument("--append", action="store_true", help="keep the engines that the report has")
+    parser.add_argument("--work", type=Path, default=Path("build/bench_sglang"), metavar="DIR", help="logs, traces")
+    parser.add_argument("--time-limit", type=float, default=560.0, metavar="SECONDS", help="default: 560")
+    parser.add_argument("--start-seconds", type=float, default=60.0, help="start no engine with less time left")
+    args = parser.parse_args(argv)
+    for name in ("target", "draft"):
+        if not (args.recipe / name / "config.json").is_file():
+            print(f"python -m bench.bench_sglang: {args.recipe / name / 'config.json'} is not there", file=sys.stderr)
+            return 2
+    return run(args, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""One SGLang engine in a process of its own: started with chosen seams, given tasks, its results a JSON line each.
+
+`run_engine` is the parent's side, `python -m bench.sglang_engine SPEC.json` the child's. An engine costs a minute or
+more to start, so one start serves many tasks. The environment decides the seams (`DFLASH_KERNELS_SEAMS`), in strict
+mode: an engine that comes up runs every seam that was asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN, STOCK = "plain", "stock"  # no speculation; SGLang's own DFLASH
+
+
+def plugin_path(where: Path) -> list[str]:
+    """Directories that make the plugin's entry point visible: none where the package is installed."""
+    points = importlib.metadata.entry_points(group="sglang.srt.plugins")
+    if any(point.value.startswith("dflash_kernels.") for point in points):
+        return []
+    info = where / "dflash_kernels_plugin-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dflash-kernels-plugin\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\ndflash_kernels = dflash_kernels.integrations.sglang:activate\n"
+    )
+    return [str(where)]
+
+
+def environment(seams: str, work: Path, forced: float | None = None) -> dict[str, str]:
+    """The child's environment: ``seams`` is PLAIN, STOCK, or what `DFLASH_KERNELS_SEAMS` takes."""
+    paths = [*plugin_path(work / "plugin"), str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
+    env = {**os.environ, "PYTHONPATH": ":".join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    env["DFLASH_KERNELS_SEAMS"] = "none" if seams in (PLAIN, STOCK) else seams
+    env["DFLASH_KERNELS_STRICT"] = "1"
+    if forced is not None:
+        # The recipe's plugin for 0.5.16; newer engines read the other variable.
+        env["DFLASH_FORCE_ACC_LEN"] = env["SGLANG_SIMULATE_ACC_LEN"] = str(forced)
+    return env
+
+
+def run_engine(
+    seams: str,
+    engine: dict[str, Any],
+    tasks: Sequence[dict[str, Any]],
+    work: Path,
+    limit: float,
+    forced: float | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Results of the tasks as they come; the last is ``{"task": "exit", "code": ..., "log": tail}``.
+
+    A child that is not done after ``limit`` seconds is ended, its whole process group with it.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    name = seams.replace(",", "+")
+    spec, results, log = work / f"{name}.spec.json", work / f"{name}.jsonl", work / f"{name}.log"
+    results.write_text("")
+    spec.write_text(json.dumps({"engine": engine, "tasks": list(tasks), "results": str(results)}))
+    deadline = time.monotonic() + limit
+    with log.open("w") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "bench.sglang_engine", str(spec)],
+            cwd=ROOT,
+            env=environment(seams, work, forced),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        seen = 0
+        try:
+            while True:
+                code = child.poll()
+                lines = results.read_text().splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith("\n")]
+                for line in whole[seen:]:
+                    yield json.loads(line)
+                seen = len(whole)
+                if code is not None:
+                    break
+                if time.monotonic() > deadline:
+                    code = "time limit"
+                    break
+                time.sleep(0.5)
+        finally:
+            _end(child)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+    table = [line for line in log.read_text(errors="replace").splitlines() if "  active" in line or "  stock " in line]
+    yield {"task": "exit", "code": code, "log": tail if code != 0 else "", "table": table}
+
+
+def _end(child: subprocess.Popen[Any]) -> None:
+    """End the child and the engine's processes, all in the session that it was started in."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            break
+        time.sleep(1.0)
+    child.wait()
+
+
+# -- the child ---------------------------------------------------------------------------------------------------------
+
+
+def _generate(engine: Any, ids: list[list[int]], new_tokens: int, ignore_eos: bool) -> tuple[float, list[Any]]:
+    params = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": ignore_eos}
+    started = time.perf_counter()
+    out = engine.generate(input_ids=ids, sampling_params=params)
+    return time.perf_counter() - started, out
+
+
+def _tokens(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Greedy tokens of every prompt, ``concurrency`` requests at a time, in fixed groups."""
+    prompts, width = json.loads(Path(task["prompts"]).read_text()), task["concurrency"]
+    _generate(engine, prompts[:width], 8, False)
+    tokens, steps, seconds = [], [], 0.0
+    for start in range(0, len(prompts), width):
+        taken, out = _generate(engine, prompts[start : start + width], task["new_tokens"], False)
+        seconds += taken
+        tokens += [o["output_ids"] for o in out]
+        steps += [o["meta_info"].get("spec_verify_ct", len(o["output_ids"])) for o in out]
+    yield {"seconds": seconds, "steps": steps, "tokens": tokens}
+
+
+def _step_time(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a decode step: the difference of a long and a short run, so that the prompts cancel."""
+    rng = random.Random(0)
+    batch = task["concurrency"]
+
+    def run(new_tokens: int) -> tuple[float, float, int]:
+        ids = [[rng.randrange(1000, 100000) for _ in range(task["prompt"])] for _ in range(batch)]
+        seconds, out = _generate(engine, ids, new_tokens, True)
+        steps = sum(o["meta_info"].get("spec_verify_ct", new_tokens) for o in out) / batch
+        return seconds, steps, sum(len(o["output_ids"]) for o in out)
+
+    run(task["short"])
+    for _ in range(task["repeats"]):
+        (t1, s1, n1), (t2, s2, n2) = run(task["short"]), run(task["long"])
+        yield {
+            "ms_per_step": (t2 - t1) / (s2 - s1) * 1e3,
+            "tokens_per_step": (n2 - n1) / batch / (s2 - s1),
+            "tokens_per_s": (n2 - n1) / (t2 - t1),
+        }
+
+
+def _trace(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A profiler trace of decode steps, reduced by `reduce_trace`."""
+    rng = random.Random(1)
+    batch, folder = task["concurrency"], Path(task["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = [[rng.randrange(1000, 100000) for _ in range(task["prompt"])] for _ in range(batch)]
+    engine.start_profile(output_dir=str(folder), num_steps=task["steps"], activities=["CPU", "GPU"])
+    _generate(engine, ids, 10 * task["steps"], True)
+    sizes: list[int] = []
+    for _ in range(60):  # the profiler writes in the background
+        time.sleep(1.0)
+        sizes.append(sum(f.stat().st_size for f in folder.iterdir()))
+        if len(sizes) > 2 and sizes[-1] and sizes[-1] == sizes[-3]:
+            break
+    path = max(folder.glob("*.json.gz"), key=lambda f: f.stat().st_size)
+    yield reduce_trace(path)
+
+
+# The first that matches a kernel's name; "flash" is not the "flash" of this package's namespace.
+KINDS = (
+    ("inject", r"inject|fused_norm_rope|prefix_valid"),
+    ("accept, prepare", r"accept|verify_block|prepare_block|prepare_dflash"),
+    ("head, argmax", r"lm_head|argmax|ArgMax|reduce_kernel"),
+    ("attention", r"(?<!d)flash|[Aa]ttention|prepare_varlen|[Cc]ombine"),
+    ("GEMM", r"gemm|nvjet|cutlass|gemv|splitK"),
+    ("norm, rope, silu", r"norm|[Rr]ope|silu|act_and_mul"),
+    ("copy, fill", r"[Mm]emcpy|[Mm]emset|[Cc]opy|[Ff]ill"),
+)
+
+
+def reduce_trace(path: Path, marker: Sequence[str] = ("accept_bonus", "verify_block")) -> dict[str, Any]:
+    """A trace of decode steps as microseconds and launches a step; a step ends at its acceptance kernel."""
+    import gzip
+
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    gpu = sorted((e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"])
+    marks = [e["ts"] for e in gpu if any(m in e["name"] for m in marker)]
+    if len(marks) < 8:
+        return {"error": f"{len(marks)} steps in the trace"}
+    low, high, steps = marks[3], marks[-2], len(marks) - 5
+    inside = [e for e in gpu if low <= e["ts"] < high]
+    busy, end = 0.0, 0.0
+    kinds: dict[str, float] = {}
+    names: dict[str, list[float]] = {}
+    for e in inside:
+        stop = e["ts"] + e["dur"]
+        busy += max(0.0, stop - max(end, e["ts"]))
+        end = max(end, stop)
+        kind = next((kind for kind, pattern in KINDS if re.search(pattern, e["name"])), "other")
+        kinds[kind] = kinds.get(kind, 0.0) + e["dur"]
+        names.setdefault(e["name"][:100], []).append(e["dur"])
+    # Launches by the host: those of a graph's replay count once.
+    host = [e for e in events if e.get("cat") == "cuda_runtime" and low <= e["ts"] < high]
+    launches = [e for e in host if "Launch" in e["name"] or "Memcpy" in e["name"] or "Memset" in e["name"]]
+    top = sorted(names.items(), key=lambda item: -sum(item[1]))[:30]
+    return {
+        "steps": steps,
+        "span_us": (high - low) / steps,
+        "busy_us": busy / steps,
+        "idle_us": (high - low - busy) / steps,
+        "gpu_operations": len(inside) / steps,
+        "host_launches": len(launches) / steps,
+        "graph_launches": sum("GraphLaunch" in e["name"] for e in launches) / steps,
+        "kinds_us": {k: v / steps for k, v in sorted(kinds.items(), key=lambda item: -item[1])},
+        "kernels": [{"name": n, "us": sum(d) / steps, "launches": len(d) / steps} for n, d in top],
+    }
+
+
+TASKS = {"tokens": _tokens, "step": _step_time, "trace": _trace}
+
+
+def child(spec_path: str) -> int:
+    """Start the engine, run the tasks, append a line a result."""
+    spec = json.loads(Path(spec_path).read_text())
+
+    def say(line: dict[str, Any]) -> None:
+        with open(spec["results"], "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    import sglang
+
+    started = time.monotonic()
+    engine = sglang.Engine(**spec["engine"])
+    say({"task": "start", "seconds": time.monotonic() - started, "sglang": sglang.__version__})
+    try:
+        for task in spec["tasks"]:
+            for result in TASKS[task["task"]](engine, task):
+                say({**{k: task[k] for k in ("task", "concurrency", "pass") if k in task}, **result})
+    finally:
+        engine.shutdown()
+    return 0
+
+
+if __name__ == "__main__":  # the engine's own processes are spawned from this module
+    sys.exit(child(sys.argv[1]))

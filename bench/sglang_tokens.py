@@ -1,0 +1,197 @@
+"""`python -m bench.sglang_tokens MODELS`: the same tokens from SGLang's DFLASH with and without the plugin.
+
+MODELS is what `tools/sglang_models.py` wrote. Engines, in this order: stock DFLASH, all seams, every seam alone, plain
+decoding of the target. Each runs the same prompts greedily at concurrency 1, 8 and 32, stock twice, so that what stock
+itself leaves open (kernels whose result depends on the batch) is known. The report is kept current; with the same
+--json, a later run does the engines that are missing.
+
+Exit codes: 0 every engine ran and no plugin engine differs from stock more often than stock from itself; 1 otherwise;
+2 bad arguments or something missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.sglang_engine import PLAIN, STOCK, run_engine
+
+CONCURRENCIES = (1, 8, 32)
+
+
+def choose_prompts(sets: dict[str, list[list[int]]], count: int) -> list[list[int]]:
+    """``count`` prompts, taken from the sets in turn."""
+    longest = max((len(prompts) for prompts in sets.values()), default=0)
+    turns = [prompts[i] for i in range(longest) for prompts in sets.values() if i < len(prompts)]
+    return turns[:count]
+
+
+def compare(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """How many texts are identical, and where each other one first differs."""
+    differing = {}
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if list(a) != list(b):
+            pairs = zip(a, b, strict=False)
+            differing[str(i)] = next((j for j, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+    return {"identical": len(ours) - len(differing), "prompts": len(ours), "first_difference": differing}
+
+
+def engine_arguments(models: Path, seams: str) -> dict[str, Any]:
+    """Arguments of the engine for the demo pair."""
+    arguments: dict[str, Any] = {
+        "model_path": str(models / "target"),
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "attention_backend": "fa3",
+        "mem_fraction_static": 0.5,
+        "context_length": 2048,
+        "max_running_requests": max(CONCURRENCIES),
+        "cuda_graph_bs_decode": [1, 2, 4, 8, 16, 32],
+        "disable_prefill_cuda_graph": True,
+        "disable_radix_cache": True,
+        "grammar_backend": "none",
+        "log_level": "warning",
+        "random_seed": 1,
+    }
+    if seams != PLAIN:
+        draft = {"speculative_algorithm": "DFLASH", "speculative_draft_model_path": str(models / "draft")}
+        arguments.update(draft)
+    return arguments
+
+
+def summarise(report: dict[str, Any], texts: dict[str, Any]) -> bool:
+    """Fill the report's comparisons from the texts; whether nothing speaks against the plugin."""
+    fine = True
+    for engine, passes in texts.items():
+        rows = report["engines"][engine]["passes"]
+        for key, tokens in passes.items():
+            concurrency = key.split("/")[0]
+            first = texts.get(STOCK, {}).get(f"{concurrency}/0")
+            plain = texts.get(PLAIN, {}).get(f"{concurrency}/0")
+            if first is not None and (engine, key) != (STOCK, f"{concurrency}/0"):
+                rows[key]["against_stock"] = compare(tokens, first)
+            if plain is not None and engine != PLAIN:
+                rows[key]["against_plain"] = compare(tokens, plain)
+    stock = report["engines"].get(STOCK, {}).get("passes", {})
+    for engine, entry in report["engines"].items():
+        if engine in (STOCK, PLAIN):
+            continue
+        for key, row in entry["passes"].items():
+            again = stock.get(f"{key.split('/')[0]}/1", {}).get("against_stock")
+            if again and "against_stock" in row and row["against_stock"]["identical"] < again["identical"]:
+                fine = False
+    return fine
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run the engines that the report lacks; returns the exit code."""
+    from bench.runner import commit_id
+    from dflash_kernels.integrations.sglang.plugin import SEAMS
+
+    sets = json.loads(args.prompts.read_text(encoding="utf-8"))
+    prompts = choose_prompts(sets, args.count)
+    work = args.work
+    work.mkdir(parents=True, exist_ok=True)
+    chosen = work / "prompts.json"
+    chosen.write_text(json.dumps(prompts))
+    report: dict[str, Any] = {"engines": {}}
+    texts_file = args.json.with_suffix(".tokens.json")
+    texts: dict[str, Any] = {}
+    if args.json.is_file() and texts_file.is_file():
+        report, texts = json.loads(args.json.read_text()), json.loads(texts_file.read_text())
+    report.update(
+        command=shlex.join(["python", "-m", "bench.sglang_tokens", *argv]),
+        commit=commit_id(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        prompts=len(prompts),
+        new_tokens=args.new_tokens,
+    )
+    engines = args.engines or [STOCK, "all", *(seam.name for seam in SEAMS), PLAIN]
+    started = time.monotonic()
+    print(f"# {'engine':<10} {'conc':>4} {'pass':>4} {'tok/s':>8} {'acceptance':>10} {'as stock':>10}", flush=True)
+    complete = True
+    for engine in engines:
+        if report["engines"].get(engine, {}).get("code") == 0:
+            continue
+        left = args.time_limit - (time.monotonic() - started)
+        if left < args.start_seconds:
+            complete = False
+            print(f"# {engine}: no time left", flush=True)
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            continue
+        repeats = 2 if engine == STOCK else 1
+        tasks = [
+            {
+                "task": "tokens",
+                "concurrency": c,
+                "pass": p,
+                "prompts": str(chosen.resolve()),
+                "new_tokens": args.new_tokens,
+            }
+            for p in range(repeats)
+            for c in CONCURRENCIES
+        ]
+        entry: dict[str, Any] = {"passes": {}}
+        report["engines"][engine], texts[engine] = entry, {}
+        for result in run_engine(engine, engine_arguments(args.models.resolve(), engine), tasks, work, left):
+            if result["task"] == "start":
+                entry.update(start_seconds=result["seconds"], sglang=result["sglang"])
+            elif result["task"] == "exit":
+                entry.update(code=result["code"], table=result["table"])
+                if result["code"] != 0:
+                    complete = False
+                    entry["log"] = result["log"]
+                    print(f"# {engine}: {result['code']}\n{result['log']}", flush=True)
+            else:
+                key = f"{result['concurrency']}/{result['pass']}"
+                texts[engine][key] = result["tokens"]
+                count, steps = sum(map(len, result["tokens"])), sum(result["steps"])
+                # The first token of a request comes from its prompt's pass.
+                acceptance = (count - len(prompts)) / steps
+                row = {"tokens": count, "steps": steps, "acceptance": acceptance}
+                entry["passes"][key] = {**row, "tokens_per_s": count / result["seconds"]}
+                summarise(report, texts)
+                row = entry["passes"][key]
+                same = row.get("against_stock")
+                as_stock = f"{same['identical']}/{same['prompts']}" if same else "-"
+                print(
+                    f"  {engine:<10} {result['concurrency']:>4} {result['pass']:>4} {row['tokens_per_s']:>8.0f} "
+                    f"{acceptance:>10.3f} {as_stock:>10}",
+                    flush=True,
+                )
+            report["fine"] = summarise(report, texts)
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            texts_file.write_text(json.dumps(texts) + "\n", encoding="utf-8")
+    return 0 if complete and report.get("fine") else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; see the module's text for the exit codes."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m bench.sglang_tokens", description="Tokens of stock and plugin.")
+    parser.add_argument("models", type=Path, help="what tools/sglang_models.py wrote")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="prompts.json of the same tool")
+    parser.add_argument("--count", type=int, default=208, metavar="N", help="prompts; default: 208")
+    parser.add_argument("--new-tokens", type=int, default=96, metavar="N", help="at most, a prompt; default: 96")
+    parser.add_argument("--engines", type=lambda s: s.split("/"), metavar="A/B", help="stock, plain, all, or seams")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="the report; continued if it is there")
+    parser.add_argument("--work", type=Path, default=Path("build/sglang_tokens"), metavar="DIR", help="logs")
+    parser.add_argument("--time-limit", type=float, default=560.0, metavar="SECONDS", help="default: 560")
+    parser.add_argument("--start-seconds", type=float, default=60.0, help="start no engine with less time left")
+    args = parser.parse_args(argv)
+    for path in (args.models / "target/config.json", args.models / "draft/config.json", args.prompts):
+        if not path.is_file():
+            print(f"python -m bench.sglang_tokens: {path} is not there", file=sys.stderr)
+            return 2
+    return run(args, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
