@@ -27,7 +27,7 @@ from dflash_kernels.integrations.sglang.settings import read_settings
 
 ACCEPT, PREPARE = "_compute_dflash_accept_bonus_triton_unchecked", "_prepare_dflash_draft_block_unchecked"
 APPEND = "_append_target_hidden_to_draft_kv_by_loc"
-H, HQ, HKV, D, MLP, L, K, T, V, SLOTS = 32, 4, 2, 8, 48, 2, 3, 4, 50, 60
+H, HQ, HKV, D, MLP, L, K, T, V, SLOTS = 64, 4, 2, 32, 48, 2, 3, 4, 50, 60
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +48,10 @@ class RMSNorm(torch.nn.Module):
         self.variance_epsilon = eps
         self.cast_x_before_out_mul, self.variance_size_override = False, None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.variance_epsilon).to(x.dtype)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        x = x if residual is None else x + residual
+        y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.variance_epsilon).to(x.dtype)
+        return y if residual is None else (y, x)
 
 
 class Rotary:
@@ -61,10 +63,57 @@ class Rotary:
         angles = torch.arange(64)[:, None] * (10000.0 ** (-torch.arange(0, D, 2) / D))
         self.cos_sin_cache = torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-    def __call__(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, positions: torch.Tensor, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         cos, sin = self.cos_sin_cache[positions][:, None].chunk(2, dim=-1)
-        a, b = k.view(len(positions), -1, D).float().chunk(2, dim=-1)
-        return q, torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(k.dtype).view(k.shape)
+        halves = [x.reshape(len(positions), -1, D).float().chunk(2, dim=-1) for x in heads]
+        turned = [torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1) for a, b in halves]
+        return tuple(y.to(x.dtype).view(x.shape) for x, y in zip(heads, turned, strict=True))
+
+
+class Attention:
+    """SGLang's RadixAttention over a pool: writes the block's K and V, then attends to prefix and block."""
+
+    k_scale = v_scale = None
+    logit_cap = 0.0
+
+    def __init__(self, layer_id: int, causal: bool, left: int) -> None:
+        self.layer_id, self.causal, self.left = layer_id, causal, left
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Any) -> torch.Tensor:
+        keys, values = batch.pool.k_buffer[self.layer_id], batch.pool.v_buffer[self.layer_id]
+        keys[batch.out_cache_loc], values[batch.out_cache_loc] = k.view(-1, HKV, D), v.view(-1, HKV, D)
+        out = torch.empty_like(q)
+        for b, (row, prefix) in enumerate(zip(batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True)):
+            slots = batch.req_to_token[row, : prefix + T].long()
+            at, of = prefix + torch.arange(T)[:, None], torch.arange(prefix + T)[None]
+            mask = (of <= at) if self.causal else torch.ones(T, prefix + T, dtype=torch.bool)
+            mask = mask & (at - of <= self.left) if self.left >= 0 else mask
+            rows = slice(b * T, b * T + T)
+            heads = [x.transpose(0, 1)[None] for x in (q[rows].view(T, HQ, D), keys[slots], values[slots])]
+            found = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)
+            out[rows] = found[0].transpose(0, 1).reshape(T, HQ * D)
+        return out
+
+
+class SiluAndMul(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(x.dtype)
+
+
+class VocabParallelEmbedding(torch.nn.Embedding):
+    pass
+
+
+class Linear(torch.nn.Linear):
+    """Returns its output and a bias not added, as SGLang's linear layers do."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), None
+
+
+def apply_qk_norm(q: torch.Tensor, k: torch.Tensor, q_norm: Any, k_norm: Any, head_dim: int, **_: Any) -> Any:
+    return q_norm(q.reshape(-1, head_dim)).view_as(q), k_norm(k.reshape(-1, head_dim)).view_as(k)
 
 
 class UnquantizedLinearMethod:
@@ -72,34 +121,44 @@ class UnquantizedLinearMethod:
 
 
 def linear(inputs: int, outputs: int) -> torch.nn.Linear:
-    layer = torch.nn.Linear(inputs, outputs, bias=False)
+    layer = Linear(inputs, outputs, bias=False)
     layer.quant_method = UnquantizedLinearMethod()
     return layer
 
 
-def build_drafter(source: Source, dtype: torch.dtype) -> torch.nn.Module:
-    names = {"DFlashAttention": ("kv_proj_only", "apply_k_norm", "apply_k_rope")}
-    model_names = {"DFlashDraftModel": ("project_target_hidden", "prepare_context_hidden_for_kv")}
-    space: dict[str, Any] = {"nn": torch.nn, "torch": torch, "F": F}
+def build_drafter(source: Source, dtype: torch.dtype, causal: bool = False, left: int = -1) -> torch.nn.Module:
+    members = {
+        "DFlashAttention": ("forward", "kv_proj_only", "apply_k_norm", "apply_k_rope", "apply_attention_output"),
+        "DFlashMLP": ("forward",),
+        "DFlashDecoderLayer": ("forward",),
+        "DFlashDraftModel": ("forward", "project_target_hidden", "prepare_context_hidden_for_kv"),
+    }
+    space: dict[str, Any] = {"nn": torch.nn, "torch": torch, "F": F, "_is_npu": False, "apply_qk_norm": apply_qk_norm}
     space["can_dflash_slice_qkv_weight"] = lambda qkv_proj: (True, "")
-    source.compile("sglang.srt.models.dflash", {**names, **model_names}, space)
+    space["LogitsProcessorOutput"] = types.SimpleNamespace
+    source.compile("sglang.srt.models.dflash", members, space)
     rotary = Rotary()
     model = space["DFlashDraftModel"]()
     model.config = types.SimpleNamespace(hidden_size=H)
     model.num_context_features, model.quantizable = K, False
-    model.prefix_gru = model.embed_proj = None
+    model.prefix_gru = model.embed_proj = model.embed_tokens = None
     model.fc, model.hidden_norm, model.norm = torch.nn.Linear(K * H, H, bias=False), RMSNorm(H), RMSNorm(H)
     model.layers = torch.nn.ModuleList()
     for i in range(L):
         attention = space["DFlashAttention"]()
         attention.q_size, attention.kv_size, attention.num_kv_heads, attention.head_dim = HQ * D, HKV * D, HKV, D
+        attention.num_heads = attention.total_num_heads = HQ
+        attention.scaling, attention.sliding_window_size = D**-0.5, left
+        attention.attn_type = types.SimpleNamespace(name="DECODER" if causal else "ENCODER_ONLY")
         attention.qkv_proj, attention.o_proj = linear(H, (HQ + 2 * HKV) * D), linear(HQ * D, H)
         attention.q_norm, attention.k_norm = RMSNorm(D), RMSNorm(D)
-        attention.rotary_emb, attention.v_scale = rotary, None
-        attention.attn = types.SimpleNamespace(layer_id=i, k_scale=None, v_scale=None)
-        layer = torch.nn.Module()
-        layer.self_attn, layer.mlp = attention, torch.nn.Module()
-        layer.mlp.gate_up_proj, layer.mlp.down_proj = linear(H, 2 * MLP), linear(MLP, H)
+        attention.rotary_emb, attention.v_scale, attention.attention_sink_bias = rotary, None, None
+        attention.use_table_qk_norm_rope = attention.use_gemma_norm = False
+        attention.attn = Attention(i, causal, left)
+        layer, mlp = space["DFlashDecoderLayer"](), space["DFlashMLP"]()
+        mlp.gate_up_proj, mlp.down_proj, mlp.act_fn = linear(H, 2 * MLP), linear(MLP, H), SiluAndMul()
+        layer.self_attn, layer.mlp = attention, mlp
+        layer.attention_conv = layer.mlp_conv = None
         layer.input_layernorm, layer.post_attention_layernorm = RMSNorm(H), RMSNorm(H)
         model.layers.append(layer)
     return model.to(dtype).requires_grad_(False)
@@ -242,7 +301,8 @@ def parts(source: Source, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         weight=torch.randn(V + 6, H).to(dtype),
         shard_indices=types.SimpleNamespace(num_added_elements=0, num_org_elements=V, org_vocab_start_index=0),
     )
-    target = types.SimpleNamespace(model=types.SimpleNamespace(lm_head=head))
+    embed = VocabParallelEmbedding(V, H).to(dtype)
+    target = types.SimpleNamespace(model=types.SimpleNamespace(lm_head=head, get_input_embeddings=lambda: embed))
     target.model_config = types.SimpleNamespace(context_len=40)
     target.device, target.tp_rank = torch.device("cpu"), 0
     target.req_to_token_pool = types.SimpleNamespace(req_to_token=torch.zeros(6, 40, dtype=torch.int32))
@@ -250,7 +310,9 @@ def parts(source: Source, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "device": "cpu",
         "block_size": T,
         "draft_model": build_drafter(source, dtype),
-        "draft_model_runner": types.SimpleNamespace(token_to_kv_pool=build_pool(source, dtype)),
+        "draft_model_runner": types.SimpleNamespace(
+            token_to_kv_pool=build_pool(source, dtype), req_to_token_pool=target.req_to_token_pool
+        ),
         "model_runner": target,
         "_target_worker": types.SimpleNamespace(model_runner=target),
         "server_args": types.SimpleNamespace(cuda_graph_config=GRAPHS),
@@ -511,7 +573,10 @@ UNSUPPORTED = {
     "eps": (_set("draft_model.hidden_norm.variance_epsilon", 1e-5), "norms with different eps"),
     "value scale": (_set(f"{ATTENTION}.v_scale", 2.0), "attention_value_scale"),
     "sink": (_set(f"{ATTENTION}.attention_sink_bias", torch.zeros(HQ)), "attention sink bias"),
-    "attention bias": (_set(f"{ATTENTION}.qkv_proj.bias", torch.nn.Parameter(torch.zeros(64))), "attention bias"),
+    "attention bias": (
+        _set(f"{ATTENTION}.qkv_proj.bias", torch.nn.Parameter(torch.zeros((HQ + 2 * HKV) * D))),
+        "attention bias",
+    ),
     "KV scale": (_set(f"{ATTENTION}.attn.k_scale", 0.5), "KV scale other than 1"),
     "interleaved": (_set(f"{ATTENTION}.rotary_emb.is_neox_style", False), "interleaved rotary pairs"),
     "M-RoPE": (_set(f"{ATTENTION}.rotary_emb.mrope_section", [1, 2]), "M-RoPE"),
@@ -740,6 +805,133 @@ def test_other_draft_samplers_are_declined(
     monkeypatch.setenv("DFLASH_KERNELS_STRICT", "1")
     with pytest.raises(Refused, match="seam head declined: SGLang keeps the draft head eager"):
         make_worker(engine, {**given, "draft_model": build_drafter(source, torch.float32)})
+
+
+# -- the drafter's pass ------------------------------------------------------------------------------------------------
+
+
+def block(worker: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    """Arguments of the model's forward, with a table and a pool that are filled up to random prefixes."""
+    pool = worker.draft_model_runner.token_to_kv_pool
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    width = 12
+    table = worker.draft_model_runner.req_to_token_pool.req_to_token
+    rows = torch.randperm(table.shape[0], generator=generator)[:batch]
+    table[rows, :width] = (torch.randperm(SLOTS - 1, generator=generator)[: batch * width] + 1).view(batch, -1).int()
+    prefixes = torch.randint(0, width - T + 1, (batch,), generator=generator)
+    positions = prefixes[:, None] + torch.arange(T)
+    ids = torch.randint(0, V, (batch * T,), generator=generator)
+    batch_info = types.SimpleNamespace(
+        batch_size=batch,
+        forward_mode=types.SimpleNamespace(is_target_verify=lambda: True),
+        seq_lens=prefixes,
+        req_pool_indices=rows,
+        req_to_token=table,
+        out_cache_loc=table[rows[:, None], positions].long().flatten(),
+        pool=pool,
+    )
+    embeds = worker.model_runner.model.get_input_embeddings()(ids).detach()
+    return {
+        "input_ids": ids,
+        "positions": positions.flatten(),
+        "forward_batch": batch_info,
+        "input_embeds": embeds,
+    }
+
+
+@pytest.fixture
+def logits_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "sglang.srt.layers.logits_processor"
+    module = make_module(name, {"LogitsProcessorOutput": types.SimpleNamespace})
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("causal", "left"), [(False, -1), (True, -1), (True, 3)], ids=["full", "causal", "sliding"])
+def test_forward_equals_stock(
+    engine: types.ModuleType,
+    source: Source,
+    rng: torch.Generator,
+    logits_processor: None,
+    dtype: torch.dtype,
+    causal: bool,
+    left: int,
+) -> None:
+    given = {**parts(source, dtype), "draft_model": build_drafter(source, dtype, causal, left)}
+    worker = make_worker(engine, given)
+    assert table(worker)["forward"] == "active"
+    for batch in (1, 3):
+        arguments = block(worker, batch, rng)
+        pool = worker.draft_model_runner.token_to_kv_pool
+        before = [buffer.clone() for buffer in (*pool.k_buffer, *pool.v_buffer)]
+        ours = worker.draft_model.forward(**arguments).hidden_states
+        for was, buffer in zip(before, (*pool.k_buffer, *pool.v_buffer), strict=True):
+            assert torch.equal(was, buffer)  # the pool is read only
+        theirs = type(worker.draft_model).forward(worker.draft_model, **arguments).hidden_states
+        tolerance = 1e-4 if dtype is torch.float32 else 2**-4
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_forward_leaves_other_calls_to_stock(
+    engine: types.ModuleType, source: Source, rng: torch.Generator, logits_processor: None
+) -> None:
+    """More rows than the op is for, another mode, no embeddings: the pool is written, as stock does."""
+    worker = make_worker(engine, parts(source))
+    seam = worker._dflash_seams["forward"]
+    arguments = block(worker, 2, rng)
+    seam.out = seam.out[:T]  # one request only
+    pool = worker.draft_model_runner.token_to_kv_pool
+    before = pool.k_buffer[0].clone()
+    worker.draft_model.forward(**arguments)
+    assert not torch.equal(before, pool.k_buffer[0])
+    small = block(worker, 1, rng)
+    small["forward_batch"].forward_mode.is_target_verify = lambda: False
+    before = pool.k_buffer[0].clone()
+    worker.draft_model.forward(**small)
+    assert not torch.equal(before, pool.k_buffer[0])
+
+
+def test_forward_keeps_the_parameters_alive(engine: types.ModuleType, source: Source) -> None:
+    """Parameters keep their identity and values, are not held twice, and weights that are loaded later are used."""
+    given = parts(source)
+    layer = given["draft_model"].layers[1].self_attn
+    parameter, values = layer.qkv_proj.weight, layer.qkv_proj.weight.clone()
+    worker = make_worker(engine, given)
+    stacked = worker._dflash_seams["forward"].weights["qkv"]
+    assert layer.qkv_proj.weight is parameter and torch.equal(parameter, values)
+    assert parameter.data_ptr() == stacked[1].data_ptr()
+    with torch.no_grad():
+        parameter.copy_(torch.ones_like(values))
+    assert (stacked[1] == 1).all()
+
+
+FORWARD_UNSUPPORTED = {
+    "compact window": (_set("use_compact_draft_cache", True), "compact draft window"),
+    "tensor parallelism": (_set(f"{ATTENTION}.total_num_heads", 2 * HQ), "tensor parallelism"),
+    "activation": (_rename("draft_model.layers.0.mlp.act_fn", "GeluAndMul"), "activation GeluAndMul"),
+    "logit cap": (_set(f"{ATTENTION}.attn.logit_cap", 30.0), "a logit cap"),
+    "window without causality": (_set(f"{ATTENTION}.sliding_window_size", 7), "a sliding window without causality"),
+    "embedding scale": (_set("_noise_embed_scale", 2.0), "a scale on the block's embedding"),
+    "DP attention": (_set("_full_embed_gpu", torch.zeros(1)), "DP attention"),
+    "embedding": (
+        _set("model_runner.model.get_input_embeddings", lambda: torch.nn.Embedding(V, H)),
+        "target embedding Embedding",
+    ),
+    "long block": (_set("block_size", 33), "block size 33"),
+    "Laguna": UNSUPPORTED["Laguna"],
+}
+
+
+@pytest.mark.parametrize("feature", FORWARD_UNSUPPORTED)
+def test_forward_declines_by_name(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch, feature: str
+) -> None:
+    change, reason = FORWARD_UNSUPPORTED[feature]
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", "forward")
+    given = parts(source)
+    change(given)
+    assert table(make_worker(engine, given))["forward"].startswith(f"stock {reason}")
 
 
 def test_activate_needs_only_the_registry(plugins: types.ModuleType) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dflash_kernels.integrations.sglang.accept import AcceptSeam
+from dflash_kernels.integrations.sglang.forward import ForwardSeam
 from dflash_kernels.integrations.sglang.head import HeadSeam
 from dflash_kernels.integrations.sglang.inject import InjectSeam
 from dflash_kernels.integrations.sglang.prepare import PrepareSeam
@@ -22,7 +23,7 @@ from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Ref
 from dflash_kernels.integrations.sglang.settings import Settings, read_settings
 
 HOOK_TARGET = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
-SEAMS: tuple[type[Seam], ...] = (InjectSeam, AcceptSeam, PrepareSeam, HeadSeam)
+SEAMS: tuple[type[Seam], ...] = (InjectSeam, AcceptSeam, PrepareSeam, HeadSeam, ForwardSeam)
 
 _current: dict[type, Seams] = {}  # of each of our worker classes, the seams of its next worker
 
