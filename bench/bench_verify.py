@@ -289,7 +289,7 @@ def _sampled_case(shape: DrafterShape, batch: int, rule: str) -> Case:
 
         settings = (full(TEMPERATURE), full(TOP_K, torch.int32), full(TOP_P), full(0.0))
         seeds = torch.arange(batch, device=device)
-        out, workspace = Verified.empty(batch, shape.T, device), ops.verify_workspace(batch, shape.T, device)
+        out, workspace = Verified.empty(batch, shape.T, device), ops.verify_workspace(batch, shape.T, device, shape.V)
         inputs = (candidates, logits, prefix_lens)
         version = torch.__version__.split("+")[0]
         baselines: dict[str, Callable[[], object]] = {

@@ -113,6 +113,14 @@ CHECKS = [
     ),
     *calls(test_verify_sampled.test_mask_and_bias, {"index": torch.int32, "rule": "block"}),
     *calls(test_verify_sampled.test_nan_and_infinities),
+    *calls(
+        test_verify_sampled.test_few_tokens_of_many,
+        *({"vocab": 5003, "dtype": dtype, "rule": rule} for dtype, rule in ((BF16, "token"), (FP32, "block"))),
+        {"vocab": 20000, "dtype": FP16, "rule": "token"},
+    ),
+    *calls(test_verify_sampled.test_few_tokens_masked_and_biased, {"rule": "token"}, {"rule": "block"}),
+    *calls(test_verify_sampled.test_flat_rows_among_others),
+    *calls(test_verify_sampled.test_one_workspace_for_all),
     *calls(test_alloc.test_prepare_block, {"batch": 7, "block": 5, "index": torch.int32, "table_dtype": torch.int64}),
     *calls(
         test_alloc.test_random_schedule_equals_the_oracle,
@@ -227,10 +235,24 @@ MUTATIONS = [
     ),
     pytest.param(
         "smxx/verify/verify_block_sampled.cu",
-        "cluster.sync();  // nobody reads the words",
-        "// nobody reads the words",
+        "cluster.sync();  // all CTAs have read left_count",
+        "// all CTAs have read left_count",
         "verify_sampled-matches",
         id="verify_block_sampled leaves its cluster early",
+    ),
+    pytest.param(
+        "smxx/verify/verify_sampled_topk.cu",
+        "return min(prefix | ((1u << (32 - kBoundBits)) - 1), kOut - 1);",
+        "return min(prefix, kOut - 1);",
+        "verify_sampled-few_tokens",
+        id="a bound within which there are too few tokens",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block_sampled.cu",
+        "p.workspace.progress(0)[i] = 0;",
+        "",
+        "verify_sampled-matches",
+        id="the front of the workspace is not cleared",
     ),
     pytest.param(
         "smxx/alloc/alloc.cu", "  cluster_wait();\n", "", "alloc-batch_sizes", id="the allocator does not wait"

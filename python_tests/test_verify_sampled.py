@@ -39,12 +39,23 @@ def poisoned(batch: int, block_size: int, device: str) -> Verified:
     return out
 
 
+def poisoned_workspace(batch: int, block_size: int, vocab: int, device: str) -> torch.Tensor:
+    """Zero where it has to be."""
+    workspace = ops.verify_workspace(batch, block_size, device, vocab)
+    workspace[batch * (2 * block_size + 2) + 2 :] = -1
+    return workspace
+
+
+def is_clean(workspace: torch.Tensor, batch: int, block_size: int) -> bool:
+    return not workspace[: batch * (2 * block_size + 2) + 2].any()
+
+
 def assert_matches(device: str, arguments: dict[str, Any]) -> Verified:
     """The op gives the oracle's result, except where a decision was closer than MARGIN; the workspace ends zero."""
-    batch, block_size = arguments["candidates"].shape
-    out, workspace = poisoned(batch, block_size, device), ops.verify_workspace(batch, block_size, device)
+    batch, block_size, vocab = arguments["logits"].shape
+    out, workspace = poisoned(batch, block_size, device), poisoned_workspace(batch, block_size, vocab, device)
     ops.verify_block_sampled(**to(device, arguments), out=out, workspace=workspace)
-    assert not workspace.any()
+    assert is_clean(workspace, batch, block_size)
     margins: list[float] = []
     expected = reference.verify_block_sampled(**arguments, margins=margins)
     for b in range(batch):
@@ -171,6 +182,92 @@ def test_mask_and_bias(device: str, rng: torch.Generator, index: torch.dtype, ru
         assert (int(mask[b, j, token // 32]) >> (token % 32)) & 1
 
 
+def few_tokens(batch: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
+    """Settings under which a row keeps few tokens: greedy, and top-k up to 64 with the other filters."""
+    pick = torch.arange(batch) % 4
+    return settings(
+        batch,
+        temperature=torch.where(pick == 0, 0.0, torch.rand(batch, generator=rng) * 1.5 + 0.3),
+        top_k=torch.randint(1, 65, (batch,), generator=rng),
+        top_p=torch.where(pick >= 2, torch.rand(batch, generator=rng), 1.0),
+        min_p=torch.where(pick == 3, 0.08, 0.0),
+        seeds=torch.randint(-(2**62), 2**62, (batch,), generator=rng),
+        offsets=torch.randint(0, 2**40, (batch,), generator=rng),
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("vocab", [5003, 20000, 151936])
+def test_few_tokens_of_many(device: str, rng: torch.Generator, vocab: int, dtype: torch.dtype, rule: str) -> None:
+    """Rows of many groups of neighbours: tokens spread, crowded in one group, rounded to ties, equal at the top."""
+    batch, block_size = (4, 3) if vocab > 20000 else (8, 5)
+    logits = torch.randn(batch, block_size, vocab, generator=rng) * 2.5
+    logits[1, :, 700:790] += 9.0
+    logits[2] = (logits[2] * 4).round() / 4
+    logits[3, :, -1] = logits[3, :, 0] = logits[3].amax(-1) + 1.0
+    logits = logits.to(dtype)
+    for draft in (one_hot_draft(logits, rng), draw_draft(logits, 6, rng)):
+        prefix = torch.arange(batch)
+        arguments = {**draft, "logits": logits, "prefix_lens": prefix, **few_tokens(batch, rng), "rule": rule}
+        assert_matches(device, arguments)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_few_tokens_masked_and_biased(device: str, rng: torch.Generator, rule: str) -> None:
+    batch, block_size, vocab = 8, 4, 5003
+    logits = torch.randn(batch, block_size, vocab, generator=rng) * 2
+    mask = torch.randint(-(2**31), 2**31, (batch, block_size, 157), generator=rng, dtype=torch.int64).to(torch.int32)
+    mask[1] = 0  # fewer allowed than top-k
+    mask[1, :, 40] = 0b1011
+    mask[2] = 0  # nothing
+    bias = torch.randn(batch, vocab, generator=rng) * 2
+    draft = draw_draft(logits + bias[:, None], 5, rng)
+    arguments = {**draft, "logits": logits, "prefix_lens": torch.arange(batch), **few_tokens(batch, rng), "rule": rule}
+    assert_matches(device, {**arguments, "token_bitmask": mask, "logit_bias": bias})
+    assert_matches(device, {**arguments, "token_bitmask": mask})
+    assert_matches(device, {**arguments, "logit_bias": bias})
+
+
+def test_flat_rows_among_others(device: str, rng: torch.Generator) -> None:
+    """A flat row has more tokens within any bound than a list holds: before, at, and behind the end of the prefix."""
+    batch, block_size, vocab = 9, 4, 3000
+    logits = torch.randn(batch, block_size, vocab, generator=rng) * 2
+    draft = one_hot_draft(logits, rng)
+    for b, j in ((1, 0), (2, 1), (3, 2), (4, 3), (7, 0)):
+        logits[b, j] = 0.5
+    values = {**few_tokens(batch, rng), **settings(batch, temperature=0.8, top_k=20)}
+    values["temperature"][7] = 0.0  # greedy: token 0, flat or not
+    values["top_k"][8] = 0
+    out = assert_matches(device, {**draft, "logits": logits, "prefix_lens": torch.arange(batch), **values})
+    if int(draft["candidates"][7, 1]) != 0:
+        assert out.bonus_ids[7] == 0
+
+
+def test_one_workspace_for_all(device: str, rng: torch.Generator) -> None:
+    """Scratch of one call is never in the part that another wants to be zero."""
+    workspace = ops.verify_workspace(6, 5, device, 3000)
+    for batch, block_size, vocab in ((6, 5, 3000), (2, 3, 700), (1, 1, 3000), (6, 5, 20), (6, 5, 3000)):
+        logits = torch.randn(batch, block_size, vocab, generator=rng) * 2
+        arguments = to(device, {**one_hot_draft(logits, rng), "logits": logits, "prefix_lens": torch.arange(batch)})
+        values = to(device, few_tokens(batch, rng))
+        values["top_k"][0] = 0
+        shared = {"out": poisoned(batch, block_size, device), "workspace": workspace}
+        for a, e in zip(
+            ops.verify_block_sampled(**arguments, **values, **shared),
+            ops.verify_block_sampled(**arguments, **values),
+            strict=True,
+        ):
+            assert torch.equal(a, e)
+        greedy = {"candidates": arguments["candidates"], "target": arguments["logits"]}
+        for a, e in zip(
+            ops.verify_block(**greedy, prefix_lens=arguments["prefix_lens"], **shared),
+            ops.verify_block(**greedy, prefix_lens=arguments["prefix_lens"]),
+            strict=True,
+        ):
+            assert torch.equal(a, e)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_strides_and_alignment(device: str, rng: torch.Generator, dtype: torch.dtype) -> None:
     for start in range(9):
@@ -187,26 +284,29 @@ def test_strides_and_alignment(device: str, rng: torch.Generator, dtype: torch.d
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("vocab", [151936, 248320])
 def test_large_vocabulary(device: str, rng: torch.Generator, vocab: int, rule: str) -> None:
-    """Normal logits, one dominant token, all equal, and ties across the whole row; in bfloat16, so with many ties."""
-    logits = torch.randn(4, 2, vocab, generator=rng) * 2.0
-    logits[1, :, vocab // 3] = 40.0
-    logits[2] = 1.5
-    logits[3] = logits[3].round()
+    """Normal logits, one dominant token, all equal, and ties across the whole row; in bfloat16, so with many ties.
+
+    Each once where all or many tokens are kept, and once where few are.
+    """
+    logits = torch.randn(8, 2, vocab, generator=rng) * 2.0
+    logits[[1, 5], :, vocab // 3] = 40.0
+    logits[[2, 6]] = 1.5
+    logits[[3, 7]] = logits[[3, 7]].round()
     logits = logits.to(torch.bfloat16)
     values = settings(
-        4,
-        temperature=[0.7, 1.0, 1.0, 0.9],
-        top_k=[20, 0, 0, 1000],
-        top_p=[0.95, 0.9, 0.5, 0.8],
-        min_p=[0.0, 0.0, 0.0, 0.02],
-        seeds=torch.randint(0, 2**40, (4,), generator=rng),
+        8,
+        temperature=[0.7, 1.0, 1.0, 0.9, 0.0, 1.0, 1.0, 0.9],
+        top_k=[20, 0, 0, 1000, 0, 50, 20, 64],
+        top_p=[0.95, 0.9, 0.5, 0.8, 1.0, 0.9, 0.5, 0.8],
+        min_p=[0.0, 0.0, 0.0, 0.02, 0.0, 0.0, 0.0, 0.02],
+        seeds=torch.randint(0, 2**40, (8,), generator=rng),
     )
     draft = one_hot_draft(logits, rng)
-    arguments = {**draft, "logits": logits, "prefix_lens": torch.zeros(4, dtype=torch.int64), **values, "rule": rule}
+    arguments = {**draft, "logits": logits, "prefix_lens": torch.zeros(8, dtype=torch.int64), **values, "rule": rule}
     margins: list[float] = []
     expected = reference.verify_block_sampled(**arguments, margins=margins)
     result = ops.verify_block_sampled(**to(device, arguments))
-    for b in range(4):
+    for b in range(8):
         # Among 100,000 equal tokens a uniform is never far from a boundary: the token may be a neighbour.
         if margins[b] >= MARGIN:
             assert all(torch.equal(a.cpu()[b], e[b]) for a, e in zip(result, expected, strict=True)), b
@@ -446,7 +546,7 @@ def good(device: str) -> dict[str, Any]:
 def test_opcheck(device: str) -> None:
     arguments = good(device)
     torch.library.opcheck(torch.ops.dflash.verify_block_sampled.default, tuple(arguments.values()), {"rule": "block"})
-    outs = {**Verified.empty(2, 4, device)._asdict(), "workspace": ops.verify_workspace(2, 4, device)}
+    outs = {**Verified.empty(2, 4, device)._asdict(), "workspace": ops.verify_workspace(2, 4, device, 40)}
     torch.library.opcheck(torch.ops.dflash.verify_block_sampled.out, tuple(arguments.values()), outs)
 
 
@@ -471,7 +571,7 @@ def test_graph_replay_equals_eager(
         }
 
     arguments = to("cuda", fresh())
-    out, workspace = poisoned(batch, block_size, "cuda"), ops.verify_workspace(batch, block_size, "cuda")
+    out, workspace = poisoned(batch, block_size, "cuda"), poisoned_workspace(batch, block_size, vocab, "cuda")
     ops.verify_block_sampled(**arguments, rule=rule, out=out, workspace=workspace)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -519,7 +619,7 @@ def test_bad_arguments(device: str, name: str, value: Any, message: str) -> None
     arguments[name] = on_device(value, device) if isinstance(value, torch.Tensor) else value
     out = poisoned(2, 4, device)
     with pytest.raises(ValueError, match="dflash::verify_block_sampled: " + message):
-        ops.verify_block_sampled(**arguments, out=out, workspace=ops.verify_workspace(2, 4, device))
+        ops.verify_block_sampled(**arguments, out=out, workspace=ops.verify_workspace(2, 4, device, 40))
     assert all((tensor == -77).all() for tensor in out)
 
 
@@ -529,7 +629,7 @@ def test_mixed_devices(name: str) -> None:
     arguments, out = good("cuda"), poisoned(2, 4, "cuda")
     arguments[name] = arguments[name].cpu()
     with pytest.raises(ValueError, match=f"^dflash::verify_block_sampled: {name} must be on cuda:0, got cpu"):
-        ops.verify_block_sampled(**arguments, out=out, workspace=ops.verify_workspace(2, 4, "cuda"))
+        ops.verify_block_sampled(**arguments, out=out, workspace=ops.verify_workspace(2, 4, "cuda", 40))
     assert all((tensor == -77).all() for tensor in out)
 
 
@@ -553,7 +653,7 @@ def test_bad_values(
 ) -> None:
     arguments = good(device)
     arguments[name][place] = value
-    out, workspace = poisoned(2, 4, device), ops.verify_workspace(2, 4, device)
+    out, workspace = poisoned(2, 4, device), ops.verify_workspace(2, 4, device, 40)
     for debug in ("0", "1") if device == "cpu" else ("1",):  # the CPU always looks
         monkeypatch.setenv("DFLASH_DEBUG", debug)
         with pytest.raises(ValueError, match="dflash::verify_block_sampled: " + message):
@@ -562,7 +662,7 @@ def test_bad_values(
     if device == "cuda":  # unchecked, a bad value harms nobody's memory, and leaves the workspace fit for use
         monkeypatch.setenv("DFLASH_DEBUG", "0")
         ops.verify_block_sampled(**arguments, out=out, workspace=workspace)
-        assert not workspace.any()
+        assert is_clean(workspace, 2, 4)
 
 
 @pytest.mark.gpu

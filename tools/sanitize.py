@@ -208,7 +208,7 @@ def call_verify(m: Maker) -> None:
                 m.call(ops.verify_block, ids, logits, prefix, lazy=lazy)
             m.call(ops.argmax_logits, logits.view(24, vocab), 1000)
     m.call(ops.merge_vocab_shards, m.integers(0, 99, 3, 24), m.normal(3, 24, dtype=m.torch.float32))
-    for dtype, vocab in ((m.torch.bfloat16, 1000), (m.torch.float16, 1000), (m.torch.float32, 4099)):
+    for dtype, vocab in ((m.torch.bfloat16, 20000), (m.torch.float16, 1000), (m.torch.float32, 4099)):
         logits = m.normal(3, 8, vocab, dtype=dtype, scale=3.0)
         candidates = m.integers(0, vocab, 3, 8)
         settings = (

@@ -91,15 +91,34 @@ Tensor new_workspace(const Tensor& like, int64_t words) {
   return torch::stable::new_zeros(like, std::vector<int64_t>{words}, ScalarType::Long);
 }
 
-Workspace workspace_view(const char* op, const Tensor& workspace, const Tensor& first, int64_t batch, int block_size) {
-  const int64_t words = Workspace::size(batch, block_size);
+void check_workspace(const char* op, const Tensor& workspace, const Tensor& first, int64_t words) {
   api::check_dtype(op, "workspace", workspace, {ScalarType::Long});
   api::check_same_device(op, "workspace", workspace, first);
   api::check_shape(op, "workspace", workspace, {-1});
   api::check_contiguous(op, "workspace", workspace);
   DFLASH_CHECK(op, workspace.size(0) >= words, "workspace", "have at least " + std::to_string(words) + " elements",
                workspace.size(0));
+}
+
+Workspace workspace_view(const char* op, const Tensor& workspace, const Tensor& first, int64_t batch, int block_size) {
+  check_workspace(op, workspace, first, Workspace::size(batch, block_size));
   return Workspace{data<uint64_t>(workspace), batch, block_size};
+}
+
+SampledWorkspace sampled_workspace_view(const char* op, const Tensor& workspace, const Tensor& first, int64_t batch,
+                                        int block_size, int64_t vocab_size) {
+  const int64_t scratch = SampledWorkspace::scratch_size(batch, block_size, vocab_size);
+  const int64_t words = SampledWorkspace::front_size(batch, block_size) + scratch;
+  check_workspace(op, workspace, first, words);
+  SampledWorkspace view;
+  view.words = data<uint64_t>(workspace);
+  view.batch = batch;
+  view.block_size = block_size;
+  view.row_words = SampledWorkspace::words_of_row(vocab_size);
+  // Scratch is one word longer than its content, so that it can start at a multiple of 16 bytes.
+  const auto begin = reinterpret_cast<uintptr_t>(view.words + workspace.size(0) - (scratch - 1));
+  view.scratch = reinterpret_cast<uint64_t*>(begin / 16 * 16);
+  return view;
 }
 
 // ---- verify_block ----------------------------------------------------------------------------------------------
@@ -251,7 +270,7 @@ SampledParams sampled_params(const SampledInputs& in, const FiveTensors& out, co
   DFLASH_CHECK(kSampled, in.rule == "token" || in.rule == "block", "rule", "be \"token\" or \"block\"",
                "\"" + in.rule + "\"");
   p.block_rule = in.rule == "block";
-  p.workspace = workspace_view(kSampled, workspace, in.candidates, p.batch, p.block_size);
+  p.workspace = sampled_workspace_view(kSampled, workspace, in.candidates, p.batch, p.block_size, p.vocab_size);
   p.out = outputs(kSampled, in.candidates, out);
   return p;
 }
@@ -295,9 +314,8 @@ void sampled_cpu(const SampledInputs& in, const FiveTensors& out, const Tensor& 
 #if DFLASH_WITH_CUDA
 void sampled_cuda(const SampledInputs& in, const FiveTensors& out, const Tensor& workspace) {
   const SampledParams p = sampled_params(in, out, workspace);
-  const int64_t limit = max_sampled_vocab();
-  DFLASH_CHECK(kSampled, p.vocab_size <= limit, "logits", "have at most " + std::to_string(limit) + " columns",
-               p.vocab_size);
+  DFLASH_CHECK(kSampled, p.vocab_size <= kMaxSampledVocab, "logits",
+               "have at most " + std::to_string(kMaxSampledVocab) + " columns", p.vocab_size);
   if (p.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(in.candidates.get_device_index());
   const cudaStream_t stream = api::current_stream(kSampled, in.candidates);
@@ -323,10 +341,13 @@ FiveTensors verify_block_sampled(Tensor candidates, Tensor logits, Tensor prefix
                                  OptionalTensor draft_probs, OptionalTensor token_bitmask, OptionalTensor logit_bias,
                                  std::string rule) {
   const auto [batch, block_size] = block_sizes(kSampled, candidates);
+  api::check_shape(kSampled, "logits", logits, {batch, block_size, -1});
   const FiveTensors out = new_outputs(candidates, batch, block_size);
+  const int64_t words = SampledWorkspace::front_size(batch, block_size) +
+                        SampledWorkspace::scratch_size(batch, block_size, logits.size(2));
   kRun({candidates, logits, prefix_lens, temperature, top_k, top_p, min_p, seeds, offsets, draft_ids, draft_probs,
         token_bitmask, logit_bias, rule},
-       out, new_workspace(candidates, Workspace::size(batch, block_size)));
+       out, new_workspace(candidates, words));
   return out;
 }
 

@@ -87,6 +87,23 @@ __device__ __forceinline__ uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
   return result;
 }
 
+// ---- atomics that publish and see
+// ------------------------------------------------------------------------------------
+
+// What this thread, and those it met at a barrier, wrote before is visible to whoever sees the new value in the same
+// way.
+__device__ __forceinline__ unsigned long long atomic_add_acq_rel(unsigned long long* place, unsigned long long value) {
+  unsigned long long old;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;" : "=l"(old) : "l"(place), "l"(value) : "memory");
+  return old;
+}
+
+__device__ __forceinline__ unsigned long long atomic_or_acq_rel(unsigned long long* place, unsigned long long value) {
+  unsigned long long old;
+  asm volatile("atom.acq_rel.gpu.global.or.b64 %0, [%1], %2;" : "=l"(old) : "l"(place), "l"(value) : "memory");
+  return old;
+}
+
 // ---- clusters --------------------------------------------------------------------------------------------------
 
 // The cluster's barrier in two halves. Arriving is relaxed: it publishes no writes of this CTA.

@@ -118,7 +118,7 @@ class StepRunner:
         self._draft_values = torch.empty(tokens, dtype=torch.float32, device=device)
         self._head_workspace = ops.lm_head_workspace(tokens, device)
         self._verified = {size: ops.Verified.empty(rows, size, device) for size in {1, self.block_size}}
-        self._verify_workspace = ops.verify_workspace(rows, self.block_size, device)
+        self._verify_workspace = ops.verify_workspace(rows, self.block_size, device, target.vocab_size)
 
     # -- rows ---------------------------------------------------------------------------------------------------
 

@@ -54,13 +54,20 @@ class Verified(NamedTuple):
         )
 
 
-def verify_workspace(batch: int, block_size: int, device: torch.device | str) -> torch.Tensor:
-    """Scratch for the ``out`` forms, ``[batch * (2 * block_size + 2)]`` int64 zeros.
+def verify_workspace(
+    batch: int, block_size: int, device: torch.device | str, vocab_size: int | None = None
+) -> torch.Tensor:
+    """Scratch for the ``out`` forms, int64 zeros; with ``vocab_size``, of `verify_block_sampled` too.
 
-    Any smaller batch or block may use it too. Every call leaves it zero, so it is made once; two calls that may run at
-    the same time need one each.
+    Any smaller batch, block or vocabulary may use it too. Every call leaves zero what has to be (the first ``batch *
+    (2 * block_size + 2)`` elements, two more with ``vocab_size``), so it is made once; two calls that may run at the
+    same time need one each.
     """
-    return torch.zeros(batch * (2 * block_size + 2), dtype=torch.int64, device=device)
+    size = batch * (2 * block_size + 2)
+    if vocab_size is not None:
+        row = 4 + max(-(-vocab_size // 4096) * 8 + 2, 256)
+        size += 2 + batch * (block_size * row + 1) + 1
+    return torch.zeros(size, dtype=torch.int64, device=device)
 
 
 @dflash_errors
@@ -154,7 +161,8 @@ def verify_block_sampled(
         token_bitmask: [B, T, ceil(V/32)] int32, bit ``v % 32`` of word ``v // 32`` set: token ``v`` is allowed.
         logit_bias: [B, V] float32, added before anything else.
         rule: "token" or "block".
-        out: with ``workspace`` (see `verify_workspace`): fills these tensors and allocates nothing.
+        out: with ``workspace`` (see `verify_workspace`, with its ``vocab_size``): fills these tensors and allocates
+            nothing.
 
     Raises:
         ValueError: wrong shape, dtype, device or strides; on the CPU, and on CUDA under ``DFLASH_DEBUG=1``, also a

@@ -115,6 +115,15 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   return largest;
 }
 
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  if (mask != 0xffffffffu) dflash::emulator::fail("a warp function without all lanes");
+  const uint64_t word = value;
+  const auto* words = dflash::emulator::exchange(dflash::emulator::Collective::kReduce, &word, 1);
+  unsigned sum = 0;
+  for (int i = 0; i < 32; ++i) sum += static_cast<unsigned>(words[i][0]);
+  return sum;
+}
+
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -187,6 +196,7 @@ inline uint32_t __float2uint_rz(float x) {
 }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

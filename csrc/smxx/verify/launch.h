@@ -13,8 +13,8 @@ void launch_verify_block_sampled(const SampledParams& params, cudaStream_t strea
 void launch_argmax_logits(const ArgmaxParams& params, cudaStream_t stream);
 void launch_merge_vocab_shards(const MergeParams& params, cudaStream_t stream);
 
-// Largest vocabulary of launch_verify_block_sampled: a row must fit in the shared memory of a cluster.
-int max_sampled_vocab();
+// The first of the two launches of launch_verify_block_sampled: what keeps few tokens of a row.
+void launch_verify_topk(const SampledParams& params, int sms, cudaStream_t stream);
 
 // The first request with a fault, found on the device (DFLASH_DEBUG=1): allocates and synchronises.
 SampledFault check_sampled_cuda(const SampledParams& params, cudaStream_t stream);

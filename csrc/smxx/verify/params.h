@@ -8,6 +8,8 @@
 namespace dflash::verify {
 
 constexpr int kMaxBlockSize = 32;  // T: one warp holds a block
+// Largest vocabulary of verify_block_sampled on CUDA: a row must fit in the shared memory of a cluster.
+constexpr int kMaxSampledVocab = 450560;
 
 // verify_block and argmax_logits count tiles of at least kTileElements of a row in 32 bits.
 constexpr int kTileElements = 1024;
@@ -31,9 +33,9 @@ struct Outputs {
   int64_t* new_seq_lens = nullptr;  // [B]
 };
 
-// Device scratch of verify_block (from logits) and verify_block_sampled: B * (2 T + 2) words, zero before the call and
-// zero after it. CTAs of a request meet here; the last one to arrive does the accept step. verify_block_lazy.cu gives
-// the words meanings of its own.
+// Device scratch of verify_block from logits: B * (2 T + 2) words, zero before the call and zero after it. CTAs of a
+// request meet here; the last one to arrive does the accept step. verify_block_lazy.cu gives the words meanings of its
+// own.
 struct Workspace {
   uint64_t* words = nullptr;
   int64_t batch = 0;
@@ -47,6 +49,63 @@ struct Workspace {
   // Two words for each row.
   DFLASH_HOST_DEVICE unsigned long long* row(int64_t b, int j) const {
     return word(2 * batch + 2 * (b * block_size + j));
+  }
+
+ private:
+  DFLASH_HOST_DEVICE unsigned long long* word(int64_t i) const {
+    return reinterpret_cast<unsigned long long*>(words) + i;
+  }
+};
+
+// Device scratch of verify_block_sampled. `words`, at the front of the tensor, are zero before the call and zero after
+// it; `scratch`, at its end, has any content. So a tensor may serve smaller batches, blocks and vocabularies too, and
+// verify_block: what one call leaves in its scratch is never in the front part of another.
+struct SampledWorkspace {
+  static constexpr int kKeyElements = 256;  // logits whose largest is one key of a row
+  static constexpr int kMaxKept = 256;      // tokens of a row that the top-k path can hold
+  static constexpr int kRowHeader = 4;      // words: RowStats, how many tokens the list has, and one for alignment
+
+  uint64_t* words = nullptr;
+  uint64_t* scratch = nullptr;  // 16-byte aligned
+  int64_t batch = 0;
+  int block_size = 0;
+  int64_t row_words = 0;
+
+  // 32-bit keys of a row: of whole runs of kKeyElements, in 16s, and four for what is left at its ends.
+  static int64_t keys(int64_t vocab_size) {
+    return (vocab_size + 16 * kKeyElements - 1) / (16 * kKeyElements) * 16 + 4;
+  }
+  // Words of scratch for a row: the header, then its keys, replaced by the list of its tokens.
+  static int64_t words_of_row(int64_t vocab_size) {
+    const int64_t words = keys(vocab_size) / 2;
+    return kRowHeader + (words > kMaxKept ? words : kMaxKept);
+  }
+  static int64_t front_size(int64_t batch, int64_t block_size) { return batch * (2 * block_size + 2) + 2; }
+  static int64_t scratch_size(int64_t batch, int64_t block_size, int64_t vocab_size) {
+    return batch * (block_size * words_of_row(vocab_size) + 1) + 1;
+  }
+
+  // ---- zero between calls: 2 + B (T + 3) words ----
+  // Requests that the top-k path leaves to the cluster path, and clusters that have ended.
+  DFLASH_HOST_DEVICE unsigned long long* left_count() const { return word(0); }
+  DFLASH_HOST_DEVICE unsigned long long* exits() const { return word(1); }
+  // Top-k path: bit j: row j is done; bit 32 + j: it ends the accepted prefix.
+  DFLASH_HOST_DEVICE unsigned long long* progress(int64_t b) const { return word(2 + b); }
+  // Top-k path: tiles of the row that were read.
+  DFLASH_HOST_DEVICE unsigned long long* tiles_read(int64_t b, int j) const {
+    return word(2 + batch + b * block_size + j);
+  }
+  // Cluster path: rows that have arrived; T - j for the smallest j known to end the accepted prefix, 0: none known.
+  DFLASH_HOST_DEVICE unsigned long long* arrivals(int64_t b) const { return word(2 + batch * (block_size + 1) + b); }
+  DFLASH_HOST_DEVICE unsigned long long* stop(int64_t b) const { return word(2 + batch * (block_size + 2) + b); }
+
+  // ---- any content ----
+  DFLASH_HOST_DEVICE unsigned long long* row(int64_t b, int j) const {
+    return reinterpret_cast<unsigned long long*>(scratch) + (b * block_size + j) * row_words;
+  }
+  // Request i of those left to the cluster path.
+  DFLASH_HOST_DEVICE unsigned long long* left(int64_t i) const {
+    return reinterpret_cast<unsigned long long*>(scratch) + batch * block_size * row_words + i;
   }
 
  private:
@@ -92,7 +151,7 @@ struct SampledParams {
   const int32_t* token_bitmask = nullptr;  // [B, T, ceil(V / 32)] contiguous; bit 1: allowed
   const float* logit_bias = nullptr;       // [B, V] contiguous
   bool block_rule = false;
-  Workspace workspace;  // CUDA
+  SampledWorkspace workspace;  // CUDA
   Outputs out;
 };
 

@@ -1,42 +1,41 @@
-// Sampled verification without sorting and without a probability tensor.
+// Sampled verification: the launches, and the path of requests whose rows keep many tokens. Without sorting and without
+// a probability tensor.
 //
 //   p_j(v) = softmax((logits[b, j, v] + bias[b, v]) / temperature), masked, top-k, then top-p, then min-p
 //   token rule: x_{j+1} accepted iff u_j q_j(x_{j+1}) < p_j(x_{j+1}); block rule: common/accept.h
 //   bonus at accept_len: a draw from max(scale p - q, 0), after all T - 1 drafts from p
 //
-// Floors. Bytes: B*T*V logits once, plus one row a request for the bonus (from L2): 4.9 MB for 16 rows of V = 151936 in
-// bfloat16, 1.6 us at a measured 3.1 TB/s, 50 us for 32 blocks, half of that when rows past the first rejection are
-// skipped. FLOPs: one exponential for each logit and pass, at most six passes over shared memory: 4096 MUFU lanes a
-// cycle on 132 SMs at half of that rate make it 4 us a pass for 32 blocks. What really sets the time of one block is
-// the chain of cluster barriers, about twelve of them for a row with top-k and top-p, each with a pass of some 40
-// elements a thread.
+// Two launches. verify_sampled_topk.cu does what keeps few tokens of a row (greedy, top-k up to 64) and leaves a list
+// of the other requests in the workspace; the clusters of this file do these. Theirs is a programmatic dependent
+// launch: they are in place when the first kernel ends, set the front of the workspace to zero, and leave at once if
+// the list is empty, which is the usual case.
+//
+// Floors. Bytes: as in the other file, and one row a request for the bonus (from L2). FLOPs: one exponential for each
+// logit and pass, at most six passes over shared memory: 4096 MUFU lanes a cycle on 132 SMs at half of that rate make
+// it 4 us a pass for 32 blocks. What really sets the time of one block is the chain of cluster barriers, about twelve
+// of them for a row with top-k and top-p, each with a pass of some 40 elements a thread.
 //
 // Partition. A cluster of 8 CTAs takes one row (b, j); each CTA keeps V / 8 tokens of it in shared memory from one read
 // of the logits, so that all further passes touch no global memory, and the CTAs exchange sums through distributed
-// shared memory. All rows of a block run at once: acceptance of a row needs only that row's p (token rule) or comes
-// from the rows' scalars (block rule). Clusters are numbered with the block position outermost, and a row whose request
-// is known to stop earlier is not read. The last cluster of a request to finish does the accept step and draws the
-// bonus.
+// shared memory. As many clusters as fit walk over the rows, the block position outermost; a row whose request is known
+// to stop earlier is not read. Acceptance of a row needs only that row's p (token rule) or comes from the rows' scalars
+// (block rule). The cluster that finishes the last row of a request does the accept step and draws the bonus. Waiting
+// is only ever for CTAs of the same cluster.
 //
-// Numbers. A token's distance to the row's largest logit is taken in float32, as by any float32 softmax, and scaled by
-// a power of two to a 32-bit integer, its *depth*. The weight 2^(-octaves) of a depth is a 44-bit fixed-point integer;
-// beyond 44 octaves it is zero (less than 1e-13 of the largest token's probability). Sums of integers do not depend on
-// their order: the result is the same for every launch. Thresholds (top-k, top-p) are found over depths by four rounds
-// of 256-bin histograms, 8 bits a round; bins are linear in the logit, so that a round spreads over many bins.
-// Distances closer than 2^-26 of the temperature fall on one depth, and are ties.
+// Numbers: smxx/verify/sampled.cuh. Thresholds (top-k, top-p) are found over depths by four rounds of 256-bin
+// histograms, 8 bits a round; bins are linear in the logit, so that a round spreads over many bins.
 //
 // Memory of a CTA: cells[V / 8] uint32 (76 KB for V = 151936: two CTAs an SM; 124 KB for V = 248320: one),
-// two histograms of 256 x 64 bits, one slot for each value exchanged with the cluster.
+// two histograms of 256 x 64 bits, one slot for each value exchanged with the cluster. What a cluster writes for its
+// next row was last read, by any of its CTAs, before one of the cluster barriers between.
 #include <cooperative_groups.h>
 
-#include "common/accept.h"
+#include <algorithm>
+
 #include "common/cuda_check.h"
-#include "common/order_key.h"
-#include "common/philox.h"
-#include "common/ptx.cuh"
-#include "smxx/verify/finish.cuh"
+#include "common/dependent_launch.cuh"
 #include "smxx/verify/launch.h"
-#include "smxx/verify/row_reader.cuh"
+#include "smxx/verify/sampled.cuh"
 
 namespace dflash::verify {
 namespace {
@@ -44,13 +43,11 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kCluster = 8;    // the largest portable cluster
-constexpr int kThreads = 288;  // two CTAs an SM with 112 registers a thread; 320 would spill on sm_100
+constexpr int kThreads = 256;  // two CTAs an SM with 128 registers a thread; 288 have 96, and spill on sm_100
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 256;
-constexpr int kMaxCells = 56320;        // 220 KiB of the 227 KiB an SM can give to one CTA
-constexpr int kMassBits = 44;           // fixed-point weight of the largest token: 2^44
-constexpr int kOctaveBits = 25;         // fraction bits of a depth converted to octaves
-constexpr uint32_t kOut = 0xffffffffu;  // depth of a token with no weight
+constexpr int kMaxCells = kMaxSampledVocab / kCluster;  // 220 KiB of the 227 KiB an SM can give to one CTA
+constexpr int kMaxCellsOfTwo = 26624;                   // 104 KiB: two CTAs an SM
 static_assert(int64_t{kMaxCells} * kCluster <= (int64_t{1} << (63 - kMassBits)),
               "the mass of a row must fit in 63 bits");
 
@@ -65,7 +62,7 @@ struct Scratch {
 struct Shared {
   uint32_t histogram[2][2][kBins];  // [round parity][low, high half][bin]
   Scratch scratch;
-  // Exchanged with the cluster; each is written once in the life of a cluster.
+  // Exchanged with the cluster; each is written once for a row.
   uint64_t max_key;
   uint64_t mass;
   uint64_t residual[2];  // without the draft, and again with it if nothing was left
@@ -81,143 +78,7 @@ struct Shared {
 
 static_assert((kMaxCells + 4) * sizeof(uint32_t) + sizeof(Shared) <= 232448, "a CTA's shared memory");
 
-// How distances become depths and depths weights, for one temperature.
-struct Depths {
-  float scale;       // 2^32 / R, R the power of two above 44 octaves
-  uint32_t octaves;  // R in octaves, times 2^25
-
-  __device__ explicit Depths(float temperature) {
-    const double octave = 0.6931471805599453 * static_cast<double>(fminf(fmaxf(temperature, 1e-20f), 1e20f));
-    const int exponent = (__double2hiint(kMassBits * octave) >> 20) - 1022;  // 44 octaves < 2^exponent <= 88 octaves
-    scale = __int_as_float((32 - exponent + 127) << 23);
-    octaves = static_cast<uint32_t>(__hiloint2double((exponent + kOctaveBits + 1023) << 20, 0) / octave);
-  }
-
-  // Saturates: -inf, or anything far away, is kOut.
-  __device__ uint32_t depth(float max, float value) const { return __float2uint_rz((max - value) * scale); }
-
-  __device__ uint64_t weight(uint32_t depth) const {
-    const uint32_t scaled = __umulhi(depth, octaves);
-    const uint32_t whole = scaled >> kOctaveBits;
-    if (depth == kOut || whole >= kMassBits) return 0;
-    const float fraction = static_cast<float>(scaled & ((1u << kOctaveBits) - 1)) * (1.0f / (1u << kOctaveBits));
-    const uint32_t mantissa = __float2uint_rz(exp2f(-fraction) * 2147483648.0f);  // 2^30 < mantissa <= 2^31
-    return (static_cast<uint64_t>(mantissa) << (kMassBits - 31)) >> whole;
-  }
-
-  // The largest depth <= limit whose weight is at least `ratio` of the largest token's; 0 if none is.
-  __device__ uint32_t depth_of_ratio(float ratio, uint32_t limit) const {
-    const auto least = static_cast<uint64_t>(ceil(static_cast<double>(ratio) * (1ll << kMassBits)));
-    uint32_t low = 0;  // known to be kept: a weight of 2^44
-    while (low < limit) {
-      const uint32_t middle = limit - (limit - low) / 2;  // low < middle <= limit
-      if (weight(middle) >= least) {
-        low = middle;
-      } else {
-        limit = middle - 1;
-      }
-    }
-    return low;
-  }
-};
-
-// A row's distribution in two words of the workspace. total == 0: all mass on the token `cut`.
-struct RowStats {
-  float max;
-  uint32_t cut;    // depths above it are filtered out
-  uint64_t total;  // below 2^63
-  bool stops;  // no later row matters: the row is the last, or rejects, or (block rule) has p = 0 for its draft token
-
-  static __device__ RowStats load(const unsigned long long* words) {
-    const uint64_t first = __ldcg(words), second = __ldcg(words + 1);
-    return RowStats{__uint_as_float(static_cast<uint32_t>(first >> 32)), static_cast<uint32_t>(first),
-                    second & ~(1ull << 63), (second >> 63) != 0};
-  }
-  __device__ void store(unsigned long long* words) const {
-    words[0] = (static_cast<unsigned long long>(__float_as_uint(max)) << 32) | cut;
-    words[1] = total | (static_cast<unsigned long long>(stops) << 63);
-  }
-  __device__ bool point() const { return total == 0; }
-};
-
-__device__ float masked_logit(const SampledParams& p, int64_t b, int j, int64_t id, float value) {
-  if (p.logit_bias != nullptr) value += p.logit_bias[b * p.vocab_size + id];
-  if (p.token_bitmask != nullptr) {
-    const int64_t words = (p.vocab_size + 31) / 32;
-    const auto word = static_cast<uint32_t>(p.token_bitmask[(b * p.block_size + j) * words + (id >> 5)]);
-    if (((word >> (id & 31)) & 1u) == 0) value = __int_as_float(0xff800000);
-  }
-  return value;
-}
-
-// The unnormalised weight of one token of row (b, j).
-template <LogitType kType>
-__device__ uint64_t token_weight(const SampledParams& p, int64_t b, int j, int64_t id, const RowStats& row,
-                                 const Depths& depths) {
-  if (id < 0 || id >= p.vocab_size) return 0;
-  const float value = masked_logit(p, b, j, id, Element<kType>::value(logits_row<kType>(p.logits, b, j)[id]));
-  const uint32_t depth = depths.depth(row.max, value);
-  return depth <= row.cut ? depths.weight(depth) : 0;
-}
-
-template <LogitType kType>
-__device__ double token_probability(const SampledParams& p, int64_t b, int j, int64_t id, const RowStats& row,
-                                    const Depths& depths) {
-  if (row.point()) return id == row.cut ? 1.0 : 0.0;
-  return static_cast<double>(token_weight<kType>(p, b, j, id, row, depths)) / static_cast<double>(row.total);
-}
-
-// q of the draft token that follows row j.
-__device__ double draft_probability(const SampledParams& p, int64_t b, int j) {
-  if (p.draft_probs == nullptr) return 1.0;
-  const int64_t id = p.candidates.at(b, j + 1);
-  const int64_t row = b * (p.block_size - 1) + j;
-  double q = 0.0;
-#pragma unroll 1
-  for (int k = 0; k < p.draft_width; ++k) {
-    if (p.draft_ids.at(row, k) == id) q += p.draft_probs[row * p.draft_width + k];
-  }
-  return q;
-}
-
-struct Uniforms {
-  double accept, sample;
-};
-
-__device__ Uniforms uniforms(const SampledParams& p, int64_t b, int j) {
-  const PhiloxWords words = philox4x32_10(static_cast<uint64_t>(p.seeds[b]), static_cast<uint64_t>(p.offsets[b]),
-                                          static_cast<uint32_t>(j), kPhiloxStreamVerify);
-  return Uniforms{uniform_from_bits(words.w[0]), uniform_from_bits(words.w[1])};
-}
-
-// RowStats::stops of row j.
-template <LogitType kType>
-__device__ bool row_stops(const SampledParams& p, int64_t b, int j, const RowStats& row, const Depths& depths) {
-  if (j == p.block_size - 1) return true;
-  const int64_t id = p.candidates.at(b, j + 1);
-  if (!(p.temperature[b] > 0.0f)) return id != row.cut;
-  const double probability = token_probability<kType>(p, b, j, id, row, depths);
-  if (p.block_rule) return probability == 0.0;
-  return !accept_token(uniforms(p, b, j).accept, probability, draft_probability(p, b, j));
-}
-
 // ---- block-wide and cluster-wide helpers -----------------------------------------------------------------------
-
-__device__ uint64_t warp_sum(uint64_t value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullWarp, value, offset);
-  return value;
-}
-
-__device__ uint64_t warp_inclusive_scan(uint64_t value) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const uint64_t below = __shfl_up_sync(kFullWarp, value, offset);
-    if (lane >= offset) value += below;
-  }
-  return value;
-}
 
 // Sum over the CTA, in all threads. Ends with scratch free for the next call.
 __device__ uint64_t block_sum(Scratch& scratch, uint64_t value) {
@@ -313,7 +174,7 @@ __device__ uint32_t* aligned_cells(const SampledParams& p, int64_t b, int j, con
 
 // The smallest depth d such that the tokens with depth <= d number at least `top_k` (kMass: have at least `top_p` of
 // the mass of all) among those with depth <= limit. Four rounds, each with one cluster barrier. `round` numbers them
-// over the life of the cluster: histograms alternate, and the one that a round clears was last read before the barrier
+// over the life of a row: histograms alternate, and the one that a round clears was last read before the barrier
 // of the round before, by every CTA.
 template <bool kMass>
 __device__ uint32_t find_cut(cg::cluster_group& cluster, Shared& shared, const uint32_t* cells, int count,
@@ -399,80 +260,8 @@ __device__ RowStats row_stats(cg::cluster_group& cluster, Shared& shared, const 
 
 // ---- the accept step -------------------------------------------------------------------------------------------
 
-struct Accept {
-  int accept_len;
-  double scale;  // of p in the residual
-};
-
-// sum_v min(weight p_j(v), q_j(v)) over the draft row's pairs; one warp, the same result in all lanes.
-template <LogitType kType>
-__device__ double pair_overlap(const SampledParams& p, int64_t b, int j, int lane, double weight,
-                               const Depths& depths) {
-  const RowStats row = RowStats::load(p.workspace.row(b, j));
-  const int64_t draft_row = b * (p.block_size - 1) + j;
-  double overlap = 0.0;
-#pragma unroll 1
-  for (int k = lane; k < p.draft_width; k += 32) {
-    const double q = p.draft_probs[draft_row * p.draft_width + k];
-    if (q <= 0.0) continue;
-    overlap += fmin(weight * token_probability<kType>(p, b, j, p.draft_ids.at(draft_row, k), row, depths), q);
-  }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) overlap += __shfl_xor_sync(kFullWarp, overlap, offset);
-  return overlap;
-}
-
-// Block rule (common/accept.h), one warp, the same result in all lanes. Lane j holds row j's scalars; those of rows
-// after the first impossible draft token are never used.
-template <LogitType kType>
-__device__ Accept accept_block(const SampledParams& p, int64_t b, int lane, const Depths& depths) {
-  const int drafts = p.block_size - 1;
-  double guess_p = 0.0, guess_q = 1.0, uniform = 0.0;
-  if (lane < drafts) {
-    const RowStats row = RowStats::load(p.workspace.row(b, lane));
-    guess_p = token_probability<kType>(p, b, lane, p.candidates.at(b, lane + 1), row, depths);
-    guess_q = draft_probability(p, b, lane);
-    uniform = uniforms(p, b, lane).accept;
-  }
-  Accept accept{0, 1.0};
-  double weight = 1.0;
-#pragma unroll 1
-  for (int j = 0; j < drafts && weight > 0.0; ++j) {
-    const double row_p = __shfl_sync(kFullWarp, guess_p, j), row_q = __shfl_sync(kFullWarp, guess_q, j);
-    if (j > 0) {
-      const double overlap =
-          p.draft_probs == nullptr ? fmin(weight * row_p, 1.0) : pair_overlap<kType>(p, b, j, lane, weight, depths);
-      const double chance = block_accept_probability(fmax(weight - overlap, 0.0), weight);
-      if (__shfl_sync(kFullWarp, uniform, j - 1) < chance) accept = Accept{j, weight};
-    }
-    weight = block_weight(weight, row_p, row_q);
-  }
-  if (drafts > 0 && __shfl_sync(kFullWarp, uniform, drafts - 1) < weight) accept.accept_len = drafts;
-  return accept;
-}
-
-// One warp; the same result in all lanes.
-template <LogitType kType>
-__device__ Accept accept_request(const SampledParams& p, int64_t b, int lane, const Depths& depths) {
-  if (p.block_rule && p.temperature[b] > 0.0f) return accept_block<kType>(p, b, lane, depths);
-  const bool stops = lane < p.block_size && RowStats::load(p.workspace.row(b, lane)).stops;
-  return Accept{__ffs(__ballot_sync(kFullWarp, stops)) - 1, 1.0};
-}
-
-// The residual weight of the draft row's pair k: w - min(w, q total / scale), in the units of w.
-template <LogitType kType>
-__device__ uint64_t pair_residual(const SampledParams& p, int64_t b, int j, int k, const RowStats& row, double scale,
-                                  const Depths& depths) {
-  const int64_t draft_row = b * (p.block_size - 1) + j;
-  const double q = p.draft_probs[draft_row * p.draft_width + k];
-  if (!(q > 0.0)) return 0;
-  const uint64_t weight = token_weight<kType>(p, b, j, p.draft_ids.at(draft_row, k), row, depths);
-  const double taken = q * static_cast<double>(row.total) / scale;
-  return taken >= static_cast<double>(weight) ? 0 : weight - static_cast<uint64_t>(taken);
-}
-
 // Draws the bonus from row j and writes the outputs. All CTAs of the cluster take part; the one that holds the token
-// writes. Ends past the last cluster barrier but one.
+// writes. Other CTAs may still read this one's shared memory when it ends.
 template <LogitType kType>
 __device__ void draw_bonus(cg::cluster_group& cluster, Shared& shared, const SampledParams& p, int64_t b,
                            const Share& share, uint32_t* storage, const Accept& accept, const Depths& depths) {
@@ -567,30 +356,19 @@ __device__ void draw_bonus(cg::cluster_group& cluster, Shared& shared, const Sam
   }
 }
 
+// Row (b, j), by all CTAs of a cluster; and the end of the request, if it was the last of its rows.
 template <LogitType kType>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 2)
-    verify_sampled_kernel(SampledParams p, int cells_per_cta, bool check_stop) {
-  extern __shared__ uint4 dynamic_shared[];
-  __shared__ Shared shared;
-  auto* storage = reinterpret_cast<uint32_t*>(dynamic_shared);
-  cg::cluster_group cluster = cg::this_cluster();
+__device__ __forceinline__ void verify_row(cg::cluster_group& cluster, Shared& shared, const SampledParams& p,
+                                           int64_t b, int j, const Share& share, uint32_t* storage) {
   const auto rank = static_cast<int>(cluster.block_rank());
-  const int64_t unit = blockIdx.x / kCluster;
-  const int64_t b = unit % p.batch;
-  const auto j = static_cast<int>(unit / p.batch);
   const int thread = threadIdx.x;
-  Share share;
-  share.begin = min(rank * cells_per_cta, p.vocab_size);
-  share.count = min(cells_per_cta, p.vocab_size - share.begin);
   const Depths depths(p.temperature[b]);
 
   // CTAs may see the flag in different states; the row is skipped if any of them saw it.
-  if (thread == 0) {
-    shared.skip = check_stop && __ldcg(p.workspace.stop(b)) > static_cast<unsigned long long>(p.block_size - j);
-  }
+  if (thread == 0) shared.skip = __ldcg(p.workspace.stop(b)) > static_cast<unsigned long long>(p.block_size - j);
   uint32_t* cells = aligned_cells<kType>(p, b, j, share, storage);
-  if (check_stop) __syncthreads();
-  uint64_t best = !check_stop || shared.skip == 0 ? load_masked_share<kType>(p, b, j, share, cells) : 0;
+  __syncthreads();
+  uint64_t best = shared.skip == 0 ? load_masked_share<kType>(p, b, j, share, cells) : 0;
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     const uint64_t other = __shfl_xor_sync(kFullWarp, best, offset);
@@ -626,7 +404,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 2)
   cluster.sync();
   if (shared.last == 0) return;
 
-  // Every CTA of the request's last cluster comes to the same result from the rows' words.
+  // Every CTA of the request's last cluster comes to the same result from the rows' words. Words of rows past the first
+  // that stops may be anything: they are not used.
   if (thread < 32) {
     const Accept accept = accept_request<kType>(p, b, thread, depths);
     if (thread == 0) {
@@ -636,26 +415,53 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
   draw_bonus<kType>(cluster, shared, p, b, share, storage, Accept{shared.accept_len, shared.scale}, depths);
-  cluster.sync();  // nobody reads the words, or another CTA's shared memory, any more
-  if (rank == 0 && thread < 32) clear_workspace(p.workspace, b, thread);
+  // Nobody reads these words any more.
+  if (rank == 0 && thread == 0) *p.workspace.arrivals(b) = *p.workspace.stop(b) = 0;
+}
+
+// Grid (clusters, 1, kCluster).
+template <LogitType kType>
+__global__ void __launch_bounds__(kThreads, 2) verify_sampled_kernel(SampledParams p, int cells_per_cta) {
+  extern __shared__ uint4 dynamic_shared[];
+  __shared__ Shared shared;
+  cg::cluster_group cluster = cg::this_cluster();
+  const auto rank = static_cast<int>(cluster.block_rank());
+  grid_dependency_wait();
+  const auto left = static_cast<uint32_t>(__ldcg(p.workspace.left_count()));
+  const int64_t topk_words = p.batch * (p.block_size + 1);  // progress and tiles_read
+  for (int64_t i = (blockIdx.x * kCluster + rank) * kThreads + threadIdx.x; i < topk_words;
+       i += int64_t{gridDim.x} * kCluster * kThreads) {
+    p.workspace.progress(0)[i] = 0;
+  }
+  if (left == 0) return;
+
+  Share share;
+  share.begin = min(rank * cells_per_cta, p.vocab_size);
+  share.count = min(cells_per_cta, p.vocab_size - share.begin);
+  for (uint32_t unit = blockIdx.x; unit < left * p.block_size; unit += gridDim.x) {
+    const auto j = static_cast<int>(unit / left);
+    const auto b = static_cast<int64_t>(__ldcg(p.workspace.left(unit - j * left)));
+    verify_row<kType>(cluster, shared, p, b, j, share, reinterpret_cast<uint32_t*>(dynamic_shared));
+  }
+  cluster.sync();  // all CTAs have read left_count, and none another's shared memory any more
+  if (rank == 0 && threadIdx.x == 0 && atomicAdd(p.workspace.exits(), 1ull) + 1 == gridDim.x) {
+    *p.workspace.left_count() = *p.workspace.exits() = 0;
+  }
 }
 
 template <LogitType kType>
-void launch(const SampledParams& p, cudaStream_t stream) {
+void launch(const SampledParams& p, int sms, cudaStream_t stream) {
   const char* op = "verify_block_sampled";
   const int cells = cells_of(p.vocab_size);
   const size_t bytes = (cells + 4) * sizeof(uint32_t);
   cuda_check(cudaFuncSetAttribute(verify_sampled_kernel<kType>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(bytes)),
              op);
-  int device = 0, sms = 0;
-  cuda_check(cudaGetDevice(&device), op);
-  cuda_check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), op);
-  const int64_t clusters = p.batch * p.block_size;
-  // Looking costs a round trip to L2, and pays once not all clusters start at the same time (two CTAs an SM).
-  const bool check_stop = clusters * kCluster > 2 * sms;
-  verify_sampled_kernel<kType>
-      <<<static_cast<unsigned>(clusters * kCluster), kThreads, bytes, stream>>>(p, cells, check_stop);
+  const int64_t fit = sms * (cells <= kMaxCellsOfTwo ? 2 : 1) / kCluster;
+  const auto clusters =
+      static_cast<unsigned>(std::clamp<int64_t>(p.batch * p.block_size, 1, std::max<int64_t>(fit, 1)));
+  launch_cluster_kernel(verify_sampled_kernel<kType>, dim3(clusters, 1, kCluster), kThreads, static_cast<int>(bytes),
+                        kCluster, stream, true, op, p, cells);
   cuda_check_launch(op);
 }
 
@@ -671,10 +477,13 @@ __global__ void __launch_bounds__(kCheckThreads) check_sampled_kernel(SampledPar
 
 }  // namespace
 
-int max_sampled_vocab() { return kMaxCells * kCluster; }
-
 void launch_verify_block_sampled(const SampledParams& p, cudaStream_t stream) {
-  dispatch_logit_type(p.logits.type, [&](auto type) { launch<decltype(type)::value>(p, stream); });
+  const char* op = "verify_block_sampled";
+  int device = 0, sms = 0;
+  cuda_check(cudaGetDevice(&device), op);
+  cuda_check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), op);
+  launch_verify_topk(p, sms, stream);
+  dispatch_logit_type(p.logits.type, [&](auto type) { launch<decltype(type)::value>(p, sms, stream); });
 }
 
 SampledFault check_sampled_cuda(const SampledParams& p, cudaStream_t stream) {

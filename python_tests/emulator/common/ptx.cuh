@@ -71,6 +71,13 @@ inline uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
   return half(0) | half(1) << 16;
 }
 
+inline unsigned long long atomic_add_acq_rel(unsigned long long* place, unsigned long long value) {
+  return atomicAdd(place, value);
+}
+inline unsigned long long atomic_or_acq_rel(unsigned long long* place, unsigned long long value) {
+  return emulated_atomic(place, [=](unsigned long long old) { return old | value; });
+}
+
 inline void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 template <typename T>

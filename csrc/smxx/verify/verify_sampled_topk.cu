@@ -1,0 +1,720 @@
+// Sampled verification of requests that keep few tokens of a row: greedy ones, and those with 1 <= top-k <= 64.
+//
+//   p_j(v) = softmax((logits[b, j, v] + bias[b, v]) / temperature), masked, top-k, then top-p, then min-p
+//   token rule: x_{j+1} accepted iff u_j q_j(x_{j+1}) < p_j(x_{j+1}); block rule: common/accept.h
+//   bonus at accept_len: a draw from max(scale p - q, 0), after all T - 1 drafts from p
+//
+// Floors. Bytes: the rows up to the first that ends the accepted prefix, once: 4.9 MB for 16 rows of V = 151936 in
+// bfloat16, 1.6 us at a measured 3.1 TB/s; 50 us for all rows of 32 blocks, 20 us for the needed ones where 6.5 tokens
+// are committed. Arithmetic: a quarter of an instruction for each element. What sets the time of one block is the chain
+// behind the bytes: launch, first bytes, two trips through an atomic, the keys, the groups, the draw.
+//
+// The bound. The k-th largest of the maxima of *groups* of 256 neighbouring logits is no larger than the k-th largest
+// logit. So one 32-bit key a group (594 a row) tells which groups, 20-odd, can hold one of the k tokens, and only these
+// are read again, from L2. Nothing is sorted, and a row's distribution is a list of k tokens and a few more.
+//
+// Partition. A warp is the unit of everything; no barrier joins warps. The warps of two CTAs an SM walk over tiles of
+// 16 groups (8 KB of a 16-bit row, 128 KB in flight an SM; half of that with a bias or a mask, or where there are fewer
+// tiles than warps), the block position outermost. A warp leaves the keys of its tile in the workspace and counts it;
+// the one that counts the last tile of a row *completes* the row, the others read on. Completing: keys -> largest ->
+// bound -> groups -> vectors that reach the bound -> tokens in the order of ids -> top-k, top-p, min-p, total -> does
+// the row end the accepted prefix? -> list and RowStats to the workspace, one bit or two to the request's progress
+// word. The warp whose bit makes the rows up to the first ending one complete draws the bonus and writes the outputs.
+//
+// Lazy. While a tile is on its way, the 32 lanes look at the progress words of the warp's next 32 tiles; tiles past a
+// row that ends the prefix are skipped, all at once. A skipped row is never completed, which nobody waits for.
+//
+// Order of memory. Both counters are atomics with acquire and release, by lane 0, between __syncwarp(): what any lane
+// of any warp wrote before its count is seen by the warp that comes last.
+//
+// What is left to the cluster path (verify_block_sampled.cu, the next launch): requests without top-k or with more than
+// 64, found by their parameters; and requests one of whose rows, up to the first that ends the prefix, has more than
+// 256 tokens (or groups) at its bound: flat rows, and ties. Such a row counts as one that ends the prefix until then.
+// The next launch also sets the front of the workspace to zero again.
+//
+// Shared memory: 256 tokens of 16 bytes, 256 vectors and 256 groups for each of 8 warps: 44 KB a CTA.
+#include <algorithm>
+
+#include "common/cuda_check.h"
+#include "smxx/verify/launch.h"
+#include "smxx/verify/sampled.cuh"
+
+namespace dflash::verify {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kCtasPerSm = 2;
+// 16-byte loads of a lane that are in flight together. Bias and mask are loads too, and need the registers.
+template <bool kEdit>
+constexpr int kLoads = kEdit ? 8 : 16;
+constexpr int kMaxTopK = 64;
+constexpr int kKept = SampledWorkspace::kMaxKept;
+constexpr int kQuads = 14;                      // 128 keys a warp holds in registers with each
+constexpr int kBoundBits = 12;                  // of a depth, by which the bound is found: 1/4096 of 44 octaves or more
+constexpr unsigned long long kTooMany = ~0ull;  // tokens of a row's list
+static_assert(kMaxTopK <= kKept, "the tokens of a row without ties must fit");
+static_assert(kMaxSampledVocab / SampledWorkspace::kKeyElements + 20 <= kQuads * 128, "a warp holds the keys of a row");
+
+// Groups of 256 elements: kVectors loads of a warp.
+template <LogitType kType>
+constexpr int kVectors = SampledWorkspace::kKeyElements / 32 / Element<kType>::kPerVector;
+
+// How rows are cut: tiles of `loads` loads of a warp.
+struct Tiling {
+  uint32_t units;  // tiles of all rows
+  uint32_t tiles;  // of a row
+  int loads;
+};
+
+struct Token {
+  uint32_t depth, id;
+  uint64_t weight;
+};
+
+struct WarpMemory {
+  Token tokens[kKept];
+  uint32_t vectors[kKept];
+  uint16_t groups[kKept];
+};
+
+struct Place {
+  int64_t b;
+  int j;
+  int tile;
+
+  __device__ Place(uint32_t unit, const Tiling& tiling, uint32_t batch) {
+    const uint32_t row = unit / tiling.tiles;
+    tile = static_cast<int>(unit - row * tiling.tiles);
+    j = static_cast<int>(row / batch);
+    b = row - j * batch;
+  }
+};
+
+// A row in vectors of 16 bytes, with the elements before and behind them: its edges.
+template <LogitType kType>
+struct Row {
+  static constexpr int kPerVector = Element<kType>::kPerVector;
+  const typename Element<kType>::Bits* data;
+  int head, vectors, vocab_size;
+
+  __device__ Row(const SampledParams& p, int64_t b, int j)
+      : data(logits_row<kType>(p.logits, b, j)),
+        head(unaligned_head(data, p.vocab_size)),
+        vectors((p.vocab_size - head) / kPerVector),
+        vocab_size(p.vocab_size) {}
+
+  __device__ uint4 vector(int i) const { return __ldg(reinterpret_cast<const uint4*>(data + head) + i); }
+  __device__ int vector_id(int i) const { return head + i * kPerVector; }
+  // The edge element of a lane, -1: none. Those before the vectors have the lower half of the lanes.
+  __device__ int edge_id(int lane) const {
+    if (lane < 16) return lane < head ? lane : -1;
+    const int id = vector_id(vectors) + lane - 16;
+    return id < vocab_size ? id : -1;
+  }
+};
+
+__device__ __forceinline__ bool is_greedy(const SampledParams& p, int64_t b) { return !(p.temperature[b] > 0.0f); }
+
+__device__ __forceinline__ bool takes_topk_path(const SampledParams& p, int64_t b) {
+  const int64_t k = p.top_k.at(b);
+  return is_greedy(p, b) || (k >= 1 && k <= kMaxTopK && k < p.vocab_size);
+}
+
+// Bias and mask on the elements of one vector.
+template <int kCount>
+__device__ __forceinline__ void edit(const SampledParams& p, int64_t b, int j, int id, float (&x)[kCount]) {
+  if (p.logit_bias != nullptr) {
+    const float* bias = p.logit_bias + b * p.vocab_size + id;
+    if ((reinterpret_cast<uintptr_t>(bias) & 15) == 0) {
+#pragma unroll
+      for (int e = 0; e < kCount; e += 4) {
+        const float4 add = __ldg(reinterpret_cast<const float4*>(bias + e));
+        x[e] += add.x, x[e + 1] += add.y, x[e + 2] += add.z, x[e + 3] += add.w;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) x[e] += __ldg(bias + e);
+    }
+  }
+  if (p.token_bitmask != nullptr) {
+    const int64_t words = (p.vocab_size + 31) / 32;
+    const int32_t* mask = p.token_bitmask + (b * p.block_size + j) * words + (id >> 5);
+    uint64_t bits = static_cast<uint32_t>(__ldg(mask));
+    if ((id & 31) + kCount > 32) bits |= static_cast<uint64_t>(static_cast<uint32_t>(__ldg(mask + 1))) << 32;
+    bits >>= id & 31;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      if (((bits >> e) & 1) == 0) x[e] = __int_as_float(0xff800000);
+    }
+  }
+}
+
+// The elements of a vector, edited, and the largest of them (NaN if there is one).
+template <LogitType kType, bool kEdit>
+__device__ __forceinline__ void vector_values(const SampledParams& p, int64_t b, int j, int id, const uint4& v,
+                                              float (&x)[Element<kType>::kPerVector]) {
+  Element<kType>::unpack(v, x);
+  if constexpr (kEdit) edit(p, b, j, id, x);
+}
+
+template <LogitType kType, bool kEdit>
+__device__ __forceinline__ float vector_max(const SampledParams& p, int64_t b, int j, int id, const uint4& v) {
+  if constexpr (!kEdit) return Element<kType>::max_of(v);
+  float x[Element<kType>::kPerVector];
+  vector_values<kType, kEdit>(p, b, j, id, v, x);
+#pragma unroll
+  for (int e = 1; e < Element<kType>::kPerVector; ++e) x[0] = max_nan(x[0], x[e]);
+  return x[0];
+}
+
+template <LogitType kType, bool kEdit>
+__device__ __forceinline__ float edge_value(const SampledParams& p, int64_t b, int j, const Row<kType>& row, int id) {
+  const float value = Element<kType>::value(row.data[id]);
+  return kEdit ? masked_logit(p, b, j, id, value) : value;
+}
+
+__device__ __forceinline__ uint32_t warp_min(uint32_t value) { return ~__reduce_max_sync(kFullWarp, ~value); }
+
+// How many of the lanes before this one, in all, if this one has `count` (below 2^kBits); the warp's total is added to
+// `total`.
+template <int kBits>
+__device__ __forceinline__ int warp_places(unsigned count, int lane, int& total) {
+  int before = total;
+#pragma unroll
+  for (int bit = 0; bit < kBits; ++bit) {
+    const unsigned lanes = __ballot_sync(kFullWarp, (count >> bit) & 1);
+    before += __popc(lanes & ((1u << lane) - 1)) << bit;
+    total += __popc(lanes) << bit;
+  }
+  return before;
+}
+
+// Of `keys`, those of a row, four of a lane in each; the last key of the row but three is that of its edges.
+struct Keys {
+  uint4 quads[kQuads];
+  int count;  // quads of the row
+
+  __device__ Keys(const uint32_t* keys, int count, int lane) : count(count) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      quads[q] = make_uint4(0, 0, 0, 0);
+      if (q * 32 + lane < count) quads[q] = __ldcg(reinterpret_cast<const uint4*>(keys) + q * 32 + lane);
+    }
+  }
+
+  // Calls body(key) for each, or body(quad, index of the quad).
+  template <typename Body>
+  __device__ __forceinline__ void each(Body body) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      if (q * 32 >= count) break;
+      body(quads[q].x), body(quads[q].y), body(quads[q].z), body(quads[q].w);
+    }
+  }
+  template <typename Body>
+  __device__ __forceinline__ void each_quad(int lane, Body body) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      if (q * 32 >= count) break;
+      body(quads[q], q * 32 + lane);
+    }
+  }
+};
+
+// The first token whose key is `max_key`, the largest of the row.
+template <LogitType kType, bool kEdit>
+__device__ uint32_t first_largest(const SampledParams& p, int64_t b, int j, const Row<kType>& row, Keys& keys,
+                                  uint32_t max_key, bool in_edges, int lane) {
+  uint32_t group = kOut;
+  keys.each_quad(lane, [&](const uint4& quad, int index) {
+    const uint32_t key[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+    for (int c = 3; c >= 0; --c) {
+      if (key[c] == max_key && index != keys.count - 1) group = min(group, static_cast<uint32_t>(4 * index + c));
+    }
+  });
+  group = warp_min(group);
+  uint32_t id = kOut;
+  if (group != kOut) {
+#pragma unroll
+    for (int u = 0; u < kVectors<kType>; ++u) {
+      const int i = static_cast<int>(group) * kVectors<kType> * 32 + u * 32 + lane;
+      if (i >= row.vectors) continue;
+      float x[Row<kType>::kPerVector];
+      vector_values<kType, kEdit>(p, b, j, row.vector_id(i), row.vector(i), x);
+#pragma unroll
+      for (int e = 0; e < Row<kType>::kPerVector; ++e) {
+        if (order_key(x[e]) == max_key) id = min(id, static_cast<uint32_t>(row.vector_id(i) + e));
+      }
+    }
+  }
+  if (in_edges) {
+    const int edge = row.edge_id(lane);
+    if (edge >= 0 && order_key(edge_value<kType, kEdit>(p, b, j, row, edge)) == max_key) {
+      id = min(id, static_cast<uint32_t>(edge));
+    }
+  }
+  return warp_min(id);
+}
+
+// Replaces the keys by depths, and finds one within which there are at least k groups: so at least k tokens too.
+__device__ __forceinline__ uint32_t find_bound(Keys& keys, const Depths& depths, float max, uint32_t k) {
+  keys.each([&](uint32_t& key) {
+    key = key <= kNegInfOrderKey ? kOut : depths.depth(max, order_value(key));  // a key of 0 stands for no element
+  });
+  uint32_t prefix = 0;
+#pragma unroll 1
+  for (uint32_t bit = 1u << 31; bit >= 1u << (32 - kBoundBits); bit >>= 1) {
+    const uint32_t limit = prefix | bit;
+    uint32_t below = 0;
+    keys.each([&](uint32_t depth) { below += depth < limit; });
+    if (__reduce_add_sync(kFullWarp, below) < k) prefix = limit;
+  }
+  return min(prefix | ((1u << (32 - kBoundBits)) - 1), kOut - 1);
+}
+
+// Lists the tokens with depth <= bound in the order of ids. Returns how many there are; more than kKept: too many, and
+// the list is of no use.
+template <LogitType kType, bool kEdit>
+__device__ int collect(const SampledParams& p, int64_t b, int j, const Row<kType>& row, Keys& keys,
+                       const Depths& depths, float max, uint32_t bound, WarpMemory& memory, int lane) {
+  constexpr int kPerVector = Row<kType>::kPerVector;
+  int groups = 0;
+  keys.each_quad(lane, [&](const uint4& quad, int index) {
+    const uint32_t depth[4] = {quad.x, quad.y, quad.z, quad.w};
+    unsigned hits = 0;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) hits |= (depth[c] <= bound && index != keys.count - 1) ? 1u << c : 0u;
+    int place = warp_places<3>(__popc(hits), lane, groups);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if ((hits >> c) & 1) {
+        if (place < kKept) memory.groups[place] = static_cast<uint16_t>(4 * index + c);
+        ++place;
+      }
+    }
+  });
+  if (groups > kKept) return groups;
+  __syncwarp();
+
+  const int edge = row.edge_id(lane);
+  uint32_t edge_depth = kOut;
+  if (edge >= 0) edge_depth = depths.depth(max, edge_value<kType, kEdit>(p, b, j, row, edge));
+
+  int vectors = 0;
+#pragma unroll 1
+  for (int first = 0; first < groups; first += kLoads<kEdit> / kVectors<kType>) {
+    uint4 v[kLoads<kEdit>];
+    int place[kLoads<kEdit>];
+#pragma unroll
+    for (int u = 0; u < kLoads<kEdit>; ++u) {
+      const int at = first + u / kVectors<kType>;
+      place[u] = at < groups ? (memory.groups[at] * kVectors<kType> + u % kVectors<kType>)*32 + lane : row.vectors;
+      v[u] = make_uint4(0, 0, 0, 0);
+      if (place[u] < row.vectors) v[u] = row.vector(place[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kLoads<kEdit>; ++u) {
+      if (first + u / kVectors<kType> >= groups) break;
+      bool hit = false;
+      if (place[u] < row.vectors) {
+        hit = depths.depth(max, vector_max<kType, kEdit>(p, b, j, row.vector_id(place[u]), v[u])) <= bound;
+      }
+      const int at = warp_places<1>(hit, lane, vectors);
+      if (hit && at < kKept) memory.vectors[at] = place[u];
+    }
+  }
+  if (vectors > kKept) return vectors;
+  __syncwarp();
+
+  int count = 0;
+  const auto list_edges = [&](bool mine) {
+    const bool hit = mine && edge_depth <= bound;
+    const int at = warp_places<1>(hit, lane, count);
+    if (hit && at < kKept) memory.tokens[at] = Token{edge_depth, static_cast<uint32_t>(edge), 0};
+  };
+  list_edges(lane < 16);
+#pragma unroll 1
+  for (int first = 0; first < vectors; first += 32) {
+    unsigned hits = 0;
+    uint32_t depth[kPerVector];
+    int id = 0;
+    if (first + lane < vectors) {
+      const int i = static_cast<int>(memory.vectors[first + lane]);
+      id = row.vector_id(i);
+      float x[kPerVector];
+      vector_values<kType, kEdit>(p, b, j, id, row.vector(i), x);
+#pragma unroll
+      for (int e = 0; e < kPerVector; ++e) {
+        depth[e] = depths.depth(max, x[e]);
+        hits |= depth[e] <= bound ? 1u << e : 0u;
+      }
+    }
+    int at = warp_places<4>(__popc(hits), lane, count);
+#pragma unroll
+    for (int e = 0; e < kPerVector; ++e) {
+      if ((hits >> e) & 1) {
+        if (at < kKept) memory.tokens[at] = Token{depth[e], static_cast<uint32_t>(id + e), 0};
+        ++at;
+      }
+    }
+  }
+  list_edges(lane >= 16);
+  __syncwarp();
+  return count;
+}
+
+// The k-th smallest depth of the list, counting equal ones; its largest if there are fewer.
+__device__ __forceinline__ uint32_t kth_depth(const Token* tokens, int count, uint32_t k, uint32_t bound, int lane) {
+  if (static_cast<uint32_t>(count) <= k) return bound;
+  if (count <= 64) {  // every token counts those that are not beyond it
+    uint32_t cut = kOut;
+#pragma unroll 1
+    for (int mine = lane; mine < 64; mine += 32) {
+      const uint32_t depth = mine < count ? tokens[mine].depth : kOut;
+      uint32_t within = 0;
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) within += tokens[i].depth <= depth;
+      if (within >= k) cut = min(cut, depth);
+    }
+    return warp_min(cut);
+  }
+  uint32_t low = 0;
+  while (low < bound) {
+    const uint32_t middle = low + (bound - low) / 2;
+    uint32_t within = 0;
+#pragma unroll 1
+    for (int i = lane; i < count; i += 32) within += tokens[i].depth <= middle;
+    if (__reduce_add_sync(kFullWarp, within) >= k) {
+      bound = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// The smallest depth within which lies at least `need` of the list's mass.
+__device__ __forceinline__ uint32_t depth_of_mass(const Token* tokens, int count, uint64_t need, int lane) {
+  uint32_t cut = kOut;
+#pragma unroll 1
+  for (int mine = lane; mine < count; mine += 32) {
+    const uint32_t depth = tokens[mine].depth;
+    uint64_t mass = 0;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) mass += tokens[i].depth <= depth ? tokens[i].weight : 0;
+    if (mass >= need) cut = min(cut, depth);
+  }
+  return warp_min(cut);
+}
+
+// Drops the tokens beyond `cut`. Returns how many are left and adds up their weights, in all lanes.
+__device__ __forceinline__ int drop_beyond(Token* tokens, int count, uint32_t cut, uint64_t& mass, int lane) {
+  int kept = 0;
+  mass = 0;
+#pragma unroll 1
+  for (int first = 0; first < count; first += 32) {
+    Token token{kOut, 0, 0};
+    if (first + lane < count) token = tokens[first + lane];
+    const bool keep = token.depth <= cut;
+    __syncwarp();
+    const int at = warp_places<1>(keep, lane, kept);  // never behind where it was
+    if (keep) {
+      tokens[at] = token;
+      mass += token.weight;
+    }
+  }
+  __syncwarp();
+  mass = warp_sum(mass);
+  return kept;
+}
+
+// The list and the distribution of row (b, j); `count` becomes the list's. More than kKept: nothing is known.
+template <LogitType kType, bool kEdit>
+__device__ __forceinline__ RowStats distribution(const SampledParams& p, int64_t b, int j, int quads,
+                                                 const Depths& depths, WarpMemory& memory, int& count, int lane) {
+  const Row<kType> row(p, b, j);
+  const auto* stored = reinterpret_cast<const uint32_t*>(p.workspace.row(b, j) + SampledWorkspace::kRowHeader);
+  const bool greedy = is_greedy(p, b);
+  const auto top_k = static_cast<uint32_t>(p.top_k.at(b));
+  const float top_p = p.top_p[b], min_p = p.min_p[b];
+  const uint32_t edge_key = __ldcg(stored + 4 * (quads - 1));
+  Keys keys(stored, quads, lane);
+  uint32_t max_key = 0;
+  keys.each([&](uint32_t key) { max_key = key > max_key ? key : max_key; });
+  max_key = __reduce_max_sync(kFullWarp, max_key);
+  count = 0;
+  if (greedy || max_key >= kPosInfOrderKey || max_key <= kNegInfOrderKey) {
+    // Greedy; or a NaN or +inf on top, or nothing allowed at all.
+    return RowStats{0.0f, first_largest<kType, kEdit>(p, b, j, row, keys, max_key, edge_key == max_key, lane), 0,
+                    false};
+  }
+  RowStats stats{order_value(max_key), 0, 0, false};
+  const uint32_t bound = find_bound(keys, depths, stats.max, top_k);
+  count = collect<kType, kEdit>(p, b, j, row, keys, depths, stats.max, bound, memory, lane);
+  if (count > kKept) return stats;
+  Token* tokens = memory.tokens;
+  stats.cut = kth_depth(tokens, count, top_k, bound, lane);
+  for (int i = lane; i < count; i += 32) tokens[i].weight = depths.weight(tokens[i].depth);
+  count = drop_beyond(tokens, count, stats.cut, stats.total, lane);
+  if (top_p < 1.0f) {
+    const uint64_t total = stats.total;
+    auto need = static_cast<uint64_t>(ceil(static_cast<double>(top_p) * static_cast<double>(total)));
+    need = need < 1 ? 1 : need > total ? total : need;
+    stats.cut = depth_of_mass(tokens, count, need, lane);
+    count = drop_beyond(tokens, count, stats.cut, stats.total, lane);
+  }
+  if (min_p > 0.0f) {
+    stats.cut = depths.depth_of_ratio(min_p, stats.cut);
+    count = drop_beyond(tokens, count, stats.cut, stats.total, lane);
+  }
+  return stats;
+}
+
+// Draws the bonus of request b from the list of row accept.accept_len, and writes the outputs.
+template <LogitType kType>
+__device__ __forceinline__ void draw_bonus(const SampledParams& p, int64_t b, const Accept& accept,
+                                           const Depths& depths, WarpMemory& memory, int lane) {
+  const int j = accept.accept_len;
+  const unsigned long long* words = p.workspace.row(b, j);
+  const RowStats row = RowStats::load(words);
+  const auto write = [&](int64_t bonus) {
+    write_outputs(p.out, p.candidates, p.prefix_lens, p.block_size, b, lane, Accepted{j, bonus});
+  };
+  if (row.point()) return write(row.cut);
+  const auto count = static_cast<int>(__ldcg(words + 2));
+  Token* tokens = memory.tokens;
+  for (int i = lane; i < count; i += 32) {
+    const unsigned long long word = __ldcg(words + SampledWorkspace::kRowHeader + i);
+    tokens[i] = Token{static_cast<uint32_t>(word >> 32), static_cast<uint32_t>(word), 0};
+  }
+  const int64_t draft_row = b * (p.block_size - 1) + j;
+  const auto is_drafted = [&](uint32_t id) {
+    if (p.draft_probs == nullptr) return p.candidates.at(b, j + 1) == id;
+    bool found = false;
+    for (int k = 0; k < p.draft_width; ++k) {
+      found |= p.draft_probs[draft_row * p.draft_width + k] > 0.0f && p.draft_ids.at(draft_row, k) == id;
+    }
+    return found;
+  };
+  bool subtract = j < p.block_size - 1;
+#pragma unroll 1
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    uint64_t base = 0, tail = 0;
+    for (int i = lane; i < count; i += 32) {
+      tokens[i].weight = subtract && is_drafted(tokens[i].id) ? 0 : depths.weight(tokens[i].depth);
+      base += tokens[i].weight;
+    }
+    base = warp_sum(base);
+    if (subtract && p.draft_probs != nullptr) {
+      for (int k = lane; k < p.draft_width; k += 32) {
+        tail += pair_residual<kType>(p, b, j, k, row, accept.scale, depths);
+      }
+      tail = warp_sum(tail);
+    }
+    const uint64_t total = base + tail;
+    subtract = false;  // nothing left: target and draft agree here, draw from the target
+    if (total == 0) continue;
+    // u <= 1 - 2^-24, so the target is below the total, rounded or not.
+    const auto target = static_cast<uint64_t>(uniforms(p, b, j).sample * static_cast<double>(total));
+    if (target >= base) {
+      uint64_t cumulative = base;
+      int k = -1;
+      while (cumulative <= target) cumulative += pair_residual<kType>(p, b, j, ++k, row, accept.scale, depths);
+      return write(p.draft_ids.at(draft_row, k));
+    }
+    uint64_t before = 0;
+    for (int first = 0; first < count; first += 32) {
+      const int i = first + lane;
+      const uint64_t inclusive = before + warp_inclusive_scan(i < count ? tokens[i].weight : 0);
+      const unsigned found = __ballot_sync(kFullWarp, inclusive > target);
+      if (found != 0) return write(__shfl_sync(kFullWarp, i < count ? tokens[i].id : 0, __ffs(found) - 1));
+      before = __shfl_sync(kFullWarp, inclusive, 31);
+    }
+    return;
+  }
+}
+
+// The first row that ends the accepted prefix, if all rows up to it are done; else -1.
+__device__ __forceinline__ int ending_row(unsigned long long progress) {
+  const int j = __ffs(static_cast<unsigned>(progress >> 32)) - 1;
+  if (j < 0) return -1;
+  const uint32_t needed = kFullWarp >> (31 - j);
+  return (static_cast<uint32_t>(progress) & needed) == needed ? j : -1;
+}
+
+__device__ __forceinline__ void leave_to_clusters(const SampledWorkspace& workspace, int64_t b) {
+  *workspace.left(static_cast<int64_t>(atomicAdd(workspace.left_count(), 1ull))) = b;
+}
+
+// All keys of row (b, j) are in the workspace.
+template <LogitType kType, bool kEdit>
+__device__ __forceinline__ void complete_row(const SampledParams& p, int64_t b, int j, int quads, WarpMemory& memory,
+                                             int lane) {
+  // What the accept test needs is on its way while the row is searched.
+  int64_t guess = -1;
+  float guess_logit = 0.0f;
+  double guess_q = 1.0;
+  if (j < p.block_size - 1) {
+    guess = p.candidates.at(b, j + 1);
+    if (guess >= 0 && guess < p.vocab_size) {
+      guess_logit = masked_logit(p, b, j, guess, Element<kType>::value(logits_row<kType>(p.logits, b, j)[guess]));
+    } else {
+      guess = -1;
+    }
+  }
+  const Depths depths(p.temperature[b]);
+  int count = 0;
+  RowStats stats = distribution<kType, kEdit>(p, b, j, quads, depths, memory, count, lane);
+  const bool too_many = count > kKept;
+  if (too_many || j == p.block_size - 1) {
+    stats.stops = true;
+  } else if (is_greedy(p, b)) {
+    stats.stops = guess != stats.cut;
+  } else {
+    double probability = guess == stats.cut ? 1.0 : 0.0;
+    if (!stats.point()) {
+      const uint32_t depth = depths.depth(stats.max, guess_logit);
+      const uint64_t weight = guess >= 0 && depth <= stats.cut ? depths.weight(depth) : 0;
+      probability = static_cast<double>(weight) / static_cast<double>(stats.total);
+    }
+    if (!p.block_rule) guess_q = draft_probability(p, b, j);
+    stats.stops = p.block_rule ? probability == 0.0 : !accept_token(uniforms(p, b, j).accept, probability, guess_q);
+  }
+  unsigned long long* words = p.workspace.row(b, j);
+  if (lane == 0) {
+    stats.store(words);
+    words[2] = too_many ? kTooMany : static_cast<unsigned long long>(count);
+  }
+  if (!too_many) {
+    for (int i = lane; i < count; i += 32) {
+      words[SampledWorkspace::kRowHeader + i] =
+          static_cast<unsigned long long>(memory.tokens[i].depth) << 32 | memory.tokens[i].id;
+    }
+  }
+  const unsigned long long bits = 1ull << j | (stats.stops ? 1ull << (32 + j) : 0);
+  unsigned long long before = 0;
+  __syncwarp();
+  if (lane == 0) before = atomic_or_acq_rel(p.workspace.progress(b), bits);
+  before = __shfl_sync(kFullWarp, before, 0);
+  __syncwarp();
+  const int last = ending_row(before | bits);
+  if (last < 0 || ending_row(before) >= 0) return;
+
+  if (__ldcg(p.workspace.row(b, last) + 2) == kTooMany) {
+    if (lane == 0) leave_to_clusters(p.workspace, b);
+    return;
+  }
+  Accept accept{last, 1.0};
+  if (p.block_rule && !is_greedy(p, b)) accept = accept_block<kType>(p, b, lane, depths);
+  draw_bonus<kType>(p, b, accept, depths, memory, lane);
+  __syncwarp();
+}
+
+template <LogitType kType, bool kEdit>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) verify_topk_kernel(SampledParams p, Tiling tiling) {
+  __shared__ WarpMemory memories[kWarps];
+  grid_dependency_launch();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto batch = static_cast<uint32_t>(p.batch);
+  const int groups_per_tile = tiling.loads / kVectors<kType>;
+  const int quads = static_cast<int>(tiling.tiles) * groups_per_tile / 4 + 1;
+  const uint32_t stride = gridDim.x * kWarps;
+  // The warp's units at `first` + lane * stride, one bit each: may the row matter?
+  const auto look_ahead = [&](uint32_t first) {
+    const uint32_t unit = first + lane * stride;
+    bool wanted = unit < tiling.units;
+    if (wanted) {
+      const Place at(unit, tiling, batch);
+      const auto ends = static_cast<uint32_t>(__ldcg(p.workspace.progress(at.b)) >> 32);
+      wanted = takes_topk_path(p, at.b) && (ends & ((1u << at.j) - 1)) == 0;
+    }
+    return __ballot_sync(kFullWarp, wanted);
+  };
+
+  uint32_t unit = warp * gridDim.x + blockIdx.x;
+  while (unit < tiling.units) {
+    const Place at(unit, tiling, batch);
+    const Row<kType> row(p, at.b, at.j);
+    const int first = at.tile * tiling.loads * 32 + lane;
+    uint4 v[kLoads<kEdit>];
+#pragma unroll
+    for (int u = 0; u < kLoads<kEdit>; ++u) {
+      v[u] = make_uint4(0, 0, 0, 0);  // or the last tile's would have to be kept
+      if (u < tiling.loads && first + u * 32 < row.vectors) v[u] = row.vector(first + u * 32);
+    }
+    const unsigned ahead = look_ahead(unit);
+    if ((ahead & 1) != 0) {
+      // Lane i keeps the key of group i.
+      uint32_t key = 0;
+#pragma unroll
+      for (int u = 0; u < kLoads<kEdit>; u += kVectors<kType>) {
+        if (u >= tiling.loads) break;
+        uint32_t largest = 0;
+#pragma unroll
+        for (int w = u; w < u + kVectors<kType>; ++w) {
+          const int i = first + w * 32;
+          if (i < row.vectors) {
+            largest = max(largest, order_key(vector_max<kType, kEdit>(p, at.b, at.j, row.vector_id(i), v[w])));
+          }
+        }
+        largest = __reduce_max_sync(kFullWarp, largest);
+        if (lane == u / kVectors<kType>) key = largest;
+      }
+      auto* keys = reinterpret_cast<uint32_t*>(p.workspace.row(at.b, at.j) + SampledWorkspace::kRowHeader);
+      if (lane < groups_per_tile) keys[at.tile * groups_per_tile + lane] = key;
+      if (at.tile == static_cast<int>(tiling.tiles) - 1) {
+        const int edge = row.edge_id(lane);
+        uint32_t largest = 0;
+        if (edge >= 0) largest = order_key(edge_value<kType, kEdit>(p, at.b, at.j, row, edge));
+        largest = __reduce_max_sync(kFullWarp, largest);
+        if (lane < 4) keys[4 * (quads - 1) + lane] = lane == 0 ? largest : 0;
+      }
+      unsigned long long read = 0;
+      __syncwarp();
+      if (lane == 0) read = atomic_add_acq_rel(p.workspace.tiles_read(at.b, at.j), 1);
+      read = __shfl_sync(kFullWarp, read, 0);
+      __syncwarp();
+      if (read == tiling.tiles - 1) complete_row<kType, kEdit>(p, at.b, at.j, quads, memories[warp], lane);
+    }
+    unsigned wanted = ahead & ~1u;
+    while (wanted == 0) {
+      unit += 32 * stride;
+      if (unit >= tiling.units) break;
+      wanted = look_ahead(unit);
+    }
+    if (wanted != 0) unit += (__ffs(wanted) - 1) * stride;
+  }
+
+  for (int64_t b = int64_t{blockIdx.x} * kThreads + threadIdx.x; b < p.batch; b += int64_t{gridDim.x} * kThreads) {
+    if (!takes_topk_path(p, b)) leave_to_clusters(p.workspace, b);
+  }
+}
+
+template <LogitType kType, bool kEdit>
+void launch(const SampledParams& p, int sms, cudaStream_t stream) {
+  const int64_t groups = (p.vocab_size + SampledWorkspace::kKeyElements - 1) / SampledWorkspace::kKeyElements;
+  const int64_t rows = p.batch * p.block_size, ctas = int64_t{kCtasPerSm} * sms;
+  const auto tiles = [&](int loads) {
+    const int per_tile = loads / kVectors<kType>;
+    return (groups + per_tile - 1) / per_tile;
+  };
+  const int loads = rows * tiles(8) <= ctas * kWarps ? 8 : kLoads<kEdit>;
+  const Tiling tiling{static_cast<uint32_t>(rows * tiles(loads)), static_cast<uint32_t>(tiles(loads)), loads};
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(ctas, tiling.units));
+  verify_topk_kernel<kType, kEdit><<<grid, kThreads, 0, stream>>>(p, tiling);
+}
+
+}  // namespace
+
+void launch_verify_topk(const SampledParams& p, int sms, cudaStream_t stream) {
+  const bool edited = p.logit_bias != nullptr || p.token_bitmask != nullptr;
+  dispatch_logit_type(p.logits.type, [&](auto type) {
+    constexpr LogitType kType = decltype(type)::value;
+    edited ? launch<kType, true>(p, sms, stream) : launch<kType, false>(p, sms, stream);
+  });
+  cuda_check_launch("verify_block_sampled");
+}
+
+}  // namespace dflash::verify
