@@ -7,10 +7,12 @@ with.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from sglang_source import Source, bare_package, make_module, unavailable
 
 from dflash_kernels.integrations.sglang import activate, plugin
 from dflash_kernels.integrations.sglang.head import DraftSampler
+from dflash_kernels.integrations.sglang.reserve import INFO_MODULE
 from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Refused
 from dflash_kernels.integrations.sglang.settings import read_settings
 
@@ -246,6 +249,53 @@ def _prepare_dflash_draft_block_unchecked(
     cache_loc_out.copy_(torch.where(positions_out < width, slots, 0))
 
 
+def info_module(source: Source) -> types.ModuleType:
+    """`dflash_info_v2` and the allocation under it, with the pool's allocator and the table's kernel in torch."""
+
+    def assign(rows: torch.Tensor, table: torch.Tensor, start: Any, end: Any, slots: torch.Tensor, batch: int) -> None:
+        used = 0
+        for row, a, b in zip(rows.tolist(), start.tolist(), end.tolist(), strict=True):
+            table[row, a:b] = slots[used : used + b - a]
+            used += b - a
+        assert used == len(slots) and len(rows) == batch
+
+    def take(tree_cache: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        count = args[-1]
+        start = tree_cache.taken
+        tree_cache.taken += count
+        return torch.arange(start, start + count, dtype=torch.int32)
+
+    class SpecInput:
+        def __init__(self, spec_input_type: Any) -> None: ...
+
+    where = "sglang.srt.mem_cache.allocation"
+    space = {"torch": torch, "alloc_token_slots": take, "assign_req_to_token_pool_func": assign}
+    space |= {"get_last_loc": lambda *args: None, "_device_type": lambda batch: "cuda"}
+    space["ALLOC_EXTEND_FUNCS"] = {"cuda": take, "cpu": take}
+    source.compile(where, {"alloc_for_spec_decode": None}, space)
+    sizing = "sglang.srt.mem_cache.allocation_sizing"
+    if source.version != "0.5.16":
+        source.compile(sizing, {"page_aligned_decode_alloc_lens": None}, space)
+    arguments = types.SimpleNamespace(speculative_num_draft_tokens=T)
+    module = make_module(
+        INFO_MODULE,
+        {
+            **space,
+            "dataclass": dataclass,
+            "SpecInput": SpecInput,
+            "SpecInputType": types.SimpleNamespace(DFLASH_DRAFT=0),
+            "is_pin_memory_available": lambda device: False,
+            "_get_overlap_plan_stream": lambda device: (None, contextlib.nullcontext()),
+            "get_server_args": lambda: arguments,
+            "get_spec": lambda: arguments,
+        },
+    )
+    sys.modules[INFO_MODULE] = module  # where dataclass looks up annotations
+    source.compile(INFO_MODULE, {"DFlashDraftInputV2": None}, module.__dict__)
+    module.DFlashDraftInputV2.__module__ = INFO_MODULE
+    return module
+
+
 def worker_module(source: Source) -> types.ModuleType:
     """`dflash_worker_v2` with the real methods that seams replace or are called from, and nothing else."""
     members = (
@@ -273,6 +323,7 @@ def worker_module(source: Source) -> types.ModuleType:
             "should_apply_lm_head_quant_method": lambda head, method: False,
             "draft_tp_context": lambda layout: Nothing(),
             "publish_anchor": unavailable("LiLiCorr"),
+            "DFlashDraftInputV2": info_module(source).DFlashDraftInputV2,
             "KVWriteLoc": lambda loc, **kwargs: types.SimpleNamespace(loc=loc, **kwargs),
             ACCEPT: reference_accept(source),
             PREPARE: _prepare_dflash_draft_block_unchecked,
@@ -338,6 +389,7 @@ class Algorithm:
 
 @pytest.fixture
 def engine(source: Source, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    monkeypatch.delitem(sys.modules, INFO_MODULE, raising=False)
     module = worker_module(source)
     monkeypatch.setitem(sys.modules, WORKER_MODULE, module)
     return module
@@ -932,6 +984,101 @@ def test_forward_declines_by_name(
     given = parts(source)
     change(given)
     assert table(make_worker(engine, given))["forward"].startswith(f"stock {reason}")
+
+
+# -- slot reservation --------------------------------------------------------------------------------------------------
+
+
+class Request:
+    """A request's lengths where each version keeps them."""
+
+    def __init__(self, committed: int, allocated: int, top_k: int) -> None:
+        self.kv_committed_len = committed
+        self.kv = types.SimpleNamespace(kv_committed_len=committed, kv_allocated_len=allocated)
+        self.sampling_params = types.SimpleNamespace(top_k=top_k)
+        self.decode_batch_idx = 0
+
+
+def reservation(lengths: list[tuple[int, int, int]], page_size: int) -> Any:
+    allocator = types.SimpleNamespace(page_size=page_size)
+    return types.SimpleNamespace(
+        device=torch.device("cpu"),
+        reqs=[Request(*one) for one in lengths],
+        batch_size=lambda: len(lengths),
+        token_to_kv_pool_allocator=allocator,
+        tree_cache=types.SimpleNamespace(token_to_kv_pool_allocator=allocator, taken=1),
+        req_to_token_pool=types.SimpleNamespace(req_to_token=torch.zeros(len(lengths), 99, dtype=torch.int32)),
+        req_pool_indices=torch.arange(len(lengths)).flip(0),
+        maybe_evict_swa=lambda: None,
+        hisparse_coordinator=None,
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("top_ks", [(1, 1, 1), (1, 40, 1)], ids=["greedy", "mixed"])
+def test_reservation_equals_stock(
+    engine: types.ModuleType, source: Source, page_size: int, top_ks: tuple[int, int, int]
+) -> None:
+    """The same slots, lengths and sums, whether a request grows, is covered already, or has just begun."""
+    cls = engine.DFlashDraftInputV2
+    stock = cls.prepare_for_decode
+    worker = make_worker(engine, parts(source))
+    assert table(worker)["reserve"] == "active" and cls.prepare_for_decode is not stock
+    lengths = [(n, m, k) for (n, m), k in zip([(10, 12), (7, 40), (20, 20)], top_ks, strict=True)]
+    results = []
+    for method in (cls.prepare_for_decode, stock):
+        batch, given = reservation(lengths, page_size), cls.create_idle_input(device="cpu")
+        method(given, batch)
+        reserved = "reserved_seq_lens" if source.version == "0.5.16" else "nxt_kv_lens"
+        results.append(
+            {
+                "table": batch.req_to_token_pool.req_to_token.tolist(),
+                "committed": (batch.seq_lens_cpu.tolist(), batch.seq_lens_cpu.dtype, batch.seq_lens_sum),
+                "reserved": getattr(given, f"{reserved}_cpu").tolist(),
+                "reserved dtype": getattr(given, f"{reserved}_cpu").dtype,
+                "sum": getattr(given, f"{reserved}_sum"),
+                "top k": (given.max_top_k, given.uniform_top_k_value),
+                "allocated": [req.kv.kv_allocated_len for req in batch.reqs],
+                "steps": [req.decode_batch_idx for req in batch.reqs],
+                "taken": batch.tree_cache.taken,
+            }
+        )
+    assert results[0] == results[1]
+
+
+def test_reservation_of_nothing(engine: types.ModuleType, source: Source) -> None:
+    make_worker(engine, parts(source))
+    given = engine.DFlashDraftInputV2.create_idle_input(device="cpu")
+    given.prepare_for_decode(reservation([], 1))
+    assert given.max_top_k == 1
+
+
+def test_a_full_pool_is_stocks_error_once(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the allocator raises reaches the scheduler, and nothing is allocated twice."""
+    make_worker(engine, parts(source))
+    calls = []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(kwargs)
+        raise RuntimeError("Out of memory")
+
+    monkeypatch.setattr(sys.modules[INFO_MODULE], "alloc_for_spec_decode", full)
+    given = engine.DFlashDraftInputV2.create_idle_input(device="cpu")
+    with pytest.raises(RuntimeError, match="Out of memory"):
+        given.prepare_for_decode(reservation([(10, 12, 1)], 1))
+    assert len(calls) == 1
+
+
+def test_a_rewritten_reservation_is_declined(engine: types.ModuleType, source: Source) -> None:
+    def prepare_for_decode(self: Any, batch: Any) -> None:
+        batch.tree_cache.something_new()
+
+    engine.DFlashDraftInputV2.prepare_for_decode = prepare_for_decode
+    state = table(make_worker(engine, parts(source)))["reserve"]
+    assert state.startswith("stock prepare_for_decode is written in another way") and "something_new" in state
+    assert engine.DFlashDraftInputV2.prepare_for_decode is prepare_for_decode
 
 
 def test_activate_needs_only_the_registry(plugins: types.ModuleType) -> None:

@@ -19,11 +19,12 @@ from dflash_kernels.integrations.sglang.forward import ForwardSeam
 from dflash_kernels.integrations.sglang.head import HeadSeam
 from dflash_kernels.integrations.sglang.inject import InjectSeam
 from dflash_kernels.integrations.sglang.prepare import PrepareSeam
+from dflash_kernels.integrations.sglang.reserve import ReserveSeam
 from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Refused, Seam, logger
 from dflash_kernels.integrations.sglang.settings import Settings, read_settings
 
 HOOK_TARGET = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
-SEAMS: tuple[type[Seam], ...] = (InjectSeam, AcceptSeam, PrepareSeam, HeadSeam, ForwardSeam)
+SEAMS: tuple[type[Seam], ...] = (InjectSeam, AcceptSeam, PrepareSeam, HeadSeam, ForwardSeam, ReserveSeam)
 
 _current: dict[type, Seams] = {}  # of each of our worker classes, the seams of its next worker
 
