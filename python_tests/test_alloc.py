@@ -414,6 +414,44 @@ def test_bad_argument(device: str, op: str, argument: str, value: Any, message: 
     assert all(torch.equal(v, given[k]) for k, v in before.items())
 
 
+@pytest.mark.parametrize("op", ALLOCATE)
+def test_row_limit(op: str) -> None:
+    rows = 2**31
+    given = arguments(op)
+    given["req_to_token"] = given["req_to_token"][:1].expand(rows, 32)
+    given["alloc_lens"] = given["alloc_lens"][:1].expand(rows)
+    with pytest.raises(ValueError, match="req_to_token must have at most 2147483647 rows, got 2147483648"):
+        getattr(ops, op)(**given)
+
+
+def test_block_reaches_past_the_pages(device: str) -> None:
+    """Fewer tokens are reserved than the block has, or more: the rest of the block is the dummy, the rest of the pages
+    is written to the table only."""
+    for page_size, reserve in ((1, 3), (1, 40), (4, 5), (16, 40)):
+        expected = new_pool(3, 96, 250, page_size)
+        state = on(device, expected)
+        lens, rows, anchors = torch.tensor([7, 0, 80]), torch.tensor([2, 0, 1]), torch.tensor([5, 6, 7])
+        expected = reference.reserve_kv_slots(expected, rows, lens, page_size)
+        ops.reserve_kv_slots(*state, rows.to(device), lens.to(device), page_size)
+        expected, blocks = reference.reserve_and_prepare_block(
+            expected, anchors, lens, rows, page_size, MASK, block_size=9, reserve_tokens=reserve
+        )
+        out = poisoned(3, 9, device)
+        ops.reserve_and_prepare_block(
+            *state,
+            anchors.to(device),
+            lens.to(device),
+            rows.to(device),
+            page_size,
+            MASK,
+            block_size=9,
+            reserve_tokens=reserve,
+            out=out,
+        )
+        assert_blocks(out, blocks)
+        assert_same(state, expected)
+
+
 def test_batch_limit(device: str) -> None:
     state = on(device, new_pool(4097, 8, 20, 4))
     rows = torch.arange(4097, device=device)

@@ -129,6 +129,7 @@ CHECKS = [
     ),
     *calls(test_alloc.test_batch_sizes, *({"batch": batch, "page_size": 16} for batch in (33, 513, 1025))),
     *calls(test_alloc.test_fused_equals_reserve_then_prepare, {"page_size": 3}),
+    *calls(test_alloc.test_block_reaches_past_the_pages),
     *calls(test_alloc.test_long_row),
     *calls(test_alloc.test_strided_table_and_expanded_lengths),
     *calls(test_alloc.test_padding_rows_take_no_part),

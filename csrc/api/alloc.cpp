@@ -57,6 +57,7 @@ BlockParams block_params(const char* op, const Tensor& anchor_ids, const Tensor&
   BlockParams p;
   p.batch = batch;
   p.block_size = static_cast<int>(block_size);
+  p.per_block = Divisor(batch == 0 ? 1 : block_size);
   p.anchor_ids = api::int_view(anchor_ids);
   p.prefix_lens = api::int_view(prefix_lens);
   p.req_pool_indices = api::int_view(req_pool_indices);
@@ -83,6 +84,8 @@ PageParams page_params(const char* op, const char* lens_name, const Tensor& req_
                "have at most " + std::to_string(kMaxBatch) + " entries", req_pool_indices.size(0));
   DFLASH_CHECK(op, req_to_token.size(1) <= kMaxWidth, "req_to_token",
                "have at most " + std::to_string(kMaxWidth) + " columns", req_to_token.size(1));
+  DFLASH_CHECK(op, req_to_token.size(0) <= kMaxRows, "req_to_token",
+               "have at most " + std::to_string(kMaxRows) + " rows", req_to_token.size(0));
   DFLASH_CHECK(op, page_size >= 1 && page_size <= 64, "page_size", "be in 1..64", page_size);
   DFLASH_CHECK(op, free_pages.size(0) * page_size <= (1ll << 31), "free_pages", "hold at most 2**31 slots",
                free_pages.size(0) * page_size);
@@ -105,6 +108,7 @@ PageParams page_params(const char* op, const char* lens_name, const Tensor& req_
   PageParams p;
   p.batch = req_pool_indices.size(0);
   p.page_size = static_cast<int>(page_size);
+  p.per_page = Divisor(page_size);
   p.num_pages = free_pages.size(0);
   p.rows = req_to_token.size(0);
   p.width = req_to_token.size(1);

@@ -10,7 +10,7 @@ template <bool kReserve>
 PageMove move_of(const PageParams& p, int64_t b) {
   const int64_t row = row_of(p, b);
   if (row < 0) return {};
-  return page_move<kReserve>(held_pages(p, p.alloc_lens[row]), asked_pages(p, b));
+  return page_move<kReserve>(held_pages(p, p.alloc_lens[row]), asked_pages(p, p.lens.at(b)));
 }
 
 template <bool kReserve>

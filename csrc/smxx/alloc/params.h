@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/divisor.h"
 #include "common/int_view.h"
 
 namespace dflash::alloc {
@@ -11,11 +12,13 @@ namespace dflash::alloc {
 constexpr int64_t kMaxBatch = 4096;              // requests of one allocator call
 constexpr int64_t kMaxBlockSize = 1024;          // T, where the allocator prepares the block too
 constexpr int64_t kMaxWidth = (1ll << 31) - 65;  // W: a row rounded up to whole pages is still an int32
+constexpr int64_t kMaxRows = (1ll << 31) - 1;    // R of the allocator's table
 
 // ids, positions and slots of B blocks of T tokens.
 struct BlockParams {
   int64_t batch = 0;         // B
   int block_size = 0;        // T
+  Divisor per_block;         // T
   IntView anchor_ids;        // [B]
   IntView prefix_lens;       // [B]
   IntView req_pool_indices;  // [B]
@@ -35,6 +38,7 @@ enum RingField { kHead = 0, kCount = 1, kMissing = 2, kCalls = 3 };
 struct PageParams {
   int64_t batch = 0;                // B
   int page_size = 1;                // 1..64
+  Divisor per_page;                 // page_size
   int64_t num_pages = 0;            // P, the ring's capacity
   int64_t rows = 0;                 // R
   int64_t width = 0;                // W
@@ -53,10 +57,9 @@ DFLASH_HOST_DEVICE int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
 
-// Pages that cover `length` tokens, 0 <= length <= W. In 32 bits, which W is checked to fit: the device divides them
-// several times faster than 64.
-DFLASH_HOST_DEVICE int64_t pages_of(int64_t length, int page_size) {
-  return (static_cast<unsigned>(length) + static_cast<unsigned>(page_size) - 1) / static_cast<unsigned>(page_size);
+// Pages that cover `length` tokens, 0 <= length <= W, which is checked to leave room for the rounding up.
+DFLASH_HOST_DEVICE int64_t pages_of(const PageParams& p, int64_t length) {
+  return p.per_page.divide(static_cast<uint32_t>(length) + p.page_size - 1);
 }
 
 // The row of request b, or -1: it takes no part. An index outside the table takes no part either, so that no input
@@ -67,16 +70,14 @@ DFLASH_HOST_DEVICE int64_t row_of(const PageParams& p, int64_t b) {
   return row >= 0 && row < p.rows ? row : -1;
 }
 
-// Pages that request b asks for (reserve) or may keep (release).
-DFLASH_HOST_DEVICE int64_t asked_pages(const PageParams& p, int64_t b) {
-  const int64_t length = clamp(clamp(p.lens.at(b), 0, p.width) + p.extra_tokens, 0, p.width);
-  return pages_of(length, p.page_size);
+// Pages that a request of that lens entry asks for (reserve) or may keep (release).
+DFLASH_HOST_DEVICE int64_t asked_pages(const PageParams& p, int64_t length) {
+  return pages_of(p, clamp(clamp(length, 0, p.width) + p.extra_tokens, 0, p.width));
 }
 
 // Pages that a row holds, given its alloc_lens entry.
 DFLASH_HOST_DEVICE int64_t held_pages(const PageParams& p, int64_t alloc_len) {
-  const int64_t length = clamp(alloc_len, 0, p.width + p.page_size - 1);
-  return static_cast<unsigned>(length) / static_cast<unsigned>(p.page_size);
+  return p.per_page.divide(static_cast<uint32_t>(clamp(alloc_len, 0, p.width + p.page_size - 1)));
 }
 
 // Pages first .. first + count of a row change hands.
