@@ -120,6 +120,7 @@ def test_summary_is_the_ratio_of_medians() -> None:
 
 
 def test_plugin_is_discoverable_from_a_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DFLASH_KERNELS_STRICT", raising=False)
     monkeypatch.setattr(sglang_engine.importlib.metadata, "entry_points", lambda group: [])
     environment = sglang_engine.environment("inject,accept", tmp_path, 6.5)
     assert environment["DFLASH_KERNELS_SEAMS"] == "inject,accept" and environment["DFLASH_KERNELS_STRICT"] == "1"
