@@ -194,7 +194,15 @@ def _check_sglang() -> Finding:
     version = info.package_version("sglang")
     if version is None:
         return Finding("sglang", "ok", "SGLang is not installed: nothing to plug into")
-    return Finding("sglang", "ok", f"SGLang {version} is installed; its plugin is to come, this version has none")
+    points = importlib.metadata.entry_points(group="sglang.srt.plugins")
+    if not any(point.value.startswith("dflash_kernels.") for point in points):
+        return Finding(
+            "sglang",
+            "note",
+            f"SGLang {version} is installed but does not see the plugin: this copy runs from a source tree",
+            "install the package (pip install .) into SGLang's environment",
+        )
+    return Finding("sglang", "ok", f"SGLang {version} is installed and sees the plugin; its log lists the active seams")
 
 
 _CHECKS: dict[str, Callable[[], Finding]] = {

@@ -119,6 +119,16 @@ def test_every_problem_comes_with_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert found.status == "fault" and "ZeroDivisionError" in found.what
 
 
+def test_doctor_looks_for_the_sglang_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "package_version", lambda name: "0.5.16")
+    monkeypatch.setattr(doctor.importlib.metadata, "entry_points", lambda group: [])
+    finding = doctor._check_sglang()
+    assert finding.status == "note" and "does not see the plugin" in finding.what and finding.fix
+    point = doctor.importlib.metadata.EntryPoint("x", "dflash_kernels.integrations.sglang:activate", "g")
+    monkeypatch.setattr(doctor.importlib.metadata, "entry_points", lambda group: [point])
+    assert doctor._check_sglang().status == "ok"
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])
 def test_doctor_runs_where_the_library_does_not_load(tmp_path: Path, damage: str) -> None:
     """A copy of the package with no library, or half of one: a fault with its fix, exit code 1."""
