@@ -495,6 +495,20 @@ def test_all_seams_are_active_on_a_plain_drafter(engine: types.ModuleType, sourc
     assert set(table(make_worker(engine, parts(source))).values()) == {"active"}
 
 
+@pytest.mark.parametrize(
+    ("capability", "built", "reason"),
+    [((8, 0), True, "compute capability 8.0"), ((9, 0), False, "a library without CUDA kernels")],
+)
+def test_devices_without_kernels_are_declined(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built: bool, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: built)
+    seams = plugin.Seams(read_settings([seam.name for seam in plugin.SEAMS], {}))
+    seams.prepare(types.SimpleNamespace(device="cuda"))
+    assert {seam.reason for seam in seams.all.values()} == {reason}
+
+
 def test_only_the_seams_asked_for_are_active(
     engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,8 @@ def _require_device(worker: Any) -> Callable[[Seam], None]:
         capability = torch.cuda.get_device_capability(device)
         if capability[0] not in (9, 10):
             reason = f"compute capability {capability[0]}.{capability[1]}"
+        elif not torch._C._dispatch_has_kernel_for_dispatch_key("dflash::inject_kv", "CUDA"):
+            reason = "a library without CUDA kernels"
 
     def check(seam: Seam) -> None:
         if reason:
