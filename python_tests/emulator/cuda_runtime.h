@@ -42,13 +42,15 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   dim3 cluster;
+  bool cooperative = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeCooperative) cooperative = config->attrs[i].val.cooperative != 0;
     if (config->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
     const auto& dims = config->attrs[i].val.clusterDim;
     cluster = dim3(dims.x, dims.y, dims.z);
   }
   dflash::emulator::launcher(kernel, cluster, config->gridDim, config->blockDim.x, config->dynamicSmemBytes,
-                             nullptr)(arguments...);
+                             nullptr, cooperative)(arguments...);
   return cudaGetLastError();
 }
 

@@ -23,6 +23,7 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMaxSharedBytes = 232448, kDefaultSharedBytes = 48 << 10;
 constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kPoison = 0xff;
+constexpr int kIdleRounds = 20000;  // in a row, in which every thread that ran only looked whether it may go on
 
 uint64_t count(const dim3& size) { return uint64_t{size.x} * size.y * size.z; }
 
@@ -51,6 +52,7 @@ struct Cta {
   std::vector<unsigned char*> variables;  // by id, nullptr until declared
   std::vector<Warp> warps;
   Barrier barrier;
+  Barrier named[16];
   unsigned live = 0;
   bool any[2] = {};  // of even and odd generations of the barrier
   uint3 index{};
@@ -62,11 +64,29 @@ struct Copy {
   int bytes, group;
 };
 
+struct BulkCopy {
+  void* to;
+  const void* from;
+  unsigned bytes;
+  uint64_t* barrier;
+};
+
+// What the 8 bytes of an mbarrier hold here.
+struct MBarrier {
+  uint64_t phase : 1, arrivals : 12, pending : 12;
+  int64_t bytes : 39;  // that are expected and have not come
+
+  void complete_if_done() {
+    if (pending == 0 && bytes == 0) phase ^= 1, pending = arrivals;
+  }
+};
+static_assert(sizeof(MBarrier) == 8);
+
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   ucontext_t start{};
   jmp_buf place;
-  bool started = false, ended = false;
+  bool started = false, ended = false, spins = false;
   unsigned thread = 0, cta = 0;
   const Barrier* waits_for = nullptr;
   uint64_t generation = 0;  // that it waits to pass
@@ -90,6 +110,7 @@ struct Machine {
   std::map<int, Region> regions;  // of static variables, alike in all CTAs
   size_t dynamic_bytes = 0, shared_end = 0;
   Barrier cluster_barrier;
+  std::vector<BulkCopy> bulk_copies;  // under way
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
   jmp_buf scheduler;
@@ -157,6 +178,14 @@ void perform(const Copy& copy) {
   std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
+MBarrier& state(uint64_t* barrier) { return *reinterpret_cast<MBarrier*>(barrier); }
+
+void perform(const BulkCopy& copy) {
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  state(copy.barrier).bytes -= copy.bytes;
+  state(copy.barrier).complete_if_done();
+}
+
 void check_guards() {
   Machine& m = machine();
   const auto is_intact = [](const Cta& cta, size_t end) {
@@ -192,6 +221,7 @@ void start_threads(const Launch& launch) {
     fiber.thread = static_cast<unsigned>(i % launch.threads);
     fiber.cta = static_cast<unsigned>(i / launch.threads);
     fiber.waits_for = nullptr;
+    fiber.spins = false;
     fiber.copies.clear();
     fiber.groups = 0;
   }
@@ -205,9 +235,11 @@ void run_cluster(const Launch& launch) {
     cta.variables.clear();
     cta.warps.assign(launch.threads / kWarp, Warp{});
     cta.barrier = {};
+    for (Barrier& barrier : cta.named) barrier = {};
     cta.live = launch.threads;
   }
   m.cluster_barrier = {};
+  m.bulk_copies.clear();
   start_threads(launch);
 
   // Random: the first warp that can run does, each one behind it half as often as the one before.
@@ -225,8 +257,9 @@ void run_cluster(const Launch& launch) {
     std::reverse(warp_order.begin(), warp_order.end());
     std::reverse(lane_order.begin(), lane_order.end());
   }
+  int idle_rounds = 0;
   while (m.live() > 0) {
-    bool progress = false;
+    bool progress = false, all_spin = true;
     if (m.order == Order::kRandom) std::shuffle(lane_order.begin(), lane_order.end(), m.random);
     for (const unsigned warp : warp_order) {
       const auto can_run = [&](unsigned lane) {
@@ -237,7 +270,9 @@ void run_cluster(const Launch& launch) {
       progress = true;
       for (const unsigned lane : lane_order) {
         if (!can_run(lane)) continue;
+        m.fibers[warp * kWarp + lane]->spins = false;
         resume(*m.fibers[warp * kWarp + lane]);
+        all_spin &= m.fibers[warp * kWarp + lane]->spins;
         if (!m.error.empty()) {
           m.fibers.clear();  // they hang in the middle of the kernel
           throw std::runtime_error("emulator: " + std::exchange(m.error, {}));
@@ -245,7 +280,8 @@ void run_cluster(const Launch& launch) {
       }
       if (m.order == Order::kRandom && m.coin()) break;
     }
-    if (!progress && m.live() > 0) {
+    idle_rounds = progress && all_spin ? idle_rounds + 1 : 0;
+    if ((!progress || idle_rounds > kIdleRounds) && m.live() > 0) {
       m.fibers.clear();
       throw std::runtime_error("emulator: deadlock, threads wait at different barriers");
     }
@@ -261,29 +297,30 @@ bool is_valid(const Launch& launch) {
                                                                        : std::max(kDefaultSharedBytes, allowed->second);
   const dim3 &grid = launch.grid, &cluster = launch.cluster;
   return count(grid) > 0 && grid.x < (1u << 31) && grid.y <= 65535 && grid.z <= 65535 && launch.threads > 0 &&
-         launch.threads <= 1024 && launch.shared_bytes <= limit && count(cluster) > 0 && count(cluster) <= 8 &&
+         launch.threads <= 1024 && launch.shared_bytes <= limit &&
+         (!launch.cooperative || (count(cluster) == 1 && count(grid) <= uint64_t(machine().sms))) && count(cluster) > 0 && count(cluster) <= 8 &&
          grid.x % cluster.x == 0 && grid.y % cluster.y == 0 && grid.z % cluster.z == 0;
 }
 
 void run(const Launch& launch, const std::function<void()>& thread) {
   Machine& m = machine();
   if (launch.threads % kWarp != 0) throw std::runtime_error("emulator: a CTA must be whole warps");
-  m.ctas.resize(count(launch.cluster));
+  const dim3& group = launch.cooperative ? launch.grid : launch.cluster;
+  m.ctas.resize(count(group));
   m.body = &thread;
   m.regions.clear();
   m.dynamic_bytes = launch.shared_bytes;
   m.shared_end = launch.shared_bytes + kGuardBytes;
   gridDim = launch.grid;
   blockDim = dim3(launch.threads);
-  const dim3 clusters(launch.grid.x / launch.cluster.x, launch.grid.y / launch.cluster.y,
-                      launch.grid.z / launch.cluster.z);
+  const dim3 clusters(launch.grid.x / group.x, launch.grid.y / group.y, launch.grid.z / group.z);
   std::vector<uint64_t> order(count(clusters));
   std::iota(order.begin(), order.end(), uint64_t{0});
   if (m.order == Order::kReversed) std::reverse(order.begin(), order.end());
   if (m.order == Order::kRandom) std::shuffle(order.begin(), order.end(), m.random);
   for (const uint64_t i : order) {
     for (unsigned rank = 0; rank < m.ctas.size(); ++rank) {
-      const dim3& cluster = launch.cluster;
+      const dim3& cluster = group;
       m.ctas[rank].index = {
           static_cast<unsigned>(i % clusters.x * cluster.x + rank % cluster.x),
           static_cast<unsigned>(i / clusters.x % clusters.y * cluster.y + rank / cluster.x % cluster.y),
@@ -408,6 +445,60 @@ void wait_for_copies(int pending) {
   const auto first = std::stable_partition(fiber.copies.begin(), fiber.copies.end(), is_pending);
   std::for_each(first, fiber.copies.end(), perform);
   fiber.copies.erase(first, fiber.copies.end());
+}
+
+void named_barrier(int id, unsigned threads) {
+  if (id < 1 || id > 15 || threads == 0 || threads % kWarp != 0) fail("no such named barrier");
+  Barrier& barrier = machine().cta().named[id];
+  const uint64_t generation = barrier.generation;
+  ++barrier.arrived;
+  barrier.open_if(threads);
+  wait(barrier, generation);
+}
+
+void spin() {
+  machine().current->spins = true;
+  suspend();
+}
+
+void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) fail("an mbarrier that is not aligned to 8 bytes");
+  MBarrier& s = state(barrier);
+  s.phase = 0, s.arrivals = arrivals, s.pending = arrivals, s.bytes = 0;
+}
+
+void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes) {
+  MBarrier& s = state(barrier);
+  if (s.pending == 0) fail("more arrivals at an mbarrier than it was made for");
+  s.bytes += expected_bytes;
+  --s.pending;
+  s.complete_if_done();
+}
+
+void mbarrier_wait(uint64_t* barrier, unsigned parity) {
+  Machine& m = machine();
+  while (state(barrier).phase == (parity & 1)) {
+    const auto awaited = [&](const BulkCopy& copy) { return copy.barrier == barrier; };
+    const auto first = std::stable_partition(m.bulk_copies.begin(), m.bulk_copies.end(), std::not_fn(awaited));
+    const std::vector<BulkCopy> due(first, m.bulk_copies.end());
+    m.bulk_copies.erase(first, m.bulk_copies.end());
+    if (due.empty()) spin();
+    for (const BulkCopy& copy : due) perform(copy);
+  }
+}
+
+void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
+  Machine& m = machine();
+  const auto* place = static_cast<unsigned char*>(shared);
+  if (place < dynamic_shared() || place + bytes > dynamic_shared() + m.dynamic_bytes) fail("a copy beyond shared memory");
+  const auto bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes;
+  if (bits % 16 != 0) fail("a bulk copy with an address or a size that is not a multiple of 16");
+  const BulkCopy copy{shared, global, bytes, barrier};
+  if (m.order == Order::kReversed || (m.order == Order::kRandom && m.coin())) {
+    perform(copy);
+  } else {
+    m.bulk_copies.push_back(copy);
+  }
 }
 
 extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int sms) {

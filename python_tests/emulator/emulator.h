@@ -1,5 +1,5 @@
 // Runs CUDA kernels, compiled as C++, on one host thread: every CUDA thread is a fiber that runs until it waits for
-// others. CTAs run one after another, the CTAs of a cluster together.
+// others. CTAs run one after another, the CTAs of a cluster and those of a cooperative launch together.
 //
 // What a launch checks, beside what the kernel computes:
 //   * threads that wait for each other for ever, and warp functions that not all lanes of a warp call;
@@ -34,6 +34,7 @@ struct Launch {
   dim3 grid, cluster;
   unsigned threads = 0;
   size_t shared_bytes = 0;  // dynamic
+  bool cooperative = false;
 };
 
 // False: a GPU would refuse it.
@@ -67,6 +68,13 @@ void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_for_copies(int pending);
 
+void named_barrier(int id, unsigned threads);
+void spin();  // before a look at memory that another thread will change: others run; fails if only such threads are left
+void mbarrier_init(uint64_t* barrier, unsigned arrivals);
+void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes);
+void mbarrier_wait(uint64_t* barrier, unsigned parity);
+void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
+
 // ---- what the compiler's own syntax becomes (build.py) -----------------------------------------------------------
 
 template <typename T>
@@ -88,8 +96,8 @@ struct Launcher {
 
 template <typename... Parameters>
 Launcher<Parameters...> launcher(void (*kernel)(Parameters...), dim3 cluster, dim3 grid, unsigned threads,
-                                 size_t shared_bytes, const void* /*stream*/) {
-  return {kernel, Launch{reinterpret_cast<const void*>(kernel), grid, cluster, threads, shared_bytes}};
+                                 size_t shared_bytes, const void* /*stream*/, bool cooperative = false) {
+  return {kernel, Launch{reinterpret_cast<const void*>(kernel), grid, cluster, threads, shared_bytes, cooperative}};
 }
 
 }  // namespace dflash::emulator

@@ -17,6 +17,26 @@ inline unsigned long long atomic_add_release(unsigned long long* counter, unsign
 }
 inline void fence_device() {}
 
+inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::mbarrier_init(barrier, arrivals); }
+inline void mbarrier_init_fence() {}
+inline void mbarrier_arrive(uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) { emulator::mbarrier_arrive(barrier, bytes); }
+inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
+inline uint64_t evict_first_policy() { return 0; }
+inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint64_t) {
+  emulator::copy_bulk(shared, global, bytes, barrier);
+}
+
+inline void named_barrier(int id, int threads) { emulator::named_barrier(id, static_cast<unsigned>(threads)); }
+
+// A load that is repeated until another block has written lets that block run.
+inline uint32_t load_acquire(const uint32_t* counter) {
+  emulator::spin();
+  return __ldg(counter);
+}
+inline void add_release(uint32_t* counter, uint32_t value) { atomicAdd(counter, value); }
+inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) { return atomicAdd(counter, value); }
+
 // Lane l gets row l / 4, columns 2 * (l % 4) + {0, 1} of each matrix, or of its transpose.
 inline void load_matrices(uint32_t (&r)[4], const void* shared, bool transposed) {
   const auto address = reinterpret_cast<uint64_t>(shared);
