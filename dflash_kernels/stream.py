@@ -29,8 +29,8 @@ ONE_COUNTER = 31  # wait_shift: all tiles of K wait for the same counter
 def pack_tiles(weight: torch.Tensor) -> torch.Tensor:
     """``weight [rows, K]``, 16-bit, in tiles: ``[row tiles, K tiles, 8192]``; edges are filled with zeros.
 
-    Within a tile: ``[m16 8][half of 32 columns 2][k16 step 2][lane 32][register 4][2]``. Lane ``4 g + q`` holds, of rows
-    g and g + 8 of the 16, columns ``8 q + 4 step + 2 pair + {0, 1}`` of the 32; registers go pair first, then row.
+    Within a tile: ``[m16 8][half of 32 columns 2][k16 step 2][lane 32][register 4][2]``. Lane ``4 g + q`` holds, of
+    rows g and g + 8 of the 16, columns ``8 q + 4 step + 2 pair + {0, 1}`` of the 32; registers go pair first, then row.
     """
     rows, k = weight.shape
     row_tiles, k_tiles = -(-rows // TILE_ROWS), -(-k // TILE_K)

@@ -163,6 +163,21 @@ CHECKS = [
     *calls(test_inject.test_a_small_workspace_means_chunks_not_other_results),
     *calls(test_inject.test_many_requests, {"batch": 12, "block": 8}, {"batch": 270, "block": 2}),
     *calls(
+        test_inject.test_plan_matches_reference,
+        *(
+            {"shape": shape, "blocks": blocks, "index": torch.int32}
+            for shape, blocks in (
+                ({"batch": 1, "block": 16, "hidden": 256, "dim": 128, "layers": 1}, 3),
+                ({"batch": 2, "block": 16, "hidden": 136, "num_taps": 2, "dim": 64, "heads": 3, "rotary_dim": 16}, 4),
+                ({"batch": 4, "block": 16, "hidden": 64, "num_taps": 2, "dim": 128, "heads": 1}, 3),
+                ({"batch": 5, "block": 7, "hidden": 72, "num_taps": 5, "heads": 3, "dim": 18, "rotary_dim": 6}, 4),
+                ({"batch": 1, "block": 1, "num_taps": 1, "layers": 1, "heads": 1, "dim": 2, "hidden": 8}, 1),
+            )
+        ),
+    ),
+    *calls(test_inject.test_plan_dead_rows_are_not_read),
+    *calls(test_inject.test_plan_takes_no_part_beyond_64_rows),
+    *calls(
         test_head.test_exact_where_sums_are,
         heads(1, 8, 1, with_bias=False),
         heads(7, 288, 1000, with_bias=True),

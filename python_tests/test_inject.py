@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import on_device
 
-from dflash_kernels.ops import inject_kv, inject_kv_workspace
+from dflash_kernels.ops import InjectPlan, inject_kv, inject_kv_plan, inject_kv_workspace
 from dflash_kernels.reference.inject import context_kv, live_rows
 
 POISON = -7.0
@@ -30,6 +30,13 @@ class Inputs:
     v_caches: list[torch.Tensor]
     workspace: torch.Tensor
     eps: float = 1e-6
+    plan: InjectPlan | None = None
+
+    def with_plan(self, blocks: int | None = None) -> Inputs:
+        """Few rows read the plan's copy of the weights: the tensors that it was made of may hold anything."""
+        plan = inject_kv_plan(self.fc_weight, self.kv_weight, self.k_caches[0].shape[2], blocks)
+        assert plan is not None
+        return replace(self, plan=plan)
 
     def run(self) -> None:
         inject_kv(**vars(self))
@@ -308,9 +315,9 @@ def test_graph_replay_equals_eager(rng: torch.Generator) -> None:
 
 def test_opcheck(device: str, rng: torch.Generator) -> None:
     inputs = make(rng, device, commit=[2, 8, 5])
-    torch.library.opcheck(torch.ops.dflash.inject_kv.default, tuple(vars(inputs).values()))
-    inputs.kv_bias = inputs.k_norm = inputs.commit_lens = None
-    torch.library.opcheck(torch.ops.dflash.inject_kv.default, tuple(vars(inputs).values()))
+    for _ in range(2):
+        torch.library.opcheck(torch.ops.dflash.inject_kv.default, tuple(vars(inputs).values())[:-1])
+        inputs.kv_bias = inputs.k_norm = inputs.commit_lens = None
 
 
 def b16(*shape: int) -> torch.Tensor:
@@ -423,3 +430,140 @@ def test_without_debug_a_bad_row_is_skipped(rng: torch.Generator, monkeypatch: p
     inputs.slots[21], inputs.slots[22], inputs.positions[23] = 51, -1, 64
     inputs.run()
     assert torch.equal(inputs.caches(), clean.caches())
+
+
+# ---- packed weights, up to 64 rows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("blocks", [1, 3, 7])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"batch": 1, "block": 16, "hidden": 256, "dim": 128},
+        {"batch": 2, "block": 16, "hidden": 136, "num_taps": 2, "dim": 64, "heads": 3, "rotary_dim": 16},
+        {"batch": 4, "block": 16, "hidden": 64, "num_taps": 2, "dim": 128, "heads": 1},
+        {"batch": 5, "block": 7, "hidden": 72, "num_taps": 5, "heads": 3, "dim": 18, "rotary_dim": 6, "layers": 3},
+        {"batch": 1, "block": 1, "num_taps": 1, "layers": 1, "heads": 1, "dim": 2, "hidden": 8},
+        {"bias": False, "norm": False, "sliced": False, "dim": 96},
+    ],
+)
+def test_plan_matches_reference(
+    device: str, rng: torch.Generator, shape: dict[str, int], blocks: int, index: torch.dtype
+) -> None:
+    batch, block = shape.get("batch", 3), shape.get("block", 8)
+    commits = [None, *(torch.randint(0, block + 1, (batch,), generator=rng).tolist() for _ in range(2)), [0] * batch]
+    for commit in commits:
+        inputs = make(rng, device, index=index, commit=commit, **shape).with_plan(blocks)
+        raw = inputs.fc_weight, inputs.kv_weight
+        inputs.workspace.fill_(float("nan"))
+        inputs.plan.workspace.fill_(255)
+        for _ in range(2):  # the counters of the first call serve the second
+            check_against_reference(inputs)
+            for cache in inputs.k_caches + inputs.v_caches:
+                cache.fill_(POISON)
+        inputs.fc_weight, inputs.kv_weight = (torch.zeros_like(tensor) for tensor in raw)
+        inputs.run()
+        written = inputs.caches()
+        inputs.fc_weight, inputs.kv_weight = raw
+        for cache in inputs.k_caches + inputs.v_caches:
+            cache.fill_(POISON)
+        inputs.run()
+        assert torch.equal(inputs.caches(), written)
+
+
+def test_plan_rows_do_not_depend_on_their_company(device: str, rng: torch.Generator) -> None:
+    """The order of all sums is the schedule's: a request alone gives the bits that it gives among others."""
+    inputs = make(rng, device, batch=4, block=16, hidden=256, commit=[7, 16, 2, 5]).with_plan(5)
+    inputs.run()
+    alone = replace(
+        inputs,
+        taps=[tap[:16] for tap in inputs.taps],
+        positions=inputs.positions[:16],
+        slots=inputs.slots[:16],
+        commit_lens=inputs.commit_lens[:1],
+        k_caches=[torch.full_like(cache, POISON) for cache in inputs.k_caches],
+        v_caches=[torch.full_like(cache, POISON) for cache in inputs.v_caches],
+    )
+    alone.run()
+    slots = inputs.slots[:7].long()
+    if device == "cpu":  # torch's CPU matmul may split rows over kernels of different summation order
+        assert torch.allclose(inputs.caches()[:, :, slots].float(), alone.caches()[:, :, slots].float(), 2e-2, 2e-2)
+    else:
+        assert torch.equal(inputs.caches()[:, :, slots], alone.caches()[:, :, slots])
+
+
+def test_plan_dead_rows_are_not_read(device: str, rng: torch.Generator) -> None:
+    inputs = make(rng, device, batch=4, commit=[3, 8, 0, 1]).with_plan(2)
+    inputs.run()
+    clean = inputs.caches()
+    dead = torch.ones(32, dtype=torch.bool, device=device)
+    dead[live_rows(32, inputs.commit_lens)] = False
+    for tap in inputs.taps:
+        tap[dead] = float("nan")
+    inputs.slots[dead] = 2**31 - 1
+    inputs.positions[dead] = -(2**31)
+    for cache in inputs.k_caches + inputs.v_caches:
+        cache.fill_(POISON)
+    inputs.run()
+    assert torch.equal(inputs.caches(), clean)
+
+
+def test_plan_takes_no_part_beyond_64_rows(device: str, rng: torch.Generator) -> None:
+    inputs = make(rng, device, batch=9, block=8)
+    planned = inputs.with_plan(2)
+    planned.plan.tiles.fill_(float("nan"))
+    check_against_reference(planned)
+
+
+def test_no_plan_for_large_heads_and_other_dtypes(rng: torch.Generator) -> None:
+    inputs = make(rng, "cpu", dim=256)
+    assert inject_kv_plan(inputs.fc_weight, inputs.kv_weight, 256) is None
+    assert inject_kv_plan(inputs.fc_weight.float(), inputs.kv_weight.float(), 128) is None
+
+
+def test_plan_opcheck(device: str, rng: torch.Generator) -> None:
+    inputs = make(rng, device, commit=[2, 8, 5]).with_plan(3)
+    i, plan = inputs, inputs.plan
+    arguments = (
+        i.taps, plan.tiles, plan.units, i.hidden_norm, i.kv_bias, i.k_norm, i.cos_sin, i.positions, i.slots,
+        i.commit_lens, i.k_caches, i.v_caches, plan.counters, plan.workspace, i.eps,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.dflash.inject_kv_stream.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("tiles", b16(3, 8192), r"tiles must have shape \[7, 8192\], got \[3, 8192\]"),
+        ("units", torch.zeros(2, 3, 15, dtype=torch.int32), r"units must have shape \[\*, \*, 16\], got \[2, 3, 15\]"),
+        ("counters", torch.zeros(4, dtype=torch.int32), r"counters must hold at least 6 elements, got 4"),
+        ("workspace", torch.zeros(99, dtype=torch.uint8), r"workspace must hold at least \d+ bytes, got 99"),
+    ],
+)
+def test_plan_errors(rng: torch.Generator, field: str, value: torch.Tensor, message: str) -> None:
+    inputs = make(rng, "cuda", commit=[8, 8, 8], dim=64).with_plan(2)
+    inputs.plan = replace(inputs.plan, **{field: value.cuda()})
+    with pytest.raises(ValueError, match=r"^dflash::inject_kv: " + message):
+        inputs.run()
+    assert (inputs.caches() == POISON).all()
+
+
+@pytest.mark.gpu
+def test_plan_graph_replay_equals_eager(rng: torch.Generator) -> None:
+    inputs = make(rng, "cuda", hidden=1024, batch=2, block=16, dim=128, commit=[16, 3]).with_plan()
+    inputs.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inputs.run()
+    for commit in ([2, 9], [0, 0], [16, 16], [1, 0]):
+        inputs.commit_lens.copy_(torch.tensor(commit))
+        results = []
+        for run in (graph.replay, inputs.run, graph.replay):
+            for cache in inputs.k_caches + inputs.v_caches:
+                cache.fill_(POISON)
+            run()
+            results.append(inputs.caches())
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -7,6 +7,7 @@
 #include "cpu/inject.h"
 #if DFLASH_WITH_CUDA
 #include "smxx/inject/launch.h"
+#include "smxx/inject/stream.h"
 #endif
 
 namespace dflash::inject {
@@ -229,6 +230,97 @@ void inject_cuda(Tensors taps, Tensor fc_weight, Tensor hidden_norm, Tensor kv_w
   }
   launch_inject_kv(p, stream);
 }
+
+// Rows, taps and caches as in inject_kv; the weights are those of an InjectPlan (dflash_kernels/ops/inject.py).
+void stream_inject_cuda(Tensors taps, Tensor tiles, Tensor units, Tensor hidden_norm, MaybeTensor kv_bias,
+                        MaybeTensor k_norm, Tensor cos_sin, Tensor positions, Tensor slots, MaybeTensor commit_lens,
+                        Tensors k_caches, Tensors v_caches, Tensor counters, Tensor workspace, double eps) {
+  const auto num_taps = static_cast<int64_t>(taps.size());
+  DFLASH_CHECK(kOp, num_taps >= 1 && num_taps <= kMaxTaps, "taps", "hold 1 to 8 tensors", num_taps);
+  api::check_shape(kOp, "taps[0]", taps[0], {-1, -1});
+  const int64_t rows = taps[0].size(0), hidden = taps[0].size(1);
+  DFLASH_CHECK(kOp, rows <= stream::kMaxTokens, "taps[0].size(0)", "be at most 64 with a plan's weights", rows);
+  DFLASH_CHECK(kOp, hidden >= 8 && hidden % 8 == 0 && hidden < (1 << 20), "taps[0].size(1)", "be a multiple of 8",
+               hidden);
+  api::check_dtype(kOp, "hidden_norm", hidden_norm, {ScalarType::BFloat16});
+  StreamInjectParams p;
+  for (size_t i = 0; i < taps.size(); ++i) {
+    const std::string name = element_name("taps", i);
+    api::check_shape(kOp, name.c_str(), taps[i], {rows, hidden});
+    check_float(name.c_str(), taps[i], hidden_norm);
+    api::check_last_dim_contiguous(kOp, name.c_str(), taps[i]);
+    check_aligned(name.c_str(), taps[i]);
+    DFLASH_CHECK(kOp, rows <= 1 || taps[i].stride(0) % 8 == 0, name,
+                 "have a row stride that is a multiple of 8 elements", taps[i].stride(0));
+    p.taps[i] = static_cast<const uint16_t*>(taps[i].data_ptr());
+    p.tap_stride[i] = taps[i].stride(0);
+  }
+  p.write = write_params(hidden_norm, rows, k_norm, cos_sin, positions, slots, commit_lens, k_caches, v_caches, eps);
+  const int64_t head_dim = p.write.head_dim, heads = int64_t{2} * p.write.layers * p.write.kv_heads;
+  DFLASH_CHECK(kOp, head_dim <= kMaxStreamHeadDim, "k_caches[0].size(2)", "be at most 128 with a plan's weights",
+               head_dim);
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t fc_tiles = ceil_div(hidden, stream::kTileRows);
+  const int64_t kv_tiles = ceil_div(heads, stream::kTileRows / head_dim);
+  const int64_t num_tiles = fc_tiles * ceil_div(num_taps * hidden, 64) + kv_tiles * ceil_div(hidden, 64);
+  api::check_shape(kOp, "hidden_norm", hidden_norm, {hidden});
+  api::check_shape(kOp, "tiles", tiles, {num_tiles, stream::kTileBytes / 2});
+  check_float("tiles", tiles, hidden_norm);
+  if (kv_bias) {
+    api::check_shape(kOp, "kv_bias", *kv_bias, {p.write.layers, int64_t{2} * p.write.kv_heads * head_dim});
+    check_float("kv_bias", *kv_bias, hidden_norm);
+    api::check_contiguous(kOp, "kv_bias", *kv_bias);
+    p.kv_bias = static_cast<const uint16_t*>(kv_bias->data_ptr());
+  }
+  api::check_shape(kOp, "units", units, {-1, -1, sizeof(stream::Unit) / 4});
+  api::check_shape(kOp, "counters", counters, {-1});
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor*>{"units", &units}, {"counters", &counters}}) {
+    api::check_dtype(kOp, name, *tensor, {ScalarType::Int});
+    api::check_same_device(kOp, name, *tensor, hidden_norm);
+  }
+  api::check_dtype(kOp, "workspace", workspace, {ScalarType::Byte});
+  api::check_same_device(kOp, "workspace", workspace, hidden_norm);
+  const std::pair<const char*, const Tensor*> whole[] = {{"hidden_norm", &hidden_norm},
+                                                         {"tiles", &tiles},
+                                                         {"units", &units},
+                                                         {"counters", &counters},
+                                                         {"workspace", &workspace}};
+  for (const auto& [name, tensor] : whole) {
+    api::check_contiguous(kOp, name, *tensor);
+    check_aligned(name, *tensor);
+  }
+  const int64_t blocks = units.size(0);
+  const int64_t num_counters = stream::kFirstCounter + 1 + fc_tiles + kv_tiles;
+  DFLASH_CHECK(kOp, counters.numel() >= num_counters, "counters",
+               "hold at least " + std::to_string(num_counters) + " elements", counters.numel());
+  // Parts of sums: a block shares its first and its last row tile of each of two stages.
+  const int64_t squares_bytes = fc_tiles * stream::kMaxTokens * 4, fused_bytes = hidden * stream::kMaxTokens * 2;
+  const int64_t needed = squares_bytes + fused_bytes + 4 * blocks * stream::kMaxTokens * stream::kTileRows * 4;
+  DFLASH_CHECK(kOp, workspace.numel() >= needed, "workspace", "hold at least " + std::to_string(needed) + " bytes",
+               workspace.numel());
+  if (rows == 0) return;
+
+  auto* scratch = static_cast<uint8_t*>(workspace.data_ptr());
+  p.squares = reinterpret_cast<float*>(scratch);
+  p.fused = reinterpret_cast<uint16_t*>(scratch + squares_bytes);
+  p.stream.partials = reinterpret_cast<float*>(scratch + squares_bytes + fused_bytes);
+  p.stream.weights = static_cast<const uint8_t*>(tiles.data_ptr());
+  p.stream.units = static_cast<const stream::Unit*>(units.data_ptr());
+  p.stream.blocks = static_cast<int>(blocks);
+  p.stream.max_units = static_cast<int>(units.size(1));
+  p.stream.counters = static_cast<uint32_t*>(counters.data_ptr());
+  p.num_taps = static_cast<int>(num_taps);
+  p.hidden = static_cast<int>(hidden);
+  p.fc_tiles = static_cast<int>(fc_tiles);
+  p.hidden_norm = static_cast<const uint16_t*>(hidden_norm.data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(hidden_norm.get_device_index());
+  const cudaStream_t stream = api::current_stream(kOp, hidden_norm);
+  if (api::debug_enabled()) {
+    const RowFault found = check_inject_cuda(p.write, p.squares, stream);
+    raise_fault(p.write, found.fault, found.row);
+  }
+  launch_stream_inject_kv(p, stream);
+}
 #endif
 
 }  // namespace
@@ -241,6 +333,10 @@ void inject_cuda(Tensors taps, Tensor fc_weight, Tensor hidden_norm, Tensor kv_w
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
   m.def("inject_kv(" DFLASH_INJECT_INPUTS
         "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor(c!) workspace, float eps) -> ()");
+  m.def(
+      "inject_kv_stream(Tensor[] taps, Tensor tiles, Tensor units, Tensor hidden_norm, Tensor? kv_bias, "
+      "Tensor? k_norm, Tensor cos_sin, Tensor positions, Tensor slots, Tensor? commit_lens, "
+      "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor(c!) counters, Tensor(d!) workspace, float eps) -> ()");
   m.def("_inject_kv_check(" DFLASH_INJECT_INPUTS
         "Tensor[] k_caches, Tensor[] v_caches, Tensor workspace, float eps) -> ()");
   m.def(
@@ -254,5 +350,8 @@ STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
 }
 
 #if DFLASH_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) { m.impl("inject_kv", TORCH_BOX(&dflash::inject::inject_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) {
+  m.impl("inject_kv", TORCH_BOX(&dflash::inject::inject_cuda));
+  m.impl("inject_kv_stream", TORCH_BOX(&dflash::inject::stream_inject_cuda));
+}
 #endif

@@ -41,10 +41,10 @@ __device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu
 // phase of parity 1.
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
-               "r"(arrivals)
-               : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
+      "r"(arrivals)
+      : "memory");
 }
 
 // Makes initialised barriers visible to bulk copies; a barrier of the block must follow.
@@ -53,9 +53,9 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
+      : "memory");
 }
 
 // Arrives, and makes the phase wait for `bytes` of bulk copies too.
@@ -120,10 +120,7 @@ __device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
 // Returns the value before.
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
   uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;\n"
-               : "=r"(before)
-               : "l"(counter), "r"(value)
-               : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;\n" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
 }
 

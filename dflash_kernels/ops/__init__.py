@@ -16,7 +16,7 @@ from dflash_kernels.ops.head import (
     lm_head_workspace,
     verify_block_from_hidden,
 )
-from dflash_kernels.ops.inject import inject_kv, inject_kv_workspace
+from dflash_kernels.ops.inject import InjectPlan, inject_kv, inject_kv_plan, inject_kv_workspace
 from dflash_kernels.ops.verify import (
     Verified,
     argmax_logits,
@@ -31,7 +31,9 @@ __all__ = [
     "draft_forward_workspace",
     "grouped_conv",
     "init_free_pages",
+    "InjectPlan",
     "inject_kv",
+    "inject_kv_plan",
     "inject_kv_workspace",
     "lm_head_argmax",
     "lm_head_topk",

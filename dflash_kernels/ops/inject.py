@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from dflash_kernels.ops._errors import dflash_errors
+from dflash_kernels.stream import FIRST_COUNTER, TILE_ELEMENTS, TILE_K, TILE_ROWS, Schedule, pack_tiles, unpack_tiles
 
-__all__ = ["inject_kv", "inject_kv_workspace"]
+__all__ = ["InjectPlan", "inject_kv", "inject_kv_plan", "inject_kv_workspace"]
 
 _CHUNK_ROWS = 4096  # rows that a workspace is made for at most: a long prefill goes through in chunks
 
@@ -37,6 +39,87 @@ def inject_kv_workspace(
     return torch.empty(8 + rows * row_elements, dtype=dtype, device=device)
 
 
+MAX_PLAN_ROWS = 64  # of a call that reads a plan's weights
+MAX_PLAN_HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class InjectPlan:
+    """The weights of :func:`inject_kv` in the order in which few rows read them, and how that is split.
+
+    Attributes:
+        tiles: ``[tiles, 8192]`` bf16, fc's row tiles of 128, then those of the KV projection, whole heads each.
+        units: ``[blocks, units, 16]`` int32, see :mod:`dflash_kernels.stream`.
+        counters: int32, written by every call; workspace: uint8 scratch. One call at a time may use a plan.
+    """
+
+    tiles: torch.Tensor
+    units: torch.Tensor
+    counters: torch.Tensor
+    workspace: torch.Tensor
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _pack_heads(kv_weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """``[L, 2 * Hkv * D, H]`` in tiles of whole heads, each filled up to 128 rows."""
+    heads = kv_weight.reshape(-1, head_dim, kv_weight.shape[-1])
+    per_tile = TILE_ROWS // head_dim
+    row_tiles = _ceil_div(len(heads), per_tile)
+    rows = heads.new_zeros(row_tiles, TILE_ROWS, heads.shape[-1])
+    for i in range(per_tile):
+        part = heads[i::per_tile]
+        rows[: len(part), i * head_dim : (i + 1) * head_dim] = part
+    return pack_tiles(rows.view(row_tiles * TILE_ROWS, -1))
+
+
+def inject_schedule(num_taps: int, hidden_size: int, num_heads: int, head_dim: int, blocks: int) -> Schedule:
+    """fc, then the projection to ``num_heads = L * 2 * Hkv`` heads, which waits for all of fc's row tiles."""
+    fc_tiles, fc_k = _ceil_div(hidden_size, TILE_ROWS), _ceil_div(num_taps * hidden_size, TILE_K)
+    kv_tiles, kv_k = _ceil_div(num_heads, TILE_ROWS // head_dim), _ceil_div(hidden_size, TILE_K)
+    schedule = Schedule(blocks)
+    fused = schedule.new_counters()
+    schedule.add_product(0, fc_tiles, fc_k, 0, signal=fused)
+    schedule.add_product(1, kv_tiles, kv_k, fc_tiles * fc_k, wait=(fused, 31, fc_tiles))
+    return schedule
+
+
+def inject_kv_plan(
+    fc_weight: torch.Tensor, kv_weight: torch.Tensor, head_dim: int, blocks: int | None = None
+) -> InjectPlan | None:
+    """What :func:`inject_kv` needs to stream its weights for up to 64 rows in one launch.
+
+    A second copy of the weights, on their device, which the plan owns.
+
+    Args:
+        fc_weight: ``[H, K * H]``; kv_weight: ``[L, 2 * Hkv * D, H]``; both as for :func:`inject_kv`.
+        head_dim: D.
+        blocks: persistent blocks; default: the device's multiprocessors.
+
+    Returns:
+        None where few rows take the same path as many: weights that are not bf16, D over 128, H not a multiple of 8.
+    """
+    hidden = fc_weight.shape[0]
+    if fc_weight.dtype != torch.bfloat16 or head_dim > MAX_PLAN_HEAD_DIM or hidden % 8 != 0:
+        return None
+    device = fc_weight.device
+    if blocks is None:
+        blocks = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    num_heads = kv_weight.shape[0] * kv_weight.shape[1] // head_dim
+    schedule = inject_schedule(fc_weight.shape[1] // hidden, hidden, num_heads, head_dim, blocks)
+    fc_tiles, kv_tiles = _ceil_div(hidden, TILE_ROWS), _ceil_div(num_heads, TILE_ROWS // head_dim)
+    tiles = [pack_tiles(fc_weight).view(-1, TILE_ELEMENTS), _pack_heads(kv_weight, head_dim).view(-1, TILE_ELEMENTS)]
+    scratch = MAX_PLAN_ROWS * (4 * fc_tiles + 2 * hidden + 4 * blocks * TILE_ROWS * 4)
+    return InjectPlan(
+        torch.cat(tiles),
+        schedule.units().to(device),
+        torch.zeros(FIRST_COUNTER + 1 + fc_tiles + kv_tiles, dtype=torch.int32, device=device),
+        torch.empty(scratch, dtype=torch.uint8, device=device),
+    )
+
+
 @dflash_errors
 def inject_kv(
     taps: Sequence[torch.Tensor],
@@ -53,6 +136,7 @@ def inject_kv(
     v_caches: Sequence[torch.Tensor],
     workspace: torch.Tensor,
     eps: float,
+    plan: InjectPlan | None = None,
 ) -> None:
     """Fuse the tapped hidden states, project them to K and V of every drafter layer, and write the paged caches.
 
@@ -80,6 +164,7 @@ def inject_kv(
         k_caches, v_caches: L <= 16 tensors each ``[S, Hkv, D]``, D contiguous, D <= 256; written.
         workspace: scratch, see :func:`inject_kv_workspace`; at least T rows of it.
         eps: of both norms.
+        plan: see :func:`inject_kv_plan`; with one, calls of up to 64 rows read its copy of the weights.
 
     Raises:
         ValueError: wrong count, shape, dtype, device, stride or alignment; on the CPU (on CUDA only under
@@ -89,6 +174,12 @@ def inject_kv(
 
     Source: SGLang's materialisation of DFLASH context KV (fused_kv_materialize.py), rounding included.
     """
+    if plan is not None and positions.numel() <= MAX_PLAN_ROWS:
+        torch.ops.dflash.inject_kv_stream(
+            taps, plan.tiles, plan.units, hidden_norm, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
+            k_caches, v_caches, plan.counters, plan.workspace, eps,
+        )  # fmt: skip
+        return
     torch.ops.dflash.inject_kv(
         taps, fc_weight, hidden_norm, kv_weight, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
         k_caches, v_caches, workspace, eps,
@@ -134,4 +225,43 @@ def _inject_kv_cpu(
 
 @torch.library.register_fake("dflash::inject_kv")
 def _inject_kv_fake(*args: object, **kwargs: object) -> None:
+    return None
+
+
+@torch.library.impl("dflash::inject_kv_stream", "CPU")
+def _inject_kv_stream_cpu(
+    taps: list[torch.Tensor],
+    tiles: torch.Tensor,
+    units: torch.Tensor,
+    hidden_norm: torch.Tensor,
+    kv_bias: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    commit_lens: torch.Tensor | None,
+    k_caches: list[torch.Tensor],
+    v_caches: list[torch.Tensor],
+    counters: torch.Tensor,
+    workspace: torch.Tensor,
+    eps: float,
+) -> None:
+    hidden, (_, heads, dim) = hidden_norm.numel(), k_caches[0].shape
+    fc_k, kv_k = _ceil_div(len(taps) * hidden, TILE_K), _ceil_div(hidden, TILE_K)
+    fc_count = _ceil_div(hidden, TILE_ROWS) * fc_k
+    fc_weight = unpack_tiles(tiles[:fc_count].view(-1, fc_k, TILE_ELEMENTS), hidden, len(taps) * hidden)
+    kv_tiles = tiles[fc_count:].view(-1, kv_k, TILE_ELEMENTS)
+    rows = unpack_tiles(kv_tiles, len(kv_tiles) * TILE_ROWS, hidden).view(len(kv_tiles), TILE_ROWS, hidden)
+    per_tile = TILE_ROWS // dim
+    kv_weight = rows[:, : per_tile * dim].reshape(-1, hidden)[: len(k_caches) * 2 * heads * dim]
+    kv_weight = kv_weight.view(len(k_caches), 2 * heads * dim, hidden)
+    scratch = inject_kv_workspace(positions.numel(), hidden, len(k_caches), heads, dim, hidden_norm.dtype)
+    torch.ops.dflash.inject_kv(
+        taps, fc_weight, hidden_norm, kv_weight, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
+        k_caches, v_caches, scratch, eps,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("dflash::inject_kv_stream")
+def _inject_kv_stream_fake(*args: object, **kwargs: object) -> None:
     return None

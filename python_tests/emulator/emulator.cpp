@@ -23,7 +23,7 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMaxSharedBytes = 232448, kDefaultSharedBytes = 48 << 10;
 constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kPoison = 0xff;
-constexpr int kIdleRounds = 20000;  // in a row, in which every thread that ran only looked whether it may go on
+constexpr int kIdleRounds = 1000;  // in a row, in which every thread that ran only looked whether it may go on
 
 uint64_t count(const dim3& size) { return uint64_t{size.x} * size.y * size.z; }
 
@@ -180,7 +180,7 @@ void perform(const Copy& copy) {
 
 MBarrier& state(uint64_t* barrier) { return *reinterpret_cast<MBarrier*>(barrier); }
 
-void perform(const BulkCopy& copy) {
+void finish_copy(const BulkCopy& copy) {
   std::memcpy(copy.to, copy.from, copy.bytes);
   state(copy.barrier).bytes -= copy.bytes;
   state(copy.barrier).complete_if_done();
@@ -268,17 +268,19 @@ void run_cluster(const Launch& launch) {
       };
       if (std::none_of(lane_order.begin(), lane_order.end(), can_run)) continue;
       progress = true;
+      bool spins = true;
       for (const unsigned lane : lane_order) {
         if (!can_run(lane)) continue;
         m.fibers[warp * kWarp + lane]->spins = false;
         resume(*m.fibers[warp * kWarp + lane]);
-        all_spin &= m.fibers[warp * kWarp + lane]->spins;
+        spins &= m.fibers[warp * kWarp + lane]->spins;
         if (!m.error.empty()) {
           m.fibers.clear();  // they hang in the middle of the kernel
           throw std::runtime_error("emulator: " + std::exchange(m.error, {}));
         }
       }
-      if (m.order == Order::kRandom && m.coin()) break;
+      all_spin &= spins;
+      if (m.order == Order::kRandom && !spins && m.coin()) break;  // a warp that only looks holds nobody up
     }
     idle_rounds = progress && all_spin ? idle_rounds + 1 : 0;
     if ((!progress || idle_rounds > kIdleRounds) && m.live() > 0) {
@@ -298,8 +300,9 @@ bool is_valid(const Launch& launch) {
   const dim3 &grid = launch.grid, &cluster = launch.cluster;
   return count(grid) > 0 && grid.x < (1u << 31) && grid.y <= 65535 && grid.z <= 65535 && launch.threads > 0 &&
          launch.threads <= 1024 && launch.shared_bytes <= limit &&
-         (!launch.cooperative || (count(cluster) == 1 && count(grid) <= uint64_t(machine().sms))) && count(cluster) > 0 && count(cluster) <= 8 &&
-         grid.x % cluster.x == 0 && grid.y % cluster.y == 0 && grid.z % cluster.z == 0;
+         (!launch.cooperative || (count(cluster) == 1 && count(grid) <= uint64_t(machine().sms))) &&
+         count(cluster) > 0 && count(cluster) <= 8 && grid.x % cluster.x == 0 && grid.y % cluster.y == 0 &&
+         grid.z % cluster.z == 0;
 }
 
 void run(const Launch& launch, const std::function<void()>& thread) {
@@ -483,19 +486,20 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
     const std::vector<BulkCopy> due(first, m.bulk_copies.end());
     m.bulk_copies.erase(first, m.bulk_copies.end());
     if (due.empty()) spin();
-    for (const BulkCopy& copy : due) perform(copy);
+    for (const BulkCopy& copy : due) finish_copy(copy);
   }
 }
 
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
   Machine& m = machine();
   const auto* place = static_cast<unsigned char*>(shared);
-  if (place < dynamic_shared() || place + bytes > dynamic_shared() + m.dynamic_bytes) fail("a copy beyond shared memory");
+  if (place < dynamic_shared() || place + bytes > dynamic_shared() + m.dynamic_bytes)
+    fail("a copy beyond shared memory");
   const auto bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes;
   if (bits % 16 != 0) fail("a bulk copy with an address or a size that is not a multiple of 16");
   const BulkCopy copy{shared, global, bytes, barrier};
   if (m.order == Order::kReversed || (m.order == Order::kRandom && m.coin())) {
-    perform(copy);
+    finish_copy(copy);
   } else {
     m.bulk_copies.push_back(copy);
   }

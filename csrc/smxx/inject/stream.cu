@@ -1,16 +1,18 @@
 // inject_kv for at most 64 rows: one launch that streams fc's and the KV projection's weights (stream/stream.cuh).
 //
 //   stage 0  f = bf16(taps fc^T), row tiles of 128 features over K * H columns; a finished tile leaves f and, of each
-//            token, the sum of its 128 squares. The taps' rows are read where they lie: no concatenation, dead rows never.
+//            token, the sum of its 128 squares. The taps' rows are read where they lie: no concatenation, dead rows
+//            never.
 //   stage 1  k | v = bf16(x kv^T + bias) with x = bf16(f * rsqrt(mean f^2 + eps) * hidden_norm) made by the loaders on
-//            the way to shared memory; row tiles hold whole heads, so that the block that finishes a tile norms, rotates
-//            and writes its heads into the caches. k and v are never in memory elsewhere.
-// Stage 1 needs all of f (the mean), so the hand-off is one counter of stage 0's row tiles; W keeps streaming meanwhile.
+//            the way to shared memory; row tiles hold whole heads, so that the block that finishes a tile norms,
+//            rotates and writes its heads into the caches. k and v are never in memory elsewhere.
+// Stage 1 needs all of f (the mean), so the hand-off is one counter of stage 0's row tiles; W keeps streaming
+// meanwhile.
 //
 // Tokens are the live rows, gathered: 4 requests of 16 rows with 26 committed are four n8 tiles, not eight.
 //
-// Floor: (K H^2 + 2 L Hkv D H) * 2 bytes at the read rate: 252 MB, 80 us on an H100 at the Qwen3-8B size. In addition the
-// launch and the first tiles' way, some 3 us, and the last tile's sums, norm and writes, some 4.
+// Floor: (K H^2 + 2 L Hkv D H) * 2 bytes at the read rate: 252 MB, 80 us on an H100 at the Qwen3-8B size. In addition
+// the launch and the first tiles' way, some 3 us, and the last tile's sums, norm and writes, some 4.
 #include <cuda_bf16.h>
 
 #include "smxx/inject/stream.h"
@@ -61,8 +63,7 @@ struct Inject {
       if (live) {
         const int token = before + __popc(mask & ((1u << thread) - 1));
         const int64_t slot = p.write.slots.at(row), position = p.write.positions.at(row);
-        const bool valid =
-            slot >= 0 && slot < p.write.pool_size && position >= 0 && position < p.write.max_positions;
+        const bool valid = slot >= 0 && slot < p.write.pool_size && position >= 0 && position < p.write.max_positions;
         shared.rows[token] = row;
         shared.slots[token] = valid ? slot : -1;
         shared.positions[token] = valid ? static_cast<int32_t>(position) : 0;

@@ -1,4 +1,5 @@
-// The data that a streaming kernel interprets. Made by dflash_kernels/stream.py, which describes it once more in Python.
+// The data that a streaming kernel interprets. Made by dflash_kernels/stream.py, which describes it once more in
+// Python.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +8,16 @@
 
 namespace dflash::stream {
 
-constexpr int kTileRows = 128;          // rows of W in a tile
-constexpr int kTileBytes = 16384;       // of a tile, whatever the format of its weights
-constexpr int kMaxTokens = 64;          // columns of the product
-constexpr uint32_t kTicketCounter = 2;  // counters 0 and 1 are the number of blocks that ever started, 64 bits
+constexpr int kTileRows = 128;     // rows of W in a tile
+constexpr int kTileBytes = 16384;  // of a tile, whatever the format of its weights
+constexpr int kMaxTokens = 64;     // columns of the product
+constexpr int kFirstCounter = 2;   // 0 and 1 are the number of blocks that ever started, 64 bits
 
 // What one block does next: `tiles` tiles of one row tile of W, along K. 64 bytes, 16 int32.
 //
 // A row tile whose K is cut over several units has `contributors` of them; each leaves its part in slot `slot + rank`
-// of the partial sums, and the one that arrives last adds all of them in the order of their ranks and finishes the tile.
-// tiles == 0 is a job without weights: Policy::job. tiles < 0 ends the list of a block.
+// of the partial sums, and the one that arrives last adds all of them in the order of their ranks and finishes the
+// tile. tiles == 0 is a job without weights: Policy::job. tiles < 0 ends the list of a block.
 struct alignas(16) Unit {
   int32_t stage;         // what the policy makes of it: source of the tokens, end of the tile
   int32_t weight_tile;   // first tile in the packed weights

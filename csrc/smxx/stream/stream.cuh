@@ -13,12 +13,14 @@
 //               padded. At a unit's end the two halves of K are added in shared memory, then the parts of other blocks,
 //               in a fixed order, whatever arrives first: results do not depend on timing or on the number of tokens.
 //   warps 8-10  loaders: global (L2) -> registers -> whatever the policy does with them -> shared memory, each warp one
-//               8 KB buffer of tokens: 64 columns of 64 tokens, 128 of 32 or 256 of 16. Only they wait for other blocks.
+//               8 KB buffer of tokens: 64 columns of 64 tokens, 128 of 32 or 256 of 16. Only they wait for other
+//               blocks.
 //   warp 11     producer: bulk copies of W into the ring, L2 evict-first.
 //
 // Shared memory: [kStages][16 KB] W | [3][8 KB] tokens | [64][132] fp32 finished block, [token][row] | Control.
-// A token buffer: [64 columns of K][half of 32 columns][token][32 columns], tokens 2 i and 2 i + 1 swapped in the second
-// half, so that a warp reads an n8 tile as 512 consecutive bytes and a row's stores fall on both halves of the banks.
+// A token buffer: [64 columns of K][half of 32 columns][token][32 columns], tokens 2 i and 2 i + 1 swapped in the
+// second half, so that a warp reads an n8 tile as 512 consecutive bytes and a row's stores fall on both halves of the
+// banks.
 //
 // Barriers: weights_full 1 arrival + 16 KB; weights_empty 8 (consumer warps); tokens_full 1 (the loader warp);
 // tokens_empty 8; named barriers 1: 256 consumers, 2: all 384 threads once, 3: 96 loaders (policies).
@@ -28,10 +30,10 @@
 // KB written and 48 KB read, 580 cycles.
 //
 // A policy says what the stages are:
-//   Params   with a member `StreamParams stream`;  Format  see format.cuh;  Shared  a struct of its own in shared memory
-//   static void prepare(p, shared, thread)    352 threads, before anything else; a barrier follows
-//   static int tokens(p, shared)              live tokens, 0..64; the same in all blocks
-//   class Loader(p, shared, lane)             of one loader warp:
+//   Params   with a member `StreamParams stream`;  Format  see format.cuh;  Shared  a struct of its own in shared
+//   memory static void prepare(p, shared, thread)    352 threads, before anything else; a barrier follows static int
+//   tokens(p, shared)              live tokens, 0..64; the same in all blocks class Loader(p, shared, lane) of one
+//   loader warp:
 //     void enter(unit)                        once a stage, by all loader warps, after its first wait
 //     Source source(k)                        where columns k .. k + 7 come from
 //     uint4 load(source, token)               the load only
@@ -425,8 +427,8 @@ class Stream {
 
 // Launches `kernel`, whose body is Stream<Policy>::run, so that all its blocks are resident.
 template <typename Policy>
-void launch_stream(void (*kernel)(const typename Policy::Params), const typename Policy::Params& p,
-                   cudaStream_t stream, const char* what) {
+void launch_stream(void (*kernel)(const typename Policy::Params), const typename Policy::Params& p, cudaStream_t stream,
+                   const char* what) {
   constexpr int kBytes = Layout<Policy>::kBytes;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), what);
   cudaLaunchAttribute attribute = {};
