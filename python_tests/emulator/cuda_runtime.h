@@ -197,7 +197,6 @@ inline uint32_t __float2uint_rz(float x) {
   return !(x > 0.0f) ? 0u : x >= 4294967296.0f ? 0xffffffffu : static_cast<uint32_t>(x);
 }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
