@@ -6,7 +6,8 @@ Baselines, each in the same process; those that cannot be had here are left out:
   same job in torch calls, named so;
 * from logits: `torch.argmax` or SGLang's `row_argmax`, then that accept step;
 * sampled: `torch` with `torch.topk` (k is the same for all requests here, which the op does not need to know), the same
-  with a full sort, and sgl-kernel's renormalisation and chain sampling, on dense probabilities, where it is installed.
+  with a full sort, and the two chains that SGLang launches with sgl-kernel, where that is installed and runs; the row
+  names the fastest of them.
 """
 
 from __future__ import annotations
@@ -215,15 +216,20 @@ def _sgl_kernel() -> tuple[str, Any] | None:
     try:
         import sgl_kernel  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except Exception as error:  # built for another torch, or not there
-        print(f"# verify: no sgl-kernel baseline: {type(error).__name__}")
+        print(f"# verify: no sgl-kernel baseline: {type(error).__name__}: {error}")
         return None
     return getattr(sgl_kernel, "__version__", "?"), sgl_kernel
 
 
-def _sgl_kernel_baseline(
+def _sgl_kernel_baselines(
     candidates: torch.Tensor, logits: torch.Tensor, prefix_lens: torch.Tensor
 ) -> dict[str, Callable[[], object]]:
-    """SGLang's dense path: softmax, renormalise by top-k and top-p, chain sampling against a zero draft."""
+    """What SGLang launches for sampled requests of a DFLASH step (0.5.16), by name; those that run here.
+
+    `topk`: its usual path: top-k of the scaled logits, softmax and top-p of these, scattered to dense probabilities.
+    `dense`: its other one: softmax, then top-k and top-p renormalisation over the vocabulary. Both end in the sampling
+    kernel for trees, on a chain whose draft probabilities are zero; it writes to them, so they are made afresh.
+    """
     found = _sgl_kernel()
     if found is None:
         return {}
@@ -231,20 +237,34 @@ def _sgl_kernel_baseline(
     batch, block_size, vocab = logits.shape
     device = logits.device
     rows = batch * block_size
-    top_ks = torch.full((rows,), TOP_K, dtype=torch.int32, device=device)
-    top_ps = torch.full((rows,), TOP_P, device=device)
+    temperatures = torch.full((batch, 1), TEMPERATURE, device=device)
+    top_ks = torch.full((batch,), TOP_K, dtype=torch.int32, device=device)
+    top_ps = torch.full((batch,), TOP_P, device=device)
     index = torch.arange(rows, device=device).view(batch, block_size)
     following = torch.arange(1, block_size + 1, device=device).repeat(batch, 1)
     following[:, -1] = -1
     sibling = torch.full_like(following, -1)
     predicts = torch.empty(rows, dtype=torch.int32, device=device)
-    accept_index = torch.full((batch, block_size), -1, dtype=torch.int32, device=device)
+    accept_index = torch.empty(batch, block_size, dtype=torch.int32, device=device)
     accepted = torch.empty(batch, dtype=torch.int32, device=device)
-    draft_probs = torch.zeros(batch, block_size, vocab, device=device)
+    requests = torch.arange(batch, device=device)
 
-    def run() -> Any:
-        probs = torch.softmax(logits.view(rows, vocab).float() / TEMPERATURE, -1)
-        probs = sgl_kernel.top_p_renorm_prob(sgl_kernel.top_k_renorm_prob(probs, top_ks), top_ps)
+    def each_row(values: torch.Tensor) -> torch.Tensor:
+        return torch.repeat_interleave(values, block_size, dim=0)
+
+    def topk_probs(scaled: torch.Tensor) -> torch.Tensor:
+        values, ids = torch.topk(scaled, TOP_K, dim=-1)
+        probs = sgl_kernel.top_p_renorm_prob(torch.softmax(values, -1), each_row(top_ps))
+        return torch.zeros_like(scaled).scatter_(1, ids, probs)
+
+    def dense_probs(scaled: torch.Tensor) -> torch.Tensor:
+        probs = sgl_kernel.top_k_renorm_prob(torch.softmax(scaled, -1), each_row(top_ks))
+        probs = sgl_kernel.top_p_renorm_prob(probs, each_row(top_ps))
+        assert isinstance(probs, torch.Tensor)
+        return probs
+
+    def chain(probs_of: Callable[[torch.Tensor], torch.Tensor]) -> object:
+        probs = probs_of(logits.view(rows, vocab).float() / each_row(temperatures)).view(batch, block_size, vocab)
         sgl_kernel.tree_speculative_sampling_target_only(
             predicts=predicts,
             accept_index=accept_index,
@@ -255,21 +275,33 @@ def _sgl_kernel_baseline(
             retrive_next_sibling=sibling,
             uniform_samples=torch.rand(batch, block_size, device=device),
             uniform_samples_for_final_sampling=torch.rand(batch, device=device),
-            target_probs=probs.view(batch, block_size, vocab),
-            draft_probs=draft_probs,
+            target_probs=probs,
+            draft_probs=torch.zeros_like(probs),
             threshold_single=1.0,
             threshold_acc=1.0,
             deterministic=True,
         )
-        bonus = predicts[accept_index.gather(1, accepted[:, None].long())[:, 0].long()]
-        return accepted, bonus, prefix_lens + accepted + 1
+        bonus = predicts[accept_index[requests, accepted.long()].long()].long()
+        out_tokens = torch.nn.functional.pad(candidates[:, 1:], (0, 1))
+        out_tokens.scatter_(1, accepted.long()[:, None], bonus[:, None])
+        commit_lens = accepted + 1
+        return accepted, commit_lens, bonus, out_tokens, prefix_lens + commit_lens
 
-    try:
-        run()
-    except Exception as error:
-        print(f"# verify: sgl-kernel {version} left out: {type(error).__name__}: {error}")
-        return {}
-    return {f"sgl-kernel {version} softmax + renorm + chain": run}
+    chains: dict[str, Callable[[], object]] = {}
+    for name, probs_of in (("topk", topk_probs), ("dense", dense_probs)):
+        label = f"sgl-kernel {version} {name} chain"
+
+        def run(probs_of: Callable[[torch.Tensor], torch.Tensor] = probs_of) -> object:
+            return chain(probs_of)
+
+        try:
+            run()
+            torch.cuda.synchronize(device)
+        except Exception as error:  # its kernels, or those that it compiles on first use, do not run here
+            print(f"# verify: {label} left out: {type(error).__name__}: {error}")
+        else:
+            chains[label] = run
+    return chains
 
 
 def _sampled_case(shape: DrafterShape, batch: int, rule: str) -> Case:
@@ -297,7 +329,7 @@ def _sampled_case(shape: DrafterShape, batch: int, rule: str) -> Case:
             f"torch {version} sort chain": lambda: _torch_sampled(*inputs, ordered=logits.sort(descending=True)),
         }
         if device.type == "cuda":
-            baselines |= _sgl_kernel_baseline(*inputs)
+            baselines |= _sgl_kernel_baselines(*inputs)
         return Calls(
             lambda: ops.verify_block_sampled(
                 *inputs, *settings, seeds, prefix_lens, rule=rule, out=out, workspace=workspace
