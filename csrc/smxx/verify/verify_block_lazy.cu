@@ -12,9 +12,9 @@
 // Pipeline. kReaders threads read, a ring of kStages units (96 KB an SM in flight), each thread its own vectors; one
 // more warp, the desk, claims and reports. One barrier a unit: before it the readers have put the maxima of unit n into
 // shared memory and the desk has written down unit n + kStages; after it the readers start that unit's copies and the
-// desk reports unit n and asks for the next claim and for the state of the requests. Answers are looked at one unit
-// later, so the desk waits once a unit, for the release of its report, 0.7 us of the 1.4 us that an SM's two units
-// take. The first kStages units of a CTA are fixed by its number: bytes are asked for at once.
+// desk reports unit n and asks for the next claim and for the state of the requests. The claim is looked at one unit
+// later, the answer to the report two units later, so the desk waits once a unit, for the release of its report and
+// with it for what it asked. The first kStages units of a CTA are fixed by its number: bytes are asked for at once.
 //
 // Words (Workspace; zero between calls).
 //   arrivals(b)  low half: units of request b claimed, beside the fixed ones; high half, request 0: CTAs that have left
@@ -27,6 +27,7 @@
 // Overshoot. Rows behind a mismatch that are read anyway: when a row's last unit arrives, the other CTAs have kStages
 // units under way each, 132 * 2 * 3 * 16 KB = 13 MB in all, 43 rows, 1.3 a request of 32.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/cuda_check.h"
 #include "common/order_key.h"
@@ -94,8 +95,9 @@ struct Desk {
   unsigned ticket = 0;  // lane 0
   unsigned claimed = 0;
   uint64_t state = 0;
-  Unit reported{kNone, 0, 0};
-  unsigned long long reports = 0;  // of that row, before this one; lane 0
+  // Of the last even and the last odd unit: its row, and the reports of that row before this one (lane 0).
+  Unit reported[2] = {{kNone, 0, 0}, {kNone, 0, 0}};
+  unsigned long long reports[2] = {};
 
   __device__ __forceinline__ Desk(const BlockParams& params, const Claims& rules, int first, bool claim)
       : p(params), claims(rules), lane(threadIdx.x % 32), b(first), claims_of_b(claim) {}
@@ -148,19 +150,21 @@ struct Desk {
     return unit;
   }
 
+  template <int kParity>
   __device__ __forceinline__ void report(const Unit& unit, uint64_t key) {
-    reported = unit;
+    reported[kParity] = unit;
     if (unit.b < 0 || lane != 0) return;
     unsigned long long* words = p.workspace.row(unit.b, unit.j);
     atomicMax(words, static_cast<unsigned long long>(key));
-    reports = atomic_add_release(words + 1, 1);
+    reports[kParity] = atomic_add_release(words + 1, 1);
   }
 
-  // After a report; calls that follow each other need one between them.
+  // Once for each report.
+  template <int kParity>
   __device__ __forceinline__ void settle() {
-    if (reported.b < 0) return;
-    const auto before = static_cast<int>(__shfl_sync(kFullWarp, reports, 0));
-    if (before == claims.pieces - 1) complete_row(reported.b, reported.j);
+    if (reported[kParity].b < 0) return;
+    const auto before = static_cast<int>(__shfl_sync(kFullWarp, reports[kParity], 0));
+    if (before == claims.pieces - 1) complete_row(reported[kParity].b, reported[kParity].j);
   }
 
  private:
@@ -247,16 +251,18 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) verify_lazy_kernel(Block
     for (int stage = 0; stage < kStages; ++stage) copy_unit<kType>(p, units[stage], ring + stage * kUnitVectors);
   }
 
-  int stage = 0, now = 0, later = kStages, parity = 0;
-#pragma unroll 1
-  while (true) {
+  int stage = 0, now = 0, later = kStages;
+  // One unit, even or odd. The parity is a constant, so that an answer on its way stays in its register. False: the
+  // end.
+  const auto step = [&](auto parity_constant) {
+    constexpr int kParity = decltype(parity_constant)::value;
     const Unit unit = units[now];
-    if (unit.b == kEnd) break;
+    if (unit.b == kEnd) return false;
     if (reads) {
       copy_async_wait<kStages - 1>();
       const uint64_t key = unit.b < 0 ? 0 : unit_argmax<kType>(p, unit, claims.pieces, ring + stage * kUnitVectors);
       const uint64_t best = warp_max(key);
-      if (lane == 0) warp_best[parity][thread / 32] = best;
+      if (lane == 0) warp_best[kParity][thread / 32] = best;
     } else {
       const Unit claimed = desk.next();
       if (lane == 0) units[later] = claimed;
@@ -265,18 +271,22 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) verify_lazy_kernel(Block
     if (reads) {
       copy_unit<kType>(p, units[later], ring + stage * kUnitVectors);
     } else {
-      desk.settle();
+      desk.template settle<kParity>();
       desk.ask();
-      desk.report(unit, warp_max(lane < kReaderWarps ? warp_best[parity][lane] : 0));
+      desk.template report<kParity>(unit, warp_max(lane < kReaderWarps ? warp_best[kParity][lane] : 0));
     }
     stage = stage + 1 == kStages ? 0 : stage + 1;
     now = now + 1 == kUnits ? 0 : now + 1;
     later = later + 1 == kUnits ? 0 : later + 1;
-    parity ^= 1;
+    return true;
+  };
+#pragma unroll 1
+  while (step(std::integral_constant<int, 0>{}) && step(std::integral_constant<int, 1>{})) {
   }
 
   if (!reads) {
-    desk.settle();
+    desk.template settle<0>();
+    desk.template settle<1>();
     __syncwarp();
     if (lane == 0) {
       const uint64_t left = atomic_add_release(p.workspace.arrivals(0), uint64_t{1} << 32) >> 32;
