@@ -16,21 +16,21 @@
 
 namespace dflash {
 
-// `cluster` blocks along z share a cluster (1: none); grid.z is a multiple of it.
+// Blocks of `cluster` share a cluster (1 x 1 x 1: none); the grid is a multiple of it.
 template <typename... Parameters, typename... Arguments>
-void launch_cluster_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, unsigned cluster,
-                           cudaStream_t stream, bool early_start, const char* what, const Arguments&... arguments) {
+void launch_in_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, dim3 cluster,
+                        cudaStream_t stream, bool early_start, const char* what, const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   if (early_start) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (cluster > 1) {
+  if (cluster.x * cluster.y * cluster.z > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = 1;
-    attributes[count].val.clusterDim.y = 1;
-    attributes[count++].val.clusterDim.z = cluster;
+    attributes[count].val.clusterDim.x = cluster.x;
+    attributes[count].val.clusterDim.y = cluster.y;
+    attributes[count++].val.clusterDim.z = cluster.z;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
@@ -40,6 +40,13 @@ void launch_cluster_kernel(void (*kernel)(Parameters...), dim3 grid, int threads
   config.attrs = attributes;
   config.numAttrs = count;
   cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
+// `cluster` blocks along z share a cluster (1: none).
+template <typename... Parameters, typename... Arguments>
+void launch_cluster_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, unsigned cluster,
+                           cudaStream_t stream, bool early_start, const char* what, const Arguments&... arguments) {
+  launch_in_clusters(kernel, grid, threads, shared_bytes, dim3(1, 1, cluster), stream, early_start, what, arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>

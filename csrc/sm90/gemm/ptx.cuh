@@ -1,4 +1,4 @@
-// PTX building blocks of the Hopper GEMMs: mbarriers, TMA loads with multicast, clusters of two blocks, wgmma.
+// PTX building blocks of the Hopper GEMMs: mbarriers, TMA loads with multicast, clusters, wgmma.
 #pragma once
 
 #include <cuda.h>
@@ -25,6 +25,19 @@ __device__ __forceinline__ void barrier_init_fence() {
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// global -> shared, 16 bytes; bytes = 0 reads nothing and writes zeros. Groups as in common/ptx.cuh.
+__device__ __forceinline__ void copy_async_16_to(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+// What this thread wrote to shared memory by ordinary stores or cp.async that it has waited for, before wgmma reads it:
+// then a barrier must follow.
+__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
 // Arrives at the same barrier of block `rank` of the cluster (this one included). Orders no writes beyond this block:
 // for consumers, whose reads are over and who wrote nothing; a release for the cluster would cost a full fence each
@@ -92,6 +105,18 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const C
       : "memory");
 }
 
+// -- registers of a warpgroup; all its warps call it. Multiples of 8
+// ---------------------------------------------------
+
+template <int kRegisters>
+__device__ __forceinline__ void give_back_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
 // -- wgmma -----------------------------------------------------------------------------------------------------------
 
 // Descriptor of a K-major operand in shared memory whose rows are 128 bytes (64 bf16), swizzled by 128 bytes: groups of
@@ -109,35 +134,64 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // The accumulators are written behind the compiler's back until the wait: no use of them may move across this.
-__device__ __forceinline__ void pin_registers(float (&d)[128]) {
+template <int kCount>
+__device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d[64, 256] = a[64, 16] * b[256, 16]^T, plus d if accumulate. Lane l of warp w of the warpgroup holds, for j = 0..31,
-// d[16 w + l / 4][8 j + 2 * (l % 4) + {0, 1}] in d[4 j + {0, 1}] and the same of row + 8 in d[4 j + {2, 3}].
+// d[64, N] = a[64, 16] * b[N, 16]^T, plus d if accumulate, N = 2 * size of d. Lane l of warp w of the warpgroup holds,
+// for j = 0..N / 8 - 1, d[16 w + l / 4][8 j + 2 * (l % 4) + {0, 1}] in d[4 j + {0, 1}] and the same of row + 8 in
+// d[4 j + {2, 3}].
 #define DFLASH_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define DFLASH_F16(i) DFLASH_F4(i), DFLASH_F4(i + 4), DFLASH_F4(i + 8), DFLASH_F4(i + 12)
-__device__ __forceinline__ void wgmma_m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-      "}, %128, %129, accumulate, 1, 1, 0, 0;\n"
-      "}\n"
-      : DFLASH_F16(0), DFLASH_F16(16), DFLASH_F16(32), DFLASH_F16(48), DFLASH_F16(64), DFLASH_F16(80), DFLASH_F16(96),
-        DFLASH_F16(112)
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+#define DFLASH_R64                                                    \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, " \
+  "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
+  "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, " \
+  "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define DFLASH_R80 DFLASH_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define DFLASH_R96 DFLASH_R80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define DFLASH_R128                                                                                                  \
+  DFLASH_R96                                                                                                         \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, " \
+  "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define DFLASH_F64 DFLASH_F16(0), DFLASH_F16(16), DFLASH_F16(32), DFLASH_F16(48)
+// a, b and accumulate are the operands after the registers.
+#define DFLASH_WGMMA(n, registers, a_operand, b_operand, accumulate_operand)                           \
+  "{\n"                                                                                                \
+  ".reg .pred accumulate;\n"                                                                           \
+  "setp.ne.b32 accumulate, " accumulate_operand                                                        \
+  ", 0;\n"                                                                                             \
+  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" registers "}, " a_operand ", " b_operand \
+  ", accumulate, 1, 1, 0, 0;\n"                                                                        \
+  "}\n"
+#define DFLASH_INPUTS "l"(a), "l"(b), "r"(static_cast<int>(accumulate))
+
+__device__ __forceinline__ void wgmma_k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(DFLASH_WGMMA("128", DFLASH_R64, "%64", "%65", "%66") : DFLASH_F64 : DFLASH_INPUTS);
 }
+__device__ __forceinline__ void wgmma_k16(float (&d)[80], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(DFLASH_WGMMA("160", DFLASH_R80, "%80", "%81", "%82") : DFLASH_F64, DFLASH_F16(64) : DFLASH_INPUTS);
+}
+__device__ __forceinline__ void wgmma_k16(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(DFLASH_WGMMA("192", DFLASH_R96, "%96", "%97", "%98")
+               : DFLASH_F64, DFLASH_F16(64), DFLASH_F16(80)
+               : DFLASH_INPUTS);
+}
+__device__ __forceinline__ void wgmma_k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(DFLASH_WGMMA("256", DFLASH_R128, "%128", "%129", "%130")
+               : DFLASH_F64, DFLASH_F16(64), DFLASH_F16(80), DFLASH_F16(96), DFLASH_F16(112)
+               : DFLASH_INPUTS);
+}
+#undef DFLASH_INPUTS
+#undef DFLASH_WGMMA
+#undef DFLASH_F64
+#undef DFLASH_R128
+#undef DFLASH_R96
+#undef DFLASH_R80
+#undef DFLASH_R64
 #undef DFLASH_F16
 #undef DFLASH_F4
 

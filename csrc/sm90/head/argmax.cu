@@ -22,6 +22,10 @@ using dflash::head::HeadParams;
 using dflash::head::tile_key;
 using dflash::head::vocab_key;
 
+using Tiles = Mainloop<256, 4>;
+constexpr int kThreads = Tiles::kConsumers + 32;  // and a producer warp
+constexpr int kClusterSize = 2;                   // one pair
+
 struct Schedule {
   int row_pairs;  // pairs of row tiles
   int tiles;      // row_pairs * column tiles
@@ -29,7 +33,7 @@ struct Schedule {
 };
 
 __device__ __forceinline__ void consumers_sync() {
-  asm volatile("bar.sync 1, %0;\n" ::"n"(Mainloop::kConsumers) : "memory");
+  asm volatile("bar.sync 1, %0;\n" ::"n"(Tiles::kConsumers) : "memory");
 }
 
 // Keys of the warp's rows, added to the workspace.
@@ -60,34 +64,40 @@ __device__ __forceinline__ void add_keys(const HeadParams& p, const float (&acc)
   }
 }
 
-__global__ void __cluster_dims__(Mainloop::kClusterSize, 1, 1) __launch_bounds__(Mainloop::kThreads, 1)
+__global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     argmax_kernel(const __grid_constant__ HeadParams p, const __grid_constant__ CUtensorMap hidden_map,
                   const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ Schedule schedule) {
   extern __shared__ unsigned char shared_bytes[];
-  __shared__ uint64_t barriers[2 * Mainloop::kStages];
+  __shared__ uint64_t barriers[2 * Tiles::kStages];
   __shared__ bool last;
-  const uint32_t rank = cluster_rank();
-  const int cluster = static_cast<int>(blockIdx.x) / Mainloop::kClusterSize;
-  const int clusters = static_cast<int>(gridDim.x) / Mainloop::kClusterSize;
-  const Pipeline pipe = make_pipeline(shared_bytes, barriers);
+  const Pair pair{kClusterSize, 0, cluster_rank()};
+  const int cluster = static_cast<int>(blockIdx.x) / kClusterSize;
+  const int clusters = static_cast<int>(gridDim.x) / kClusterSize;
+  const Pipeline<Tiles> pipe = make_pipeline<Tiles>(shared_bytes, barriers, kClusterSize);
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  PipelineState state;
+  PipelineState<Tiles> state;
 
-  if (warp == Mainloop::kConsumers / 32) {
+  if (warp == Tiles::kConsumers / 32) {
     if (threadIdx.x % 32 == 0) {
       for (int tile = cluster; tile < schedule.tiles; tile += clusters) {
-        const int row0 = (tile % schedule.row_pairs * 2 + static_cast<int>(rank)) * Mainloop::BM;
-        const int column0 = tile / schedule.row_pairs * Mainloop::BN;
-        load_tile(pipe, state, &hidden_map, &weight_map, row0, column0, schedule.k_tiles, rank);
+        const int row0 = (tile % schedule.row_pairs * 2 + static_cast<int>(pair.index)) * Tiles::BM;
+        const int column0 = tile / schedule.row_pairs * Tiles::BN;
+        for (int k = 0; k < schedule.k_tiles; ++k) {
+          barrier_wait(pipe.empty(state.stage), state.parity ^ 1);
+          barrier_arrive_expect(pipe.full(state.stage), Tiles::kStageBytes);
+          tma_load(pipe.a(state.stage), &hidden_map, k * Tiles::BK, row0, pipe.full(state.stage));
+          load_w(pipe, state.stage, &weight_map, k * Tiles::BK, column0, column0 + Tiles::BN / 2, pair);
+          state.advance();
+        }
       }
     }
     __syncwarp();
   } else {
     for (int tile = cluster; tile < schedule.tiles; tile += clusters) {
-      const int64_t row0 = (tile % schedule.row_pairs * int64_t{2} + rank) * Mainloop::BM;
-      const int64_t column0 = tile / schedule.row_pairs * int64_t{Mainloop::BN};
+      const int64_t row0 = (tile % schedule.row_pairs * int64_t{2} + pair.index) * Tiles::BM;
+      const int64_t column0 = tile / schedule.row_pairs * int64_t{Tiles::BN};
       float acc[128];
-      multiply_tile(pipe, state, warp / 4, schedule.k_tiles, acc);
+      multiply_tile(pipe, state, warp / 4, schedule.k_tiles, pair, acc);
       add_keys(p, acc, row0 + 16 * warp, column0);  // 64 rows a warpgroup, 16 a warp
     }
     __threadfence();
@@ -97,7 +107,7 @@ __global__ void __cluster_dims__(Mainloop::kClusterSize, 1, 1) __launch_bounds__
       __threadfence();
     }
     consumers_sync();
-    if (last) dflash::head::finish_argmax(p, Mainloop::kConsumers, consumers_sync);
+    if (last) dflash::head::finish_argmax(p, Tiles::kConsumers, consumers_sync);
   }
   cluster_sync();
 }
@@ -107,20 +117,20 @@ __global__ void __cluster_dims__(Mainloop::kClusterSize, 1, 1) __launch_bounds__
 bool launch_argmax(const HeadParams& p, int num_sms, cudaStream_t stream) {
   if (p.gemm.a_stride[0] < p.gemm.k) return false;
   CUtensorMap hidden_map, weight_map;
-  if (!make_tensor_map(&hidden_map, p.gemm.a[0], p.gemm.m, p.gemm.k, p.gemm.a_stride[0], Mainloop::BM) ||
-      !make_tensor_map(&weight_map, p.gemm.w, p.gemm.n, p.gemm.k, p.gemm.k, Mainloop::BN / 2)) {
+  if (!make_tensor_map(&hidden_map, p.gemm.a[0], p.gemm.m, p.gemm.k, p.gemm.a_stride[0], Tiles::BM) ||
+      !make_tensor_map(&weight_map, p.gemm.w, p.gemm.n, p.gemm.k, p.gemm.k, Tiles::BN / 2)) {
     return false;
   }
   const auto tiles_of = [](int64_t size, int64_t tile) { return static_cast<int>((size + tile - 1) / tile); };
   Schedule schedule;
-  schedule.row_pairs = tiles_of(p.gemm.m, 2 * Mainloop::BM);
-  schedule.tiles = schedule.row_pairs * tiles_of(p.gemm.n, Mainloop::BN);
-  schedule.k_tiles = tiles_of(p.gemm.k, Mainloop::BK);
-  const int clusters = std::min(schedule.tiles, num_sms / Mainloop::kClusterSize);
-  cuda_check(cudaFuncSetAttribute(argmax_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Mainloop::kSharedBytes),
+  schedule.row_pairs = tiles_of(p.gemm.m, 2 * Tiles::BM);
+  schedule.tiles = schedule.row_pairs * tiles_of(p.gemm.n, Tiles::BN);
+  schedule.k_tiles = tiles_of(p.gemm.k, Tiles::BK);
+  const int clusters = std::min(schedule.tiles, num_sms / kClusterSize);
+  cuda_check(cudaFuncSetAttribute(argmax_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSharedBytes),
              "lm_head_argmax");
-  argmax_kernel<<<clusters * Mainloop::kClusterSize, Mainloop::kThreads, Mainloop::kSharedBytes, stream>>>(
-      p, hidden_map, weight_map, schedule);
+  argmax_kernel<<<clusters * kClusterSize, kThreads, Tiles::kSharedBytes, stream>>>(p, hidden_map, weight_map,
+                                                                                    schedule);
   cuda_check_launch("lm_head_argmax");
   return true;
 }

@@ -9,6 +9,7 @@
 
 #include "common/cuda_check.h"
 #include "common/dependent_launch.cuh"
+#include "sm90/gemm/launch.h"
 #include "smxx/gemm/launch.h"
 #include "smxx/gemm/tile.cuh"
 
@@ -28,8 +29,9 @@ constexpr int kMaxSplits = 8;  // the portable size of a cluster
 // else a little more than there are SMs.
 template <typename C>
 constexpr int64_t kOneWave = C::BM == 16 ? 396 : 160;
-constexpr int64_t kMinTilesK = 8;    // steps of K that a part keeps, so that its pipeline fills
-constexpr int64_t kWideTiles = 256;  // 64-column tiles from which 16 rows take them: two a SM
+constexpr int64_t kMinTilesK = 8;                    // steps of K that a part keeps, so that its pipeline fills
+[[maybe_unused]] constexpr int64_t kWgmmaRows = 64;  // more rows than this go to sm90/gemm on Hopper
+constexpr int64_t kWideTiles = 256;                  // 64-column tiles from which 16 rows take them: two a SM
 
 __device__ __forceinline__ float2 load_pair(const uint16_t* from) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
@@ -219,6 +221,15 @@ void launch(const GemmParams& p, cudaStream_t stream) {
 void launch_gemm_bf16(const GemmParams& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return;
   const int64_t rows = likely_rows(p);
+#if DFLASH_WITH_SM90
+  if (rows > kWgmmaRows) {
+    int device = 0, major = 0, num_sms = 0;
+    cuda_check(cudaGetDevice(&device), "gemm_bf16");
+    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "gemm_bf16");
+    cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "gemm_bf16");
+    if (major == 9 && sm90::gemm::launch_gemm_bf16(p, num_sms, stream)) return;
+  }
+#endif
   if (rows <= 16) {
     return num_tiles<Rows16Wide>(p) >= kWideTiles ? launch<Rows16Wide>(p, stream) : launch<Rows16>(p, stream);
   }

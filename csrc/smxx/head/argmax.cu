@@ -24,7 +24,7 @@ namespace dflash::head {
 namespace {
 
 // More rows than this are bound by the tensor cores, and on Hopper go to wgmma.
-constexpr int64_t kWgmmaRows = 128;
+[[maybe_unused]] constexpr int64_t kWgmmaRows = 128;
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, kBlocksPerSm) argmax_kernel(const __grid_constant__ HeadParams p) {

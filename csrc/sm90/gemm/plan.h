@@ -1,0 +1,55 @@
+// How a GEMM of many rows is cut into tiles for the wgmma kernel: a score for each candidate, the lowest wins.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace dflash::sm90::gemm {
+
+struct Plan {
+  int columns = 0;  // BN
+  int pair = 1;     // row tiles that share W through multicast: 1 or 2
+  int splits = 1;   // parts of K, one block each, added up over the cluster
+  double cycles = 0.0;
+};
+
+constexpr int kColumnChoices[] = {128, 160, 192, 256};
+constexpr int64_t kMinSteps = 8;  // steps of K that a part keeps, so that its pipeline fills
+
+// Estimated cycles of one candidate, from figures of an H100 at 1.755 GHz. A step of K (64) of a [128, BN] tile
+// occupies the tensor cores of an SM for 4 * BN cycles (2048 multiply-adds each); its operands cross from L2 at 64
+// bytes a cycle at most, and at 3300 for all SMs together; W comes from DRAM at 1800, once.
+inline double estimate(const Plan& plan, int64_t rows, int64_t n, int64_t k_steps, int num_sms) {
+  constexpr double kL2PerSm = 64, kL2 = 3300, kDram = 1800, kFill = 3000, kReduce = 3000;
+  const int64_t pairs = (rows + 128 * plan.pair - 1) / (128 * plan.pair);
+  const int64_t tiles = pairs * ((n + plan.columns - 1) / plan.columns);
+  const int64_t slots = std::max(num_sms / (plan.pair * plan.splits), 1);
+  const int64_t waves = (tiles + slots - 1) / slots;
+  const double busy = static_cast<double>(std::min(tiles, slots) * plan.pair * plan.splits);
+  const double step_bytes = 128 * 128 + plan.columns * 128.0 / plan.pair;
+  const double step = std::max({4.0 * plan.columns, step_bytes / kL2PerSm, step_bytes * busy / kL2});
+  const double steps = static_cast<double>((k_steps + plan.splits - 1) / plan.splits);
+  const double compute = static_cast<double>(waves) * (steps * step + kFill);
+  const double stream = static_cast<double>(n * k_steps) * 128 / kDram + kFill;
+  return std::max(compute, stream) + (plan.splits > 1 ? kReduce : 0);
+}
+
+inline Plan choose_plan(int64_t rows, int64_t n, int64_t k_steps, bool gated, int num_sms) {
+  Plan best;
+  for (int columns : kColumnChoices) {
+    if (gated && columns == 160) continue;  // its halves are not whole groups of 32 columns
+    for (int pair = 1; pair <= (rows > 128 ? 2 : 1); ++pair) {
+      for (int splits = 1; splits <= 4; splits *= 2) {
+        Plan plan{columns, pair, splits};
+        const int64_t tiles = (rows + 128 * pair - 1) / (128 * pair) * ((n + columns - 1) / columns);
+        // Parts of K only where the SMs would not be filled: a cluster with a second tile would wait for its sums.
+        if (splits > 1 && (tiles * pair * splits > num_sms || k_steps / splits < kMinSteps)) continue;
+        plan.cycles = estimate(plan, rows, n, k_steps, num_sms);
+        if (best.columns == 0 || plan.cycles < best.cycles) best = plan;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace dflash::sm90::gemm
