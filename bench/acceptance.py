@@ -1,5 +1,8 @@
 """`python -m bench.acceptance`: the demo pair on the held-out sets: acceptance, and equality with plain decoding.
 
+`--formats bf16 fp8 int4-g64 e2m1-g64` quantises the drafter on the way and measures each; the set's name then carries the
+format. The text is the target's in every one, so plain decoding runs once a set.
+
 Acceptance length is tokens per decode step with the bonus counted, over all steps of a set. Every prompt's text must
 equal plain decoding of the same target token for token; with a bf16 target a tie within rounding may fall either way,
 so such texts are reported and no failure. Tokens/s count whole calls, prompts and graph captures included. The sets are
@@ -15,6 +18,7 @@ import argparse
 import json
 import shlex
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -80,6 +84,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, tokenizer, drafter = load_demo_pair(dtype, device)
+    drafters = {name: drafter if name == "bf16" else load_quantized(name).bind(model) for name in args.formats}
     params = SamplingParams(max_new_tokens=args.max_new_tokens)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench.acceptance", *argv]),
@@ -92,34 +97,49 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         "max_new_tokens": args.max_new_tokens,
         "sets": {},
     }
-    print(f"# {'set':<12} {'prompts':>7} {'tokens':>8} {'acceptance':>10} {'tok/s':>8} {'plain':>8} {'identical':>10}")
+    print(f"# {'set':<19} {'prompts':>7} {'tokens':>8} {'acceptance':>10} {'tok/s':>8} {'plain':>8} {'identical':>10}")
     started = time.monotonic()
     for name, prompts in sets.items():
         ids = [_encode(tokenizer, text) for text in prompts]
         longest = max(map(len, ids), default=1)
-        engine = Engine(
-            model, drafter, tokenizer, max_batch=args.batch, max_len=longest + args.max_new_tokens, device=device
-        )
-        try:
-            ours, seconds = _timed(engine, ids, params, "dflash")
-            plain, plain_seconds = (None, 0.0) if args.no_compare else _timed(engine, ids, params, "plain")
-        finally:
-            engine.close()
-        done = summarise(ours, plain, seconds, plain_seconds)
-        report["sets"][name] = done
-        same = f"{done['identical']}/{done['prompts']}" if plain is not None else "-"
-        print(
-            f"  {name:<12} {done['prompts']:>7} {done['tokens']:>8} {done['mean_acceptance']:>10.3f} "
-            f"{done['tokens_per_s']:>8.0f} {done.get('plain_tokens_per_s', 0.0):>8.0f} {same:>10}",
-            flush=True,
-        )
-        if args.json is not None:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        plain: list[Any] | None = None
+        plain_seconds = 0.0
+        for weight_format, packed in drafters.items():
+            engine = Engine(
+                model, packed, tokenizer, max_batch=args.batch, max_len=longest + args.max_new_tokens, device=device
+            )
+            try:
+                ours, seconds = _timed(engine, ids, params, "dflash")
+                if plain is None and not args.no_compare:
+                    plain, plain_seconds = _timed(engine, ids, params, "plain")
+            finally:
+                engine.close()
+            done = summarise(ours, plain, seconds, plain_seconds) | {"weights": weight_format}
+            label = name if args.formats == ["bf16"] else f"{name} {weight_format}"
+            report["sets"][label] = done
+            same = f"{done['identical']}/{done['prompts']}" if plain is not None else "-"
+            print(
+                f"  {label:<19} {done['prompts']:>7} {done['tokens']:>8} {done['mean_acceptance']:>10.3f} "
+                f"{done['tokens_per_s']:>8.0f} {done.get('plain_tokens_per_s', 0.0):>8.0f} {same:>10}",
+                flush=True,
+            )
+            if args.json is not None:
+                args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if args.time_limit is not None and time.monotonic() - started > args.time_limit:
             print("# time limit: the remaining sets were skipped")
             break
     differing = sum(len(s.get("differing_prompts", ())) for s in report["sets"].values())
     return 1 if differing and args.dtype == "fp32" else 0
+
+
+def load_quantized(name: str) -> Any:
+    """The demo drafter in the format of that name, packed and loaded by way of files as a user would."""
+    from dflash_kernels.cli import DEMO_DRAFTER
+    from dflash_kernels.model import WeightFormat, load_drafter, quantize_drafter
+
+    with tempfile.TemporaryDirectory() as folder:
+        quantize_drafter(DEMO_DRAFTER, Path(folder) / name, WeightFormat.parse(name))
+        return load_drafter(Path(folder) / name)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -144,6 +164,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="requests at a time; default: 32")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the target; default: fp32")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=["bf16"],
+        metavar="FORMAT",
+        help="of the drafter's weights: bf16 (default), fp8, int4-g64, e2m1-g64",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="sets from a JSON file")
     parser.add_argument("--write-prompts", type=Path, metavar="FILE", help="only write the sets as a JSON file")

@@ -1,4 +1,4 @@
-"""``dflash-kernels``: generate, info, doctor, bench.
+"""``dflash-kernels``: generate, pack, info, doctor, bench.
 
 Exit codes: 0 fine; 1 a check failed (outputs differ, doctor found a fault); 2 bad input, said in one line on stderr.
 """
@@ -78,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--quiet", action="store_true", help="print only the text")
     gen.set_defaults(run=_generate)
 
+    pack = commands.add_parser(
+        "pack",
+        help="write a drafter with fp8 or 4-bit weights",
+        description="Quantises a drafter's projections. The text that generate makes stays the target's; a coarser "
+        "drafter has fewer tokens accepted.",
+    )
+    pack.add_argument("drafter", type=Path, metavar="DRAFTER", help="DFlash drafter directory, unquantised")
+    pack.add_argument("out", type=Path, metavar="OUT", help="directory to write, new or empty")
+    pack.add_argument("--format", choices=("fp8", "w4"), required=True, help="e4m3 a channel, or 4 bits in groups")
+    pack.add_argument("--group-size", type=int, choices=(64, 128), help="w4: weights that share a scale; default: 128")
+    pack.add_argument("--codes", choices=("int4", "e2m1"), help="w4: what 4 bits mean; default: int4")
+    pack.set_defaults(run=_pack)
+
     for name, text in (
         ("info", "versions, device, what the binary holds, which implementation each op would use"),
         ("doctor", "check the install and say what to fix"),
@@ -112,6 +125,31 @@ def _bench(args: argparse.Namespace) -> int:
     raise UsageError(
         "the benchmarks (bench/) belong to the repository and are not installed; run this from a checkout's root"
     )
+
+
+# -- pack -----------------------------------------------------------------------------------------------------------
+
+
+def _pack(args: argparse.Namespace) -> int:
+    if args.format == "fp8" and (args.group_size or args.codes):
+        raise UsageError("--group-size and --codes belong to --format w4: fp8 has one scale for each output channel")
+    if dflash_kernels.load_error is not None:
+        raise UsageError(str(dflash_kernels.load_error))
+    from dflash_kernels.model.formats import WeightFormat
+    from dflash_kernels.model.quantize import quantize_drafter
+
+    fp8 = args.format == "fp8"
+    wanted = WeightFormat("fp8") if fp8 else WeightFormat(args.codes or "int4", args.group_size or 128)
+    try:
+        report = quantize_drafter(args.drafter, args.out, wanted)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    print(f"{args.out}: {report.tensors} projections in {wanted}, {report.kept} tensors as they were")
+    print(
+        f"{report.bytes_before / 1e6:.1f} MB to {report.bytes_after / 1e6:.1f} MB; "
+        f"rounding error {100 * report.error:.2f} % of the quantised weights (root mean square)"
+    )
+    return 0
 
 
 # -- generate -------------------------------------------------------------------------------------------------------

@@ -181,7 +181,16 @@ def test_unsupported_features_are_listed_together() -> None:
     )
     with pytest.raises(ValueError, match="not supported") as error:
         parse_config(raw, "x/config.json")
-    for part in ("x/config.json", "experts", "gelu", "(fp8)", "sinks", "soft-capped", "convolutions", "selector"):
+    for part in (
+        "x/config.json",
+        "experts",
+        "gelu",
+        "(fp8; compressed-tensors is read)",
+        "sinks",
+        "soft-capped",
+        "convolutions",
+        "selector",
+    ):
         assert part in str(error.value)
     with pytest.raises(ValueError, match="a vocabulary of its own \\(32 of 97 ids\\)"):
         parse_config(speculators(draft_vocab_size=32))
@@ -279,7 +288,8 @@ def test_weights_are_stacked_in_the_ops_order(tmp_path: Path, rng: torch.Generat
         ):
             assert torch.equal(stacked[i], state[f"layers.{i}.{name}"])
     assert torch.equal(w.fc_weight, state["fc.weight"]) and torch.equal(w.final_norm, state["norm.weight"])
-    assert all(t.is_contiguous() for t in vars(w).values())
+    assert w.quantized is None
+    assert all(t.is_contiguous() for name, t in vars(w).items() if name != "quantized")
     assert w.nbytes == sum(t.nbytes for t in state.values()) + w.kv_weight.nbytes + w.kv_bias.nbytes
 
 

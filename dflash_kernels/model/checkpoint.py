@@ -12,11 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dflash_kernels.model.config import DrafterConfig
+from dflash_kernels.model.formats import QuantizedWeight, WeightFormat, concatenate, is_finite, stack
 from dflash_kernels.model.weights import DrafterWeights
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CODE_DTYPES = {"fp8": "F8_E4M3", "int4": "I32", "e2m1": "U8"}
 # Other names under which the tensors are published.
 _ALIASES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 # Copies of the target's weights and of its vocabulary map, which speculators files may carry.
@@ -40,7 +42,7 @@ _UNSUPPORTED_TENSORS = {
 }
 
 
-class _Files:
+class Files:
     """The open safetensors files of a checkpoint, and where each tensor lies."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -113,6 +115,43 @@ class _Files:
             raise ValueError(f"{file.name}: tensor {name} must have shape {expected}, got {shape}")
         target.copy_(handle.get_tensor(stored))
 
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as it is in the file."""
+        _, (handle, stored) = self._find(name)
+        return handle.get_tensor(stored)
+
+    def stored_name(self, name: str) -> str:
+        """The name that the file has for it."""
+        return str(self._find(name)[1][1])
+
+    def read_quantized(self, name: str, shape: tuple[int, ...], weight_format: WeightFormat) -> QuantizedWeight:
+        """The codes and scales that stand for the tensor ``name`` (``... .weight``) of ``shape``."""
+        f = weight_format
+        f.check_columns(shape[1], f"{self.folder}: tensor {name}")
+        codes_name = name if f.kind == "fp8" else name + "_packed"
+        columns = f.code_columns(shape[1]) // (4 if f.kind == "int4" else 1)
+        codes = self._read_checked(codes_name, (shape[0], columns), {_CODE_DTYPES[f.kind]}, f)
+        floats = set(_DTYPES) if f.kind == "fp8" else {"BF16"}
+        scale = self._read_checked(name + "_scale", (shape[0], f.scale_columns(shape[1])), floats, f)
+        quantized = QuantizedWeight(f, codes.view(torch.uint8), scale.to(f.scale_dtype))
+        if not is_finite(quantized):
+            raise ValueError(f"{self.folder}: tensor {name} must have finite codes and scales, got inf or nan")
+        if f.kind == "int4" and name + "_shape" in self:
+            told = self.read(name + "_shape").tolist()
+            if told != list(shape):
+                raise ValueError(f"{self.folder}: tensor {name}_shape must say {list(shape)}, got {told}")
+        return quantized
+
+    def _read_checked(self, name: str, shape: tuple[int, ...], dtypes: set[str], f: WeightFormat) -> torch.Tensor:
+        file, (handle, stored) = self._find(name)
+        part = handle.get_slice(stored)
+        if part.get_dtype() not in dtypes:
+            expected = " or ".join(sorted(dtypes))
+            raise ValueError(f"{file.name}: tensor {name} must be {expected} in format {f}, got {part.get_dtype()}")
+        if list(part.get_shape()) != list(shape):
+            raise ValueError(f"{file.name}: tensor {name} must have shape {list(shape)}, got {part.get_shape()}")
+        return handle.get_tensor(stored)
+
     def _find(self, name: str) -> tuple[Path, Any]:
         if name not in self._where:
             raise ValueError(f"{self.folder}: tensor {name} must be in the checkpoint, found none")
@@ -127,18 +166,20 @@ def _plain_name(name: str) -> str:
 def load_weights(path: str | Path, config: DrafterConfig, dtype: torch.dtype | None = None) -> DrafterWeights:
     """Read and stack a drafter's tensors on the CPU.
 
+    Quantised projections are there twice: dequantised to ``dtype``, and as codes and scales in ``quantized``.
+
     Args:
         path: directory with ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
-        dtype: of the result; None: the file's, bf16 where that is fp16.
+        dtype: of the result; None: the file's, bf16 where that is fp16 or quantised.
 
     Raises:
         ValueError: pickles, a truncated or missing file, a missing, unknown or misshapen tensor, another dtype.
     """
     folder = Path(path)
     with ExitStack() as stack:
-        files = _Files(folder, stack)
+        files = Files(folder, stack)
         if dtype is None:
-            dtype = files.dtype("fc.weight")
+            dtype = files.dtype("hidden_norm.weight")
             dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         return _Packer(files, config, dtype).pack()
 
@@ -146,16 +187,19 @@ def load_weights(path: str | Path, config: DrafterConfig, dtype: torch.dtype | N
 class _Packer:
     """Fills the stacked tensors, and notes which tensors of the files it used."""
 
-    def __init__(self, files: _Files, config: DrafterConfig, dtype: torch.dtype) -> None:
+    def __init__(self, files: Files, config: DrafterConfig, dtype: torch.dtype) -> None:
         self.files, self.config, self.dtype = files, config, dtype
         self.used: set[str] = set()
+        self.quantized: dict[str, QuantizedWeight] = {}
 
     def pack(self) -> DrafterWeights:
         c = self.config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         attention, mlp = "self_attn.", "mlp."
         qkv_names = [attention + f"{p}_proj" for p in "qkv"]
-        qkv_weight = self._stack([f"{n}.weight" for n in qkv_names], [(q, c.hidden_size)] + 2 * [(kv, c.hidden_size)])
+        qkv_weight = self._projection(
+            "qkv_weight", [f"{n}.weight" for n in qkv_names], [(q, c.hidden_size)] + 2 * [(kv, c.hidden_size)]
+        )
         qkv_bias = o_bias = q_norm = k_norm = None
         if c.attention_bias:
             qkv_bias = self._stack([f"{n}.bias" for n in qkv_names], [(q,), (kv,), (kv,)])
@@ -176,12 +220,17 @@ class _Packer:
             qkv_bias=qkv_bias,
             q_norm=q_norm,
             k_norm=k_norm,
-            o_weight=self._stack([attention + "o_proj.weight"], [(c.hidden_size, q)]),
+            o_weight=self._projection("o_weight", [attention + "o_proj.weight"], [(c.hidden_size, q)]),
             o_bias=o_bias,
             post_norm=self._stack(["post_attention_layernorm.weight"], [(c.hidden_size,)]),
-            gate_up_weight=self._stack([mlp + "gate_proj.weight", mlp + "up_proj.weight"], [mlp_shape, mlp_shape]),
-            down_weight=self._stack([mlp + "down_proj.weight"], [(c.hidden_size, c.intermediate_size)]),
+            gate_up_weight=self._projection(
+                "gate_up_weight", [mlp + "gate_proj.weight", mlp + "up_proj.weight"], [mlp_shape, mlp_shape]
+            ),
+            down_weight=self._projection(
+                "down_weight", [mlp + "down_proj.weight"], [(c.hidden_size, c.intermediate_size)]
+            ),
             final_norm=self._single("norm.weight", (c.hidden_size,)),
+            quantized=self.quantized or None,
         )
         self._check_rest()
         return weights
@@ -189,7 +238,25 @@ class _Packer:
     def _in_first_layer(self, name: str) -> bool:
         return f"layers.0.{name}" in self.files
 
+    def _projection(self, field: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """As :meth:`_stack`, from codes and scales, which are kept as ``field``, where the checkpoint has them."""
+        if self.config.weight_format is None:
+            return self._stack(names, shapes)
+        layers = []
+        for layer in range(self.config.num_layers):
+            full = [f"layers.{layer}.{name}" for name in names]
+            layers.append(concatenate([self._read_quantized(n, s) for n, s in zip(full, shapes, strict=True)]))
+        self.quantized[field] = stack(layers)
+        return self.quantized[field].dequantize(self.dtype)
+
+    def _read_quantized(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        assert self.config.weight_format is not None
+        self.used |= {name, name + "_packed", name + "_scale", name + "_shape"}
+        return self.files.read_quantized(name, shape, self.config.weight_format)
+
     def _single(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if self.config.weight_format is not None and name + "_scale" in self.files:
+            return self._read_quantized(name, shape).dequantize(self.dtype)
         tensor = torch.empty(shape, dtype=self.dtype)
         self.files.copy_into(tensor, name)
         self.used.add(name)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dflash_kernels.model.formats import WeightFormat, parse_quantization_config
 from dflash_kernels.model.rope import RopeConfig, parse_rope
 
 Layout = Literal["z-lab", "speculators"]
@@ -35,6 +36,7 @@ class DrafterConfig:
         max_positions: positions the drafter was made for.
         attention_bias: whether q, k and v (and o, where the checkpoint has it) carry a bias.
         layout: where the values came from; it also decides the tensors' names.
+        weight_format: of the layers' projections where they are quantised, else None.
     """
 
     block_size: int
@@ -54,6 +56,7 @@ class DrafterConfig:
     causal: tuple[bool, ...]
     attention_bias: bool = False
     layout: Layout = "z-lab"
+    weight_format: WeightFormat | None = None
 
     @property
     def num_context_features(self) -> int:
@@ -129,6 +132,7 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> DrafterCon
         causal=causal,
         attention_bias=bool(reader.get("attention_bias", False)),
         layout=reader.layout,
+        weight_format=_weight_format(reader),
     )
 
 
@@ -211,6 +215,11 @@ def _attention_kinds(reader: _Reader, num_layers: int) -> tuple[tuple[int, ...],
     return windows, causal
 
 
+def _weight_format(reader: _Reader) -> WeightFormat | None:
+    quantization = reader.get("quantization_config")
+    return parse_quantization_config(quantization) if quantization else None
+
+
 def _rope(reader: _Reader, head_dim: int, max_positions: int) -> RopeConfig:
     parameters = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
@@ -274,11 +283,10 @@ def _unsupported(reader: _Reader) -> list[str]:
     note(projector != "dflash", f"projector {projector}")
     note(get("sample_from_anchor") and reader.layout == "speculators", "sampling from the anchor's row")
     note(get("shift_label"), "shifted labels")
-    quantization = get("quantization_config")
-    if quantization:
-        named = quantization if isinstance(quantization, dict) else {}
-        method = named.get("quant_method") or named.get("quant_algo") or "unknown method"
-        found.append(f"quantised weights ({method})")
+    try:
+        _weight_format(reader)
+    except ValueError as error:
+        found.append(f"quantised weights ({error})")
     draft_vocab, vocab = get("draft_vocab_size"), get("vocab_size")
     note(draft_vocab is not None and draft_vocab != vocab, f"a vocabulary of its own ({draft_vocab} of {vocab} ids)")
     target_hidden, hidden = get("target_hidden_size"), get("hidden_size")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +19,8 @@ class Drafter:
     """A DFlash drafter; what the engine asks of one (`engine.draft.DrafterLike`), once it is bound to a target.
 
     A drafter has no embedding and no LM head: :meth:`bind` takes the target's. The dtype is bf16 on CUDA and fp32 or
-    bf16 on the CPU, never fp16, in which the target's outliers overflow in ``fc``.
+    bf16 on the CPU, never fp16, in which the target's outliers overflow in ``fc``. Quantised weights are dequantised to
+    it, on CUDA with a warning: no kernel reads their codes yet, so they save disk and not time there.
 
     Args:
         config: sizes of the drafter, or of this rank's shard of it.
@@ -34,7 +36,7 @@ class Drafter:
         if not 1 <= max_positions <= config.max_positions:
             raise ValueError(f"max_positions must be in 1..{config.max_positions} (the drafter's), got {max_positions}")
         _check_dtype(weights.dtype, weights.device)
-        self.config, self.weights = config, weights
+        self.config, self.weights = config, _for_device(weights)
         self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
         self.target_layer_ids: Sequence[int] = config.target_layer_ids
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
@@ -71,7 +73,7 @@ class Drafter:
         device, dtype = torch.device(device), dtype or self.dtype
         _check_dtype(dtype, device)
         before = (self.device, self.dtype)
-        self.weights = self.weights.to(device, dtype)
+        self.weights = _for_device(self.weights.to(device, dtype))
         self.cos_sin = self.cos_sin.to(device)
         self.embed_weight = self.embed_weight.to(device, dtype)
         self.lm_head_weight = self.lm_head_weight.to(device, dtype)
@@ -300,6 +302,18 @@ def load_drafter(
     config = load_config(path)
     weights = load_weights(path, config, dtype)
     return Drafter(config, weights.to(device, weights.dtype), max_positions=max_positions)
+
+
+def _for_device(weights: DrafterWeights) -> DrafterWeights:
+    """The weights as the kernels of their device read them."""
+    if weights.weight_format is None or weights.device.type == "cpu":
+        return weights
+    warnings.warn(
+        f"no CUDA kernel reads drafter weights in format {weights.weight_format}: they were dequantised to bf16, with "
+        "the memory and the speed of bf16 weights",
+        stacklevel=3,
+    )
+    return weights.dense()
 
 
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from dflash_kernels.model.config import DrafterConfig
+from dflash_kernels.model.formats import QuantizedWeight, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class DrafterWeights:
         qkv_weight: [L, (Hq + 2*Hkv)*D, H]; qkv_bias: [L, (Hq + 2*Hkv)*D] or None.
         q_norm, k_norm: [L, D] or None; o_weight: [L, H, Hq*D]; o_bias: [L, H] or None.
         gate_up_weight: [L, 2*I, H], gate rows first; down_weight: [L, H, I].
+        quantized: codes and scales by the names of the tensors above that were dequantised from them (qkv_weight,
+            o_weight, gate_up_weight, down_weight), for kernels that read them instead; None: nothing is quantised.
     """
 
     fc_weight: torch.Tensor
@@ -39,6 +43,7 @@ class DrafterWeights:
     gate_up_weight: torch.Tensor
     down_weight: torch.Tensor
     final_norm: torch.Tensor
+    quantized: Mapping[str, QuantizedWeight] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,16 +57,34 @@ class DrafterWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self._tensors().values() if tensor is not None)
+        """Bytes of all tensors, codes and scales included."""
+        dense = sum(tensor.nbytes for tensor in self._tensors().values() if tensor is not None)
+        return dense + sum(weight.nbytes for weight in (self.quantized or {}).values())
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """Format of the codes, None where nothing is quantised."""
+        return next((weight.format for weight in (self.quantized or {}).values()), None)
+
+    def dense(self) -> DrafterWeights:
+        """The same weights without codes and scales."""
+        return replace(self, quantized=None)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> DrafterWeights:
-        """The same weights elsewhere; tensors that are already there are shared."""
+        """The same weights elsewhere; tensors that are already there are shared.
+
+        Another dtype is made from the codes where there are any: bf16 has lost what float32 can hold.
+        """
         moved = {name: None if t is None else t.to(device, dtype) for name, t in self._tensors().items()}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        quantized = {name: weight.to(device) for name, weight in (self.quantized or {}).items()}
+        if dtype != self.dtype:
+            moved |= {name: weight.dequantize(dtype) for name, weight in quantized.items()}
+            if "qkv_weight" in quantized and moved["qkv_weight"] is not None:
+                moved["kv_weight"] = moved["qkv_weight"][:, -self.kv_weight.shape[1] :].contiguous()
+        return replace(self, **moved, quantized=quantized or None)  # type: ignore[arg-type]
 
     def _tensors(self) -> dict[str, torch.Tensor | None]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "quantized"}
 
 
 def shard_range(size: int, rank: int, world: int, what: str) -> tuple[int, int]:
@@ -87,7 +110,7 @@ def shard_weights(
     kept by rank 0 only, so that the sum holds it once. With more ranks than KV heads, neighbours share a KV head.
 
     Raises:
-        ValueError: heads, KV heads or the MLP size do not divide.
+        ValueError: heads, KV heads or the MLP size do not divide, or a part of quantised columns would end in a group.
     """
     dim, layers, hidden = config.head_dim, config.num_layers, config.hidden_size
     q0, q1 = shard_range(config.num_heads, rank, world, "num_attention_heads")
@@ -117,6 +140,15 @@ def shard_weights(
         own = slice(k0 * dim, k1 * dim)
         return torch.cat([k[:, own], v[:, own]], dim=1)
 
+    k_part = slice(q_rows + k0 * dim, q_rows + k1 * dim)
+    v_part = slice(k_part.start + kv_rows, k_part.stop + kv_rows)
+    up = config.intermediate_size
+    cuts: dict[str, Callable[[QuantizedWeight], QuantizedWeight]] = {
+        "qkv_weight": lambda w: w.rows(slice(q0 * dim, q1 * dim), k_part, v_part),
+        "o_weight": lambda w: w.columns(q0 * dim, q1 * dim),
+        "gate_up_weight": lambda w: w.rows(slice(i0, i1), slice(up + i0, up + i1)),
+        "down_weight": lambda w: w.columns(i0, i1),
+    }
     gate_up = weights.gate_up_weight.view(layers, 2, config.intermediate_size, hidden)[:, :, i0:i1]
     part = replace(
         weights,
@@ -128,5 +160,6 @@ def shard_weights(
         o_bias=weights.o_bias if rank == 0 else None,
         gate_up_weight=gate_up.reshape(layers, 2 * (i1 - i0), hidden),
         down_weight=weights.down_weight[:, :, i0:i1].contiguous(),
+        quantized={name: cuts[name](weight) for name, weight in (weights.quantized or {}).items()} or None,
     )
     return replace(config, num_heads=q1 - q0, num_kv_heads=k1 - k0, intermediate_size=i1 - i0), part
