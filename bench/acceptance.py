@@ -1,6 +1,6 @@
 """`python -m bench.acceptance`: the demo pair on the held-out sets: acceptance, and equality with plain decoding.
 
-`--formats bf16 fp8 int4-g64 e2m1-g64` quantises the drafter on the way and measures each; the set's name then carries the
+`--formats bf16 fp8 int4-g64 e2m1-g64` quantises the drafter on the way and measures each; a set's name then carries the
 format. The text is the target's in every one, so plain decoding runs once a set.
 
 Acceptance length is tokens per decode step with the bonus counted, over all steps of a set. Every prompt's text must
