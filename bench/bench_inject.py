@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import Calls, Case
-from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, TINY, DrafterShape
+from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape
 from dflash_kernels import ops
 
 SUITE = "inject"
@@ -77,11 +77,12 @@ def _case(shape: DrafterShape, batch: int, commit: int) -> Case:
         commit_lens = torch.full((batch,), commit, dtype=torch.int32, device=device)
         k_caches, v_caches = caches(), caches()
         workspace = ops.inject_kv_workspace(rows, shape.H, shape.L, shape.Hkv, shape.D, device=device)
+        plan = ops.inject_kv_plan(fc_weight, kv_weight, shape.D) if device.type == "cuda" and rows <= 64 else None
 
         def ours() -> None:
             ops.inject_kv(
                 taps, fc_weight, hidden_norm, kv_weight, None, k_norm, cos_sin, positions, slots, commit_lens,
-                k_caches, v_caches, workspace, EPS,
+                k_caches, v_caches, workspace, EPS, plan,
             )  # fmt: skip
 
         def chain(norm: Callable[..., torch.Tensor], write: Callable[..., object]) -> None:
@@ -117,9 +118,11 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         return
     for batch in (1, 32) if quick else (1, 4, 8, 32):
         yield _case(QWEN3_8B, batch, QWEN3_8B.T)
-    yield _case(QWEN3_8B, 32, 6)
+    for batch in (1, 4, 32):
+        yield _case(QWEN3_8B, batch, 6)
     if quick:
         return
+    yield _case(QWEN35_397B_TP8, 1, 6)
     for shape in (DEMO, DFLASH2_27B):
         for batch in (1, 8, 32):
             yield _case(shape, batch, shape.T)

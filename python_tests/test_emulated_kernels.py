@@ -175,6 +175,7 @@ CHECKS = [
             )
         ),
     ),
+    *calls(test_inject.test_plan_rows_do_not_depend_on_their_company, {"blocks": 3}),
     *calls(test_inject.test_plan_dead_rows_are_not_read),
     *calls(test_inject.test_plan_takes_no_part_beyond_64_rows),
     *calls(
@@ -286,6 +287,20 @@ MUTATIONS = [
         "copy_async_wait<2>();",
         "draft-bf16_matches",
         id="attention does not wait for its copies",
+    ),
+    pytest.param(
+        "smxx/inject/stream.cu",
+        "      named_barrier(stream::kLoaderBarrier, stream::kLoaders);\n",
+        "",
+        "inject-plan_matches",
+        id="injection's loaders do not wait for the rows' scales",
+    ),
+    pytest.param(
+        "smxx/inject/stream.cu",
+        "u.row_tile * kMaxTokens + token] = sum",
+        "u.row_tile * kMaxTokens + token] = u.rank == 0 ? sum : 0.0f",
+        "inject-plan_matches",
+        id="a tile's squares count only if its first part came last",
     ),
 ]
 

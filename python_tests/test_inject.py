@@ -472,9 +472,10 @@ def test_plan_matches_reference(
         assert torch.equal(inputs.caches(), written)
 
 
-def test_plan_rows_do_not_depend_on_their_company(device: str, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("blocks", [5])
+def test_plan_rows_do_not_depend_on_their_company(device: str, rng: torch.Generator, blocks: int) -> None:
     """The order of all sums is the schedule's: a request alone gives the bits that it gives among others."""
-    inputs = make(rng, device, batch=4, block=16, hidden=256, commit=[7, 16, 2, 5]).with_plan(5)
+    inputs = make(rng, device, batch=4, block=16, hidden=256, commit=[7, 16, 2, 5]).with_plan(blocks)
     inputs.run()
     alone = replace(
         inputs,
@@ -487,7 +488,9 @@ def test_plan_rows_do_not_depend_on_their_company(device: str, rng: torch.Genera
     )
     alone.run()
     slots = inputs.slots[:7].long()
-    if device == "cpu":  # torch's CPU matmul may split rows over kernels of different summation order
+    if (
+        torch.ops.dflash.name == "dflash" and device == "cpu"
+    ):  # torch's CPU matmul may split rows over kernels of different summation order
         assert torch.allclose(inputs.caches()[:, :, slots].float(), alone.caches()[:, :, slots].float(), 2e-2, 2e-2)
     else:
         assert torch.equal(inputs.caches()[:, :, slots], alone.caches()[:, :, slots])
@@ -529,7 +532,7 @@ def test_plan_opcheck(device: str, rng: torch.Generator) -> None:
         i.taps, plan.tiles, plan.units, i.hidden_norm, i.kv_bias, i.k_norm, i.cos_sin, i.positions, i.slots,
         i.commit_lens, i.k_caches, i.v_caches, plan.counters, plan.workspace, i.eps,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.dflash.inject_kv_stream.default, arguments)
+    torch.library.opcheck(torch.ops.dflash._inject_kv_stream.default, arguments)
 
 
 @pytest.mark.gpu

@@ -170,6 +170,9 @@ def call_inject(m: Maker) -> None:
             1e-6,
         )
         m.call(ops.inject_kv, *args)
+        if rows <= 64:
+            plan = ops.inject_kv_plan(args[1], args[3], dim)
+            m.call(ops.inject_kv, *args, plan)
         if layers < 3:
             with debug_checks():
                 m.call(ops.inject_kv, *args)

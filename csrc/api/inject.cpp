@@ -334,7 +334,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
   m.def("inject_kv(" DFLASH_INJECT_INPUTS
         "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor(c!) workspace, float eps) -> ()");
   m.def(
-      "inject_kv_stream(Tensor[] taps, Tensor tiles, Tensor units, Tensor hidden_norm, Tensor? kv_bias, "
+      "_inject_kv_stream(Tensor[] taps, Tensor tiles, Tensor units, Tensor hidden_norm, Tensor? kv_bias, "
       "Tensor? k_norm, Tensor cos_sin, Tensor positions, Tensor slots, Tensor? commit_lens, "
       "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor(c!) counters, Tensor(d!) workspace, float eps) -> ()");
   m.def("_inject_kv_check(" DFLASH_INJECT_INPUTS
@@ -352,6 +352,6 @@ STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
 #if DFLASH_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) {
   m.impl("inject_kv", TORCH_BOX(&dflash::inject::inject_cuda));
-  m.impl("inject_kv_stream", TORCH_BOX(&dflash::inject::stream_inject_cuda));
+  m.impl("_inject_kv_stream", TORCH_BOX(&dflash::inject::stream_inject_cuda));
 }
 #endif

@@ -48,6 +48,7 @@ class Drafter:
         self._windows, self._causal = list(config.windows), [int(c) for c in config.causal]
         self._draft_buffers = _Buckets(self._new_draft_buffers)
         self._inject_buffers = _Buckets(self._new_inject_buffers)
+        self._inject_plan: ops.InjectPlan | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +81,7 @@ class Drafter:
         if before != (self.device, self.dtype):
             self._draft_buffers = _Buckets(self._new_draft_buffers)
             self._inject_buffers = _Buckets(self._new_inject_buffers)
+            self._inject_plan = None
         return self
 
     def bind(self, target: nn.Module, dtype: torch.dtype | None = None) -> Drafter:
@@ -118,6 +120,7 @@ class Drafter:
         """Allocate what steps of up to ``batch`` blocks and injections of up to ``tokens`` rows need, once."""
         self._draft_buffers.reserve(batch)
         self._inject_buffers.reserve(tokens)
+        self._plan_injection()
 
     def forward(
         self,
@@ -215,6 +218,7 @@ class Drafter:
             v_caches,
             workspace,
             self.config.rms_norm_eps,
+            self._plan_injection(),
         )
 
     def shard(self, rank: int, world: int) -> Drafter:
@@ -240,6 +244,16 @@ class Drafter:
             batch, c.block_size, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
         )
         return out, torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _plan_injection(self) -> ops.InjectPlan | None:
+        """The weights of injection once more, in the order that few rows stream them in; made once, on CUDA only.
+
+        Not while a graph is captured: :meth:`reserve` before.
+        """
+        if self._inject_plan is None and self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            w = self.weights
+            self._inject_plan = ops.inject_kv_plan(w.fc_weight, w.kv_weight, self.config.head_dim)
+        return self._inject_plan
 
     def _new_inject_buffers(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         c = self.config

@@ -175,7 +175,7 @@ def inject_kv(
     Source: SGLang's materialisation of DFLASH context KV (fused_kv_materialize.py), rounding included.
     """
     if plan is not None and positions.numel() <= MAX_PLAN_ROWS:
-        torch.ops.dflash.inject_kv_stream(
+        torch.ops.dflash._inject_kv_stream(
             taps, plan.tiles, plan.units, hidden_norm, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
             k_caches, v_caches, plan.counters, plan.workspace, eps,
         )  # fmt: skip
@@ -228,7 +228,7 @@ def _inject_kv_fake(*args: object, **kwargs: object) -> None:
     return None
 
 
-@torch.library.impl("dflash::inject_kv_stream", "CPU")
+@torch.library.impl("dflash::_inject_kv_stream", "CPU")
 def _inject_kv_stream_cpu(
     taps: list[torch.Tensor],
     tiles: torch.Tensor,
@@ -262,6 +262,6 @@ def _inject_kv_stream_cpu(
     )  # fmt: skip
 
 
-@torch.library.register_fake("dflash::inject_kv_stream")
+@torch.library.register_fake("dflash::_inject_kv_stream")
 def _inject_kv_stream_fake(*args: object, **kwargs: object) -> None:
     return None
