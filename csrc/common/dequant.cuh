@@ -1,0 +1,87 @@
+// Codes of quantised weights to pairs of bf16, the registers of mma.sync's A fragments. Scales stay out of it: a
+// product with bare codes is summed in float32 and scaled there, exactly and with fewer instructions.
+//
+// All three put a code's bits where bf16 has its own (sign at 15, exponent from 7 up) in both halves of a register at
+// once. What a smaller exponent bias makes too small by a power of two, one multiplication puts right; it also makes
+// the small format's subnormal numbers right, because bf16's own are exact in it.
+//
+// sm_90 code for a lane's 8 codes, without loads: fp8 14 integer operations + 4 multiplications, int4 11 + 4 additions,
+// e2m1 11 + 4 multiplications. Packing is done in dflash_kernels/tiles.py.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#else
+#include "common/half_bits.h"
+#endif
+
+namespace dflash {
+
+#if !defined(__CUDACC__)
+// The results that are needed here have few significant bits, so cutting is exact.
+inline uint32_t bf16_pair(float low, float high) {
+  uint32_t a, b;
+  std::memcpy(&a, &low, sizeof(a));
+  std::memcpy(&b, &high, sizeof(b));
+  return a >> 16 | (b & 0xffff0000u);
+}
+#endif
+
+// Each half of a pair times (plus) the same half of another.
+DFLASH_HOST_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  const __nv_bfloat162 product =
+      __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(product);
+#else
+  return bf16_pair(float_from_bits(a << 16) * float_from_bits(b << 16),
+                   float_from_bits(a & 0xffff0000u) * float_from_bits(b & 0xffff0000u));
+#endif
+}
+DFLASH_HOST_DEVICE uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  const __nv_bfloat162 sum =
+      __hadd2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(sum);
+#else
+  return bf16_pair(float_from_bits(a << 16) + float_from_bits(b << 16),
+                   float_from_bits(a & 0xffff0000u) + float_from_bits(b & 0xffff0000u));
+#endif
+}
+
+// Four e4m3 codes. Bytes 0 and 2 are the halves of `even`, 1 and 3 those of `odd`. NaN codes become +-480: files that
+// hold them are refused.
+DFLASH_HOST_DEVICE void dequantize_e4m3(uint32_t word, uint32_t& even, uint32_t& odd) {
+  constexpr uint32_t kSign = 0x80008000u, kRest = 0x07f007f0u, kScale = 0x7b807b80u;  // 2^120: biases 127 and 7
+  const uint32_t up = word << 8;
+  even = multiply_bf16x2((up & kSign) | (up >> 4 & kRest), kScale);
+  odd = multiply_bf16x2((word & kSign) | (word >> 4 & kRest), kScale);
+}
+
+// Eight int4 codes, each value + 8. Nibbles i and i + 4 are the halves of a[i]. A code in the last bits of 128 is 128
+// + code.
+DFLASH_HOST_DEVICE void dequantize_int4(uint32_t word, uint32_t (&a)[4]) {
+  constexpr uint32_t kNibble = 0x000f000fu, kMagic = 0x43004300u, kOffset = 0xc308c308u;  // 128 and -136
+  a[0] = add_bf16x2((word & kNibble) | kMagic, kOffset);
+  a[1] = add_bf16x2((word >> 4 & kNibble) | kMagic, kOffset);
+  a[2] = add_bf16x2((word >> 8 & kNibble) | kMagic, kOffset);
+  a[3] = add_bf16x2((word >> 12 & kNibble) | kMagic, kOffset);
+}
+
+// Eight e2m1 codes, sign and three bits; in each half of the word one for each register, so that one shift serves sign
+// and rest of three of them:
+//   bit   15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0
+//   code  0s 3e 3e 1s 3s 3m 2s 0e 0e 0m 1e 1e 1m 2e 2e 2m
+DFLASH_HOST_DEVICE void dequantize_e2m1(uint32_t word, uint32_t (&a)[4]) {
+  constexpr uint32_t kCode = 0x81c081c0u, kScale = 0x7e807e80u;  // 2^126: biases 127 and 1
+  a[0] = multiply_bf16x2(word & kCode, kScale);
+  a[1] = multiply_bf16x2(word << 3 & kCode, kScale);
+  a[2] = multiply_bf16x2(word << 6 & kCode, kScale);
+  const uint32_t last = (word >> 6 & 0x01800180u) | (word >> 4 & 0x00400040u) | (word << 4 & 0x80008000u);
+  a[3] = multiply_bf16x2(last, kScale);
+}
+
+}  // namespace dflash
