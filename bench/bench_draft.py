@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from bench.harness import Calls, Case
 from bench.shapes import DEMO, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape
 from dflash_kernels import ops
+from dflash_kernels.draft_stream import pack_draft, why_not_packed
 
 SUITE = "draft"
 EPS = 1e-6
@@ -103,8 +104,22 @@ def _case(shape: DrafterShape, batch: int, context: int) -> Case:
         size = ops.draft_forward_workspace(batch, shape.T, shape.H, shape.I, shape.Hq, shape.Hkv, shape.D)
         workspace = torch.empty(size, device=device, dtype=torch.uint8)
         windows, causal = [0] * shape.L, [0] * shape.L
+        reason = why_not_packed(tokens=rows, num_layers=shape.L, head_dim=shape.D, dtype=torch.bfloat16)
+        packed = None
+        if device.type == "cuda" and reason is None:
+            blocks = torch.cuda.get_device_properties(device).multi_processor_count
+            matrices = (qkv_weight, o_weight, gate_up_weight, down_weight)
+            packed = pack_draft(*matrices, num_kv_heads=shape.Hkv, head_dim=shape.D, blocks=blocks)
+            size = ops.draft_forward_packed_workspace(batch, shape.T, packed)
+            workspace = torch.empty(size, device=device, dtype=torch.uint8)
 
         def ours() -> torch.Tensor:
+            if packed is not None:
+                return ops.draft_forward_packed(
+                    block_ids, positions, prefix_lens, request_rows, req_to_token,
+                    k_caches, v_caches, embed_weight, input_norm, None, q_norm, k_norm, None, post_norm, final_norm,
+                    cos_sin, packed, windows, causal, EPS, out=out, workspace=workspace,
+                )  # fmt: skip
             return ops.draft_forward(
                 block_ids, positions, prefix_lens, request_rows, req_to_token,
                 k_caches, v_caches, embed_weight, input_norm, qkv_weight, None, q_norm, k_norm, o_weight, None,

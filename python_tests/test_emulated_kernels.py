@@ -22,6 +22,7 @@ import pytest
 import test_alloc
 import test_dflash2
 import test_draft
+import test_draft_packed
 import test_head
 import test_inject
 import test_verify
@@ -155,6 +156,11 @@ CHECKS = [
         *({"context": context, "causal": 1, "window": window} for context, window in ((0, 4), (64, 0), (129, 70))),
     ),
     *calls(
+        test_draft_packed.test_packed_matches_reference,
+        *({"case": case, "blocks": None} for case in test_draft_packed.CASES),
+        {**drafts(40, T=16), "blocks": 1},
+    ),
+    *calls(
         test_inject.test_matches_reference,
         *({"shape": shape, "index": torch.int32} for shape in ({}, {"block": 16, "hidden": 96, "dim": 64})),
     ),
@@ -280,6 +286,13 @@ MUTATIONS = [
         "#pragma",
         "draft-bf16_matches",
         id="the GEMM adds up before all have written",
+    ),
+    pytest.param(
+        "smxx/draft/stream.cu",
+        "copy_async_wait<0>()",
+        "copy_async_wait<1>()",
+        "draft_packed-packed_matches",
+        id="the persistent pass does not wait for Q",
     ),
     pytest.param(
         "smxx/attention/block_attention.cu",

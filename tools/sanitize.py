@@ -237,6 +237,7 @@ def call_verify(m: Maker) -> None:
 
 def call_draft(m: Maker) -> None:
     from dflash_kernels import ops
+    from dflash_kernels.draft_stream import pack_draft
 
     # every head size; keys cut into many parts, and (34 requests) not cut: several tiles in one block
     for prefixes, block, q_heads, kv_heads, dim, bias in (
@@ -277,6 +278,14 @@ def call_draft(m: Maker) -> None:
             1e-6,
         )
         m.call(ops.draft_forward, *args)
+        if dim in (64, 128):  # as one kernel
+            blocks = m.torch.cuda.get_device_properties(0).multi_processor_count if m.device == "cuda" else 4
+            packed = pack_draft(
+                args[9], args[13], args[16], args[17], num_kv_heads=kv_heads, head_dim=dim, blocks=blocks
+            )
+            others = (*args[:9], *args[10:13], args[14], args[15], *args[18:20], packed, *args[20:])
+            for _ in range(2):
+                m.call(ops.draft_forward_packed, *others)
         if dim == 64:
             with debug_checks():
                 m.call(ops.draft_forward, *args)

@@ -8,6 +8,7 @@
 #include "api/cuda_stream.h"
 #include "smxx/draft/index_check.h"
 #include "smxx/draft/params.h"
+#include "smxx/draft/stream.h"
 #if DFLASH_WITH_CUDA
 #include "smxx/draft/launch.h"
 #endif
@@ -18,19 +19,25 @@ namespace {
 using api::ScalarType;
 using api::Tensor;
 
-constexpr const char* kOp = "draft_forward";
+// Weights in the order in which one kernel streams them, instead of the four matrices (dflash_kernels/draft_stream.py).
+struct Packed {
+  Tensor weights, units, counters;
+  int64_t q_heads, intermediate, slots;
+};
 
 struct Inputs {
+  const char* op;
   Tensor block_ids, positions, prefix_lens, req_pool_indices, req_to_token;
   std::vector<Tensor> k_caches, v_caches;
-  Tensor embed_weight, input_norm, qkv_weight;
-  std::optional<Tensor> qkv_bias, q_norm, k_norm;
-  Tensor o_weight;
-  std::optional<Tensor> o_bias;
-  Tensor post_norm, gate_up_weight, down_weight, final_norm, cos_sin;
+  Tensor embed_weight, input_norm;
+  std::optional<Tensor> qkv_weight, qkv_bias, q_norm, k_norm, o_weight, o_bias;
+  Tensor post_norm;
+  std::optional<Tensor> gate_up_weight, down_weight;
+  Tensor final_norm, cos_sin;
   std::vector<int64_t> windows, causal;
   double eps;
   std::optional<double> softmax_scale;
+  std::optional<Packed> packed;  // or the four weights
 };
 
 const uint16_t* bf16_data(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.data_ptr()); }
@@ -43,83 +50,93 @@ const uint16_t* bf16_data(const std::optional<Tensor>& tensor) {
 void check_matrix(const std::string& name, const Tensor& tensor, const Inputs& in,
                   std::initializer_list<int64_t> shape) {
   const char* argument = name.c_str();
-  api::check_shape(kOp, argument, tensor, shape);
-  api::check_dtype(kOp, argument, tensor, {in.embed_weight.scalar_type()});
-  api::check_same_device(kOp, argument, tensor, in.block_ids);
-  api::check_contiguous(kOp, argument, tensor);
-  DFLASH_CHECK(kOp, tensor.is_cpu() || reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, argument,
+  api::check_shape(in.op, argument, tensor, shape);
+  api::check_dtype(in.op, argument, tensor, {in.embed_weight.scalar_type()});
+  api::check_same_device(in.op, argument, tensor, in.block_ids);
+  api::check_contiguous(in.op, argument, tensor);
+  DFLASH_CHECK(in.op, tensor.is_cpu() || reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, argument,
                "start at a multiple of 16 bytes", reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16);
 }
 
 void check_cache(const std::string& name, const Tensor& cache, const Inputs& in, int64_t kv_heads, int64_t head_dim) {
   const char* argument = name.c_str();
-  api::check_shape(kOp, argument, cache, {-1, kv_heads, head_dim});
-  api::check_dtype(kOp, argument, cache, {in.embed_weight.scalar_type()});
-  api::check_same_device(kOp, argument, cache, in.block_ids);
+  api::check_shape(in.op, argument, cache, {-1, kv_heads, head_dim});
+  api::check_dtype(in.op, argument, cache, {in.embed_weight.scalar_type()});
+  api::check_same_device(in.op, argument, cache, in.block_ids);
   const bool dense = cache.stride(2) == 1 && (kv_heads == 1 || cache.stride(1) == head_dim) && cache.stride(0) % 8 == 0;
-  DFLASH_CHECK(kOp, cache.numel() == 0 || dense, argument,
+  DFLASH_CHECK(in.op, cache.numel() == 0 || dense, argument,
                "have contiguous slots whose stride is a multiple of 8 elements",
                "strides [" + std::to_string(cache.stride(0)) + ", " + std::to_string(cache.stride(1)) + ", " +
                    std::to_string(cache.stride(2)) + "]");
-  DFLASH_CHECK(kOp, cache.is_cpu() || reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0, argument,
+  DFLASH_CHECK(in.op, cache.is_cpu() || reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0, argument,
                "start at a multiple of 16 bytes", reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16);
 }
 
 void check_index_tensors(const Inputs& in) {
-  api::check_shape(kOp, "block_ids", in.block_ids, {-1, -1});
+  api::check_shape(in.op, "block_ids", in.block_ids, {-1, -1});
   const int64_t batch = in.block_ids.size(0), block_size = in.block_ids.size(1);
-  DFLASH_CHECK(kOp, block_size >= 1 && block_size <= attention::kMaxBlockSize, "block_ids",
+  DFLASH_CHECK(in.op, block_size >= 1 && block_size <= attention::kMaxBlockSize, "block_ids",
                "have 1.." + std::to_string(attention::kMaxBlockSize) + " columns", block_size);
-  api::check_shape(kOp, "positions", in.positions, {batch, block_size});
-  api::check_shape(kOp, "prefix_lens", in.prefix_lens, {batch});
-  api::check_shape(kOp, "req_pool_indices", in.req_pool_indices, {batch});
-  api::check_shape(kOp, "req_to_token", in.req_to_token, {-1, -1});
+  api::check_shape(in.op, "positions", in.positions, {batch, block_size});
+  api::check_shape(in.op, "prefix_lens", in.prefix_lens, {batch});
+  api::check_shape(in.op, "req_pool_indices", in.req_pool_indices, {batch});
+  api::check_shape(in.op, "req_to_token", in.req_to_token, {-1, -1});
   const std::pair<const char*, const Tensor*> tensors[] = {{"block_ids", &in.block_ids},
                                                            {"positions", &in.positions},
                                                            {"prefix_lens", &in.prefix_lens},
                                                            {"req_pool_indices", &in.req_pool_indices},
                                                            {"req_to_token", &in.req_to_token}};
   for (const auto& [name, tensor] : tensors) {
-    api::check_index_dtype(kOp, name, *tensor);
-    api::check_same_device(kOp, name, *tensor, in.block_ids);
+    api::check_index_dtype(in.op, name, *tensor);
+    api::check_same_device(in.op, name, *tensor, in.block_ids);
   }
 }
 
 // Sizes from block_ids, embed_weight, qkv_weight, the first cache and down_weight, whose ranks are checked here.
 DraftSizes check_sizes(const Inputs& in) {
-  api::check_shape(kOp, "embed_weight", in.embed_weight, {-1, -1});
-  api::check_shape(kOp, "input_norm", in.input_norm, {-1, in.embed_weight.size(1)});
+  api::check_shape(in.op, "embed_weight", in.embed_weight, {-1, -1});
+  api::check_shape(in.op, "input_norm", in.input_norm, {-1, in.embed_weight.size(1)});
   const auto layers = static_cast<size_t>(in.input_norm.size(0));
-  DFLASH_CHECK(kOp, layers >= 1, "input_norm", "have at least 1 layer", layers);
+  DFLASH_CHECK(in.op, layers >= 1, "input_norm", "have at least 1 layer", layers);
   const std::pair<const char*, size_t> counts[] = {{"k_caches", in.k_caches.size()},
                                                    {"v_caches", in.v_caches.size()},
                                                    {"windows", in.windows.size()},
                                                    {"causal", in.causal.size()}};
   for (const auto& [name, count] : counts) {
-    DFLASH_CHECK(kOp, count == layers, name, "have one entry a layer (" + std::to_string(layers) + ")", count);
+    DFLASH_CHECK(in.op, count == layers, name, "have one entry a layer (" + std::to_string(layers) + ")", count);
   }
-  api::check_shape(kOp, "k_caches[0]", in.k_caches[0], {-1, -1, -1});
+  api::check_shape(in.op, "k_caches[0]", in.k_caches[0], {-1, -1, -1});
   DraftSizes s;
   s.batch = in.block_ids.size(0);
   s.block_size = in.block_ids.size(1);
   s.hidden = in.embed_weight.size(1);
   s.kv_heads = in.k_caches[0].size(1);
   s.head_dim = in.k_caches[0].size(2);
-  DFLASH_CHECK(kOp, s.kv_heads >= 1, "k_caches[0].size(1)", "be at least 1", s.kv_heads);
-  DFLASH_CHECK(kOp, attention::is_head_dim_supported(s.head_dim), "k_caches[0].size(2)",
+  DFLASH_CHECK(in.op, s.kv_heads >= 1, "k_caches[0].size(1)", "be at least 1", s.kv_heads);
+  DFLASH_CHECK(in.op, attention::is_head_dim_supported(s.head_dim), "k_caches[0].size(2)",
                "be a head size of 32, 64, 96, 128 or 256", s.head_dim);
-  DFLASH_CHECK(kOp, s.hidden >= 8 && s.hidden % 8 == 0, "embed_weight.size(1)", "be a multiple of 8", s.hidden);
-  api::check_shape(kOp, "qkv_weight", in.qkv_weight, {in.input_norm.size(0), -1, s.hidden});
-  const int64_t heads = in.qkv_weight.size(1) / s.head_dim;
+  DFLASH_CHECK(in.op, s.hidden >= 8 && s.hidden % 8 == 0, "embed_weight.size(1)", "be a multiple of 8", s.hidden);
+  if (in.packed) {
+    s.q_heads = in.packed->q_heads;
+    s.intermediate = in.packed->intermediate;
+    DFLASH_CHECK(in.op, s.q_heads >= s.kv_heads && s.q_heads % s.kv_heads == 0, "num_q_heads",
+                 "be a multiple of Hkv = " + std::to_string(s.kv_heads), s.q_heads);
+    DFLASH_CHECK(in.op, s.intermediate >= 8 && s.intermediate % 8 == 0, "intermediate_size", "be a multiple of 8",
+                 s.intermediate);
+    return s;
+  }
+  api::check_shape(in.op, "qkv_weight", *in.qkv_weight, {in.input_norm.size(0), -1, s.hidden});
+  const int64_t heads = in.qkv_weight->size(1) / s.head_dim;
   s.q_heads = heads - 2 * s.kv_heads;
-  DFLASH_CHECK(kOp, in.qkv_weight.size(1) % s.head_dim == 0 && s.q_heads >= s.kv_heads && s.q_heads % s.kv_heads == 0,
+  DFLASH_CHECK(in.op,
+               in.qkv_weight->size(1) % s.head_dim == 0 && s.q_heads >= s.kv_heads && s.q_heads % s.kv_heads == 0,
                "qkv_weight.size(1)",
                "be (Hq + 2 * Hkv) * D with Hq a multiple of Hkv = " + std::to_string(s.kv_heads) +
                    " and D = " + std::to_string(s.head_dim),
-               in.qkv_weight.size(1));
-  api::check_shape(kOp, "down_weight", in.down_weight, {in.input_norm.size(0), s.hidden, -1});
-  s.intermediate = in.down_weight.size(2);
-  DFLASH_CHECK(kOp, s.intermediate >= 8 && s.intermediate % 8 == 0, "down_weight.size(2)", "be a multiple of 8",
+               in.qkv_weight->size(1));
+  api::check_shape(in.op, "down_weight", *in.down_weight, {in.input_norm.size(0), s.hidden, -1});
+  s.intermediate = in.down_weight->size(2);
+  DFLASH_CHECK(in.op, s.intermediate >= 8 && s.intermediate % 8 == 0, "down_weight.size(2)", "be a multiple of 8",
                s.intermediate);
   return s;
 }
@@ -130,33 +147,33 @@ DraftParams draft_params(const Inputs& in) {
   const DraftSizes s = check_sizes(in);
   const int64_t layers = in.input_norm.size(0), qkv_width = s.qkv_width();
   if (in.block_ids.is_cpu()) {
-    api::check_dtype(kOp, "embed_weight", in.embed_weight, {ScalarType::BFloat16, ScalarType::Float});
+    api::check_dtype(in.op, "embed_weight", in.embed_weight, {ScalarType::BFloat16, ScalarType::Float});
   } else {
-    api::check_dtype(kOp, "embed_weight", in.embed_weight, {ScalarType::BFloat16});
+    api::check_dtype(in.op, "embed_weight", in.embed_weight, {ScalarType::BFloat16});
   }
   check_matrix("embed_weight", in.embed_weight, in, {-1, s.hidden});
   check_matrix("input_norm", in.input_norm, in, {layers, s.hidden});
-  check_matrix("qkv_weight", in.qkv_weight, in, {layers, qkv_width, s.hidden});
+  if (in.qkv_weight) check_matrix("qkv_weight", *in.qkv_weight, in, {layers, qkv_width, s.hidden});
   if (in.qkv_bias) check_matrix("qkv_bias", *in.qkv_bias, in, {layers, qkv_width});
   if (in.q_norm) check_matrix("q_norm", *in.q_norm, in, {layers, s.head_dim});
   if (in.k_norm) check_matrix("k_norm", *in.k_norm, in, {layers, s.head_dim});
-  check_matrix("o_weight", in.o_weight, in, {layers, s.hidden, s.q_heads * s.head_dim});
+  if (in.o_weight) check_matrix("o_weight", *in.o_weight, in, {layers, s.hidden, s.q_heads * s.head_dim});
   if (in.o_bias) check_matrix("o_bias", *in.o_bias, in, {layers, s.hidden});
   check_matrix("post_norm", in.post_norm, in, {layers, s.hidden});
-  check_matrix("gate_up_weight", in.gate_up_weight, in, {layers, 2 * s.intermediate, s.hidden});
-  check_matrix("down_weight", in.down_weight, in, {layers, s.hidden, s.intermediate});
+  if (in.gate_up_weight) check_matrix("gate_up_weight", *in.gate_up_weight, in, {layers, 2 * s.intermediate, s.hidden});
+  if (in.down_weight) check_matrix("down_weight", *in.down_weight, in, {layers, s.hidden, s.intermediate});
   check_matrix("final_norm", in.final_norm, in, {s.hidden});
-  api::check_shape(kOp, "cos_sin", in.cos_sin, {-1, -1});
-  api::check_dtype(kOp, "cos_sin", in.cos_sin, {ScalarType::Float});
-  api::check_same_device(kOp, "cos_sin", in.cos_sin, in.block_ids);
-  api::check_contiguous(kOp, "cos_sin", in.cos_sin);
+  api::check_shape(in.op, "cos_sin", in.cos_sin, {-1, -1});
+  api::check_dtype(in.op, "cos_sin", in.cos_sin, {ScalarType::Float});
+  api::check_same_device(in.op, "cos_sin", in.cos_sin, in.block_ids);
+  api::check_contiguous(in.op, "cos_sin", in.cos_sin);
   const int64_t rotary_dim = in.cos_sin.size(1);
-  DFLASH_CHECK(kOp, in.cos_sin.size(0) >= 1, "cos_sin", "have at least 1 row", in.cos_sin.size(0));
-  DFLASH_CHECK(kOp, rotary_dim % 2 == 0 && rotary_dim <= s.head_dim, "cos_sin.size(1)",
+  DFLASH_CHECK(in.op, in.cos_sin.size(0) >= 1, "cos_sin", "have at least 1 row", in.cos_sin.size(0));
+  DFLASH_CHECK(in.op, rotary_dim % 2 == 0 && rotary_dim <= s.head_dim, "cos_sin.size(1)",
                "be even and at most the head size " + std::to_string(s.head_dim), rotary_dim);
-  DFLASH_CHECK(kOp, in.eps >= 0.0, "eps", "be at least 0", in.eps);
+  DFLASH_CHECK(in.op, in.eps >= 0.0, "eps", "be at least 0", in.eps);
   const double scale = in.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(s.head_dim)));
-  DFLASH_CHECK(kOp, std::isfinite(scale), "softmax_scale", "be finite", scale);
+  DFLASH_CHECK(in.op, std::isfinite(scale), "softmax_scale", "be finite", scale);
 
   DraftParams p;
   p.sizes = s;
@@ -165,8 +182,8 @@ DraftParams draft_params(const Inputs& in) {
     const std::string index = "[" + std::to_string(l) + "]";
     check_cache("k_caches" + index, k, in, s.kv_heads, s.head_dim);
     check_cache("v_caches" + index, v, in, s.kv_heads, s.head_dim);
-    DFLASH_CHECK(kOp, in.windows[l] >= 0, "windows" + index, "be at least 0", in.windows[l]);
-    DFLASH_CHECK(kOp, in.causal[l] == 0 || in.causal[l] == 1, "causal" + index, "be 0 or 1", in.causal[l]);
+    DFLASH_CHECK(in.op, in.windows[l] >= 0, "windows" + index, "be at least 0", in.windows[l]);
+    DFLASH_CHECK(in.op, in.causal[l] == 0 || in.causal[l] == 1, "causal" + index, "be 0 or 1", in.causal[l]);
     LayerCache cache;
     cache.k = bf16_data(k);
     cache.v = bf16_data(v);
@@ -205,19 +222,56 @@ DraftParams draft_params(const Inputs& in) {
   return p;
 }
 
+int64_t workspace_bytes(const Inputs& in, const DraftSizes& s) {
+  if (!in.packed) return plan_workspace(s).bytes;
+  return plan_stream_workspace(s, in.packed->units.size(0), in.packed->slots).bytes;
+}
+
 void set_outputs(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor& workspace) {
   check_matrix("out", out, in, {p.sizes.tokens(), p.sizes.hidden});
-  api::check_shape(kOp, "workspace", workspace, {-1});
-  api::check_dtype(kOp, "workspace", workspace, {ScalarType::Byte});
-  api::check_same_device(kOp, "workspace", workspace, in.block_ids);
-  api::check_contiguous(kOp, "workspace", workspace);
-  const int64_t needed = plan_workspace(p.sizes).bytes;
-  DFLASH_CHECK(kOp, workspace.size(0) >= needed, "workspace", "have at least " + std::to_string(needed) + " bytes",
+  api::check_shape(in.op, "workspace", workspace, {-1});
+  api::check_dtype(in.op, "workspace", workspace, {ScalarType::Byte});
+  api::check_same_device(in.op, "workspace", workspace, in.block_ids);
+  api::check_contiguous(in.op, "workspace", workspace);
+  const int64_t needed = workspace_bytes(in, p.sizes);
+  DFLASH_CHECK(in.op, workspace.size(0) >= needed, "workspace", "have at least " + std::to_string(needed) + " bytes",
                workspace.size(0));
-  DFLASH_CHECK(kOp, workspace.is_cpu() || reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0, "workspace",
+  DFLASH_CHECK(in.op, workspace.is_cpu() || reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16 == 0, "workspace",
                "start at a multiple of 16 bytes", reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 16);
   p.out = static_cast<uint16_t*>(out.data_ptr());
   p.workspace = static_cast<unsigned char*>(workspace.data_ptr());
+}
+
+// What the streaming kernel needs beyond draft_params.
+void check_packed(const Inputs& in, const DraftSizes& s) {
+  const Packed& packed = *in.packed;
+  const int64_t layers = in.input_norm.size(0);
+  const auto tiles = [](int64_t rows, int64_t k) {
+    return (rows + stream::kTileRows - 1) / stream::kTileRows * ((k + 63) / 64);
+  };
+  const int64_t needed = layers * (tiles(s.qkv_width(), s.hidden) + tiles(s.hidden, s.q_heads * s.head_dim) +
+                                   tiles((s.intermediate + 63) / 64 * 128, s.hidden) + tiles(s.hidden, s.intermediate));
+  DFLASH_CHECK(in.op, layers <= kMaxStreamLayers, "input_norm", "have at most 64 layers", layers);
+  DFLASH_CHECK(in.op, s.tokens() <= stream::kMaxTokens, "block_ids", "have at most 64 elements", s.tokens());
+  DFLASH_CHECK(in.op, is_stream_head_dim(s.head_dim), "k_caches[0].size(2)", "be a head size of 64 or 128", s.head_dim);
+  for (size_t l = 0; l < in.k_caches.size(); ++l) {
+    const int64_t slots = std::min(in.k_caches[l].size(0), in.v_caches[l].size(0));
+    DFLASH_CHECK(in.op, slots <= INT32_MAX, "k_caches[" + std::to_string(l) + "].size(0)", "fit 32 bits", slots);
+  }
+  check_matrix("weights", packed.weights, in, {needed, stream::kTileBytes / 2});
+  api::check_shape(in.op, "units", packed.units, {-1, -1, 16});
+  DFLASH_CHECK(in.op, packed.units.size(0) >= 1 && packed.units.size(1) >= 1, "units", "have a unit",
+               packed.units.size(0) * packed.units.size(1));
+  api::check_shape(in.op, "counters", packed.counters, {-1});
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor*>{"units", &packed.units},
+                                     std::pair<const char*, const Tensor*>{"counters", &packed.counters}}) {
+    api::check_dtype(in.op, name, *tensor, {ScalarType::Int});
+    api::check_same_device(in.op, name, *tensor, in.block_ids);
+    api::check_contiguous(in.op, name, *tensor);
+    DFLASH_CHECK(in.op, tensor->is_cpu() || reinterpret_cast<uintptr_t>(tensor->data_ptr()) % 16 == 0, name,
+                 "start at a multiple of 16 bytes", reinterpret_cast<uintptr_t>(tensor->data_ptr()) % 16);
+  }
+  DFLASH_CHECK(in.op, packed.slots >= 0, "slots", "be at least 0", packed.slots);
 }
 
 IndexParams index_params(const DraftParams& p) {
@@ -242,9 +296,9 @@ IndexParams index_params(const DraftParams& p) {
   return index;
 }
 
-void report_fault(const IndexParams& p, const IndexFault& found) {
+void report_fault(const char* op, const IndexParams& p, const IndexFault& found) {
   auto check = [&](Fault fault, const char* argument, int64_t end) {
-    DFLASH_CHECK(kOp, found.fault != fault, argument, "be in [0, " + std::to_string(end) + ")", found.value);
+    DFLASH_CHECK(op, found.fault != fault, argument, "be in [0, " + std::to_string(end) + ")", found.value);
   };
   check(Fault::kBlockId, "block_ids", p.vocab);
   check(Fault::kPosition, "positions", p.max_positions);
@@ -285,9 +339,9 @@ int64_t draft_forward_workspace(int64_t batch, int64_t block_size, int64_t hidde
       std::optional<double> softmax_scale
 #define DFLASH_DRAFT_INPUTS                                                                                          \
   Inputs {                                                                                                           \
-    block_ids, positions, prefix_lens, req_pool_indices, req_to_token, k_caches, v_caches, embed_weight, input_norm, \
-        qkv_weight, qkv_bias, q_norm, k_norm, o_weight, o_bias, post_norm, gate_up_weight, down_weight, final_norm,  \
-        cos_sin, windows, causal, eps, softmax_scale                                                                 \
+    "draft_forward", block_ids, positions, prefix_lens, req_pool_indices, req_to_token, k_caches, v_caches,          \
+        embed_weight, input_norm, qkv_weight, qkv_bias, q_norm, k_norm, o_weight, o_bias, post_norm, gate_up_weight, \
+        down_weight, final_norm, cos_sin, windows, causal, eps, softmax_scale, std::nullopt                          \
   }
 
 void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out, std::optional<Tensor> workspace) {
@@ -295,20 +349,139 @@ void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out,
   DraftParams p = draft_params(in);
   if (out.has_value() && workspace.has_value()) set_outputs(p, in, *out, *workspace);
   const IndexParams index = index_params(p);
-  for (int64_t b = 0; b < index.batch; ++b) report_fault(index, find_fault(index, b));
+  for (int64_t b = 0; b < index.batch; ++b) report_fault(in.op, index, find_fault(index, b));
+}
+
+#define DFLASH_PACKED_PARAMETERS                                                                                       \
+  Tensor block_ids, Tensor positions, Tensor prefix_lens, Tensor req_pool_indices, Tensor req_to_token,                \
+      std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, Tensor embed_weight, Tensor input_norm,              \
+      std::optional<Tensor> qkv_bias, std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,                      \
+      std::optional<Tensor> o_bias, Tensor post_norm, Tensor final_norm, Tensor cos_sin, Tensor weights, Tensor units, \
+      Tensor counters, int64_t slots, int64_t num_q_heads, int64_t intermediate_size, std::vector<int64_t> windows,    \
+      std::vector<int64_t> causal, double eps, std::optional<double> softmax_scale
+#define DFLASH_PACKED_INPUTS                                                                                       \
+  Inputs {                                                                                                         \
+    "draft_forward_packed", block_ids, positions, prefix_lens, req_pool_indices, req_to_token, k_caches, v_caches, \
+        embed_weight, input_norm, std::nullopt, qkv_bias, q_norm, k_norm, std::nullopt, o_bias, post_norm,         \
+        std::nullopt, std::nullopt, final_norm, cos_sin, windows, causal, eps, softmax_scale, Packed {             \
+      weights, units, counters, num_q_heads, intermediate_size, slots                                              \
+    }                                                                                                              \
+  }
+
+void draft_forward_packed_check_cpu(DFLASH_PACKED_PARAMETERS, std::optional<Tensor> out,
+                                    std::optional<Tensor> workspace) {
+  const Inputs in = DFLASH_PACKED_INPUTS;
+  DraftParams p = draft_params(in);
+  check_packed(in, p.sizes);
+  if (out.has_value() && workspace.has_value()) set_outputs(p, in, *out, *workspace);
+  const IndexParams index = index_params(p);
+  for (int64_t b = 0; b < index.batch; ++b) report_fault(in.op, index, find_fault(index, b));
+}
+
+int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_t hidden_size,
+                                       int64_t intermediate_size, int64_t num_q_heads, int64_t num_kv_heads,
+                                       int64_t head_dim, int64_t blocks, int64_t slots) {
+  constexpr const char* kOp = "draft_forward_packed_workspace";
+  const std::pair<const char*, int64_t> sizes[] = {{"block_size", block_size},
+                                                   {"hidden_size", hidden_size},
+                                                   {"intermediate_size", intermediate_size},
+                                                   {"num_q_heads", num_q_heads},
+                                                   {"num_kv_heads", num_kv_heads},
+                                                   {"head_dim", head_dim},
+                                                   {"blocks", blocks}};
+  DFLASH_CHECK(kOp, batch >= 0, "batch", "be at least 0", batch);
+  for (const auto& [name, size] : sizes) DFLASH_CHECK(kOp, size >= 1, name, "be at least 1", size);
+  DFLASH_CHECK(kOp, slots >= 0, "slots", "be at least 0", slots);
+  DFLASH_CHECK(kOp, num_q_heads % num_kv_heads == 0, "num_q_heads",
+               "be a multiple of num_kv_heads (" + std::to_string(num_kv_heads) + ")", num_q_heads);
+  DraftSizes s;
+  s.batch = batch;
+  s.block_size = block_size;
+  s.hidden = hidden_size;
+  s.intermediate = intermediate_size;
+  s.q_heads = num_q_heads;
+  s.kv_heads = num_kv_heads;
+  s.head_dim = head_dim;
+  return plan_stream_workspace(s, blocks, slots).bytes;
 }
 
 #if DFLASH_WITH_CUDA
+StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {
+  const DraftSizes& s = p.sizes;
+  const int64_t blocks = packed.units.size(0);
+  const StreamWorkspacePlan plan = plan_stream_workspace(s, blocks, packed.slots);
+  StreamDraftParams q;
+  q.stream.weights = static_cast<const uint8_t*>(packed.weights.data_ptr());
+  q.stream.units = static_cast<const stream::Unit*>(packed.units.data_ptr());
+  q.stream.blocks = static_cast<int>(blocks);
+  q.stream.max_units = static_cast<int>(packed.units.size(1));
+  q.stream.counters = static_cast<uint32_t*>(packed.counters.data_ptr());
+  q.stream.partials = reinterpret_cast<float*>(p.workspace + plan.partials);
+  q.batch = static_cast<int>(s.batch);
+  q.block_size = static_cast<int>(s.block_size);
+  q.hidden = static_cast<int>(s.hidden);
+  q.intermediate = static_cast<int>(s.intermediate);
+  q.q_heads = static_cast<int>(s.q_heads);
+  q.kv_heads = static_cast<int>(s.kv_heads);
+  q.rotary_dim = static_cast<int>(p.rotary_dim);
+  q.splits = static_cast<int>(stream_splits(s, blocks));
+  q.row_tiles = static_cast<int>(stream_row_tiles(s));
+  q.vocab = p.vocab;
+  q.max_positions = p.max_positions;
+  q.rows = p.rows;
+  q.width = p.width;
+  q.block_ids = p.block_ids;
+  q.positions = p.positions;
+  q.prefix_lens = p.prefix_lens;
+  q.req_pool_indices = p.req_pool_indices;
+  q.req_to_token = p.req_to_token;
+  q.embed_weight = p.embed_weight;
+  q.input_norm = p.input_norm;
+  q.qkv_bias = p.qkv_bias;
+  q.q_norm = p.q_norm;
+  q.k_norm = p.k_norm;
+  q.o_bias = p.o_bias;
+  q.post_norm = p.post_norm;
+  q.final_norm = p.final_norm;
+  q.cos_sin = p.cos_sin;
+  q.eps = p.eps;
+  q.scale = p.softmax_scale;
+  q.x = reinterpret_cast<uint16_t*>(p.workspace + plan.x);
+  q.qkv = reinterpret_cast<uint16_t*>(p.workspace + plan.qkv);
+  q.attended = reinterpret_cast<uint16_t*>(p.workspace + plan.attended);
+  q.activated = reinterpret_cast<uint16_t*>(p.workspace + plan.activated);
+  q.squares = reinterpret_cast<float*>(p.workspace + plan.squares);
+  q.partial_out = reinterpret_cast<float*>(p.workspace + plan.partial_out);
+  q.partial_stats = reinterpret_cast<float*>(p.workspace + plan.partial_stats);
+  q.out = p.out;
+  for (size_t l = 0; l < p.layers.size(); ++l) {
+    const LayerCache& from = p.layers[l];
+    StreamLayer& to = q.layers[l];
+    to.k = from.k;
+    to.v = from.v;
+    to.k_slot_stride = from.k_slot_stride;
+    to.v_slot_stride = from.v_slot_stride;
+    to.num_slots = from.num_slots;
+    to.window = static_cast<int32_t>(std::min<int64_t>(from.window, INT32_MAX));
+    to.causal = from.causal ? 1 : 0;
+  }
+  return q;
+}
+
 void run_cuda(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor& workspace) {
   set_outputs(p, in, out, workspace);
   if (p.sizes.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(in.block_ids.get_device_index());
-  const cudaStream_t stream = api::current_stream(kOp, in.block_ids);
+  const cudaStream_t stream = api::current_stream(in.op, in.block_ids);
   if (api::debug_enabled() && !is_capturing(stream)) {
     const IndexParams index = index_params(p);
-    report_fault(index, check_indices(index, p.workspace, stream));
+    report_fault(in.op, index, check_indices(index, p.workspace, stream));
   }
-  launch_draft_forward(p, stream);
+  if (in.packed) {
+    launch_stream_draft_forward(stream_params(p, *in.packed), p.sizes.head_dim, stream);
+  } else {
+    launch_draft_forward(p, stream);
+  }
 }
 
 void draft_forward_out_cuda(DFLASH_DRAFT_PARAMETERS, Tensor out, Tensor workspace) {
@@ -325,10 +498,29 @@ Tensor draft_forward_cuda(DFLASH_DRAFT_PARAMETERS) {
   run_cuda(p, in, out, workspace);
   return out;
 }
+
+void draft_forward_packed_out_cuda(DFLASH_PACKED_PARAMETERS, Tensor out, Tensor workspace) {
+  const Inputs in = DFLASH_PACKED_INPUTS;
+  DraftParams p = draft_params(in);
+  check_packed(in, p.sizes);
+  run_cuda(p, in, out, workspace);
+}
+
+Tensor draft_forward_packed_cuda(DFLASH_PACKED_PARAMETERS) {
+  const Inputs in = DFLASH_PACKED_INPUTS;
+  DraftParams p = draft_params(in);
+  check_packed(in, p.sizes);
+  const Tensor out = api::new_empty(embed_weight, {p.sizes.tokens(), p.sizes.hidden}, embed_weight.scalar_type());
+  const Tensor workspace = api::new_empty(embed_weight, {workspace_bytes(in, p.sizes)}, ScalarType::Byte);
+  run_cuda(p, in, out, workspace);
+  return out;
+}
 #endif
 
 #undef DFLASH_DRAFT_PARAMETERS
 #undef DFLASH_DRAFT_INPUTS
+#undef DFLASH_PACKED_PARAMETERS
+#undef DFLASH_PACKED_INPUTS
 
 }  // namespace
 }  // namespace dflash::draft
@@ -340,7 +532,20 @@ Tensor draft_forward_cuda(DFLASH_DRAFT_PARAMETERS) {
   "Tensor gate_up_weight, Tensor down_weight, Tensor final_norm, Tensor cos_sin, int[] windows, int[] causal, " \
   "float eps, float? softmax_scale=None"
 
+#define DFLASH_PACKED_SCHEMA                                                                               \
+  "Tensor block_ids, Tensor positions, Tensor prefix_lens, Tensor req_pool_indices, Tensor req_to_token, " \
+  "Tensor[] k_caches, Tensor[] v_caches, Tensor embed_weight, Tensor input_norm, Tensor? qkv_bias, "       \
+  "Tensor? q_norm, Tensor? k_norm, Tensor? o_bias, Tensor post_norm, Tensor final_norm, Tensor cos_sin, "  \
+  "Tensor weights, Tensor units, Tensor(c!) counters, int slots, int num_q_heads, int intermediate_size, " \
+  "int[] windows, int[] causal, float eps, float? softmax_scale=None"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
+  m.def("draft_forward_packed(" DFLASH_PACKED_SCHEMA ") -> Tensor");
+  m.def("draft_forward_packed.out(" DFLASH_PACKED_SCHEMA ", *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+  m.def("_draft_forward_packed_check(" DFLASH_PACKED_SCHEMA ", *, Tensor? out=None, Tensor? workspace=None) -> ()");
+  m.def(
+      "draft_forward_packed_workspace(int batch, int block_size, int hidden_size, int intermediate_size, "
+      "int num_q_heads, int num_kv_heads, int head_dim, int blocks, int slots) -> int");
   m.def("draft_forward(" DFLASH_DRAFT_SCHEMA ") -> Tensor");
   m.def("draft_forward.out(" DFLASH_DRAFT_SCHEMA ", *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
   m.def("_draft_forward_check(" DFLASH_DRAFT_SCHEMA ", *, Tensor? out=None, Tensor? workspace=None) -> ()");
@@ -349,18 +554,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
       "int num_kv_heads, int head_dim) -> int");
 }
 #undef DFLASH_DRAFT_SCHEMA
+#undef DFLASH_PACKED_SCHEMA
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CompositeExplicitAutograd, m) {
   m.impl("draft_forward_workspace", TORCH_BOX(&dflash::draft::draft_forward_workspace));
+  m.impl("draft_forward_packed_workspace", TORCH_BOX(&dflash::draft::draft_forward_packed_workspace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
   m.impl("_draft_forward_check", TORCH_BOX(&dflash::draft::draft_forward_check_cpu));
+  m.impl("_draft_forward_packed_check", TORCH_BOX(&dflash::draft::draft_forward_packed_check_cpu));
 }
 
 #if DFLASH_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) {
   m.impl("draft_forward", TORCH_BOX(&dflash::draft::draft_forward_cuda));
   m.impl("draft_forward.out", TORCH_BOX(&dflash::draft::draft_forward_out_cuda));
+  m.impl("draft_forward_packed", TORCH_BOX(&dflash::draft::draft_forward_packed_cuda));
+  m.impl("draft_forward_packed.out", TORCH_BOX(&dflash::draft::draft_forward_packed_out_cuda));
 }
 #endif

@@ -6,6 +6,15 @@
 
 namespace dflash {
 
+// ---- registers ---------------------------------------------------------------------------------------------------
+
+// x, of which the compiler knows nothing: what is computed from it is not moved out of loops, where it would be held in
+// registers from one use to the next.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- asynchronous copies ---------------------------------------------------------------------------------------
 
 // global -> shared, 16 bytes, bypassing L1. bytes = 0 reads nothing and writes zeros.

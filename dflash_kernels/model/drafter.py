@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dflash_kernels import ops
+from dflash_kernels.draft_stream import MAX_TOKENS, PackedDraft, pack_draft, why_not_packed
 from dflash_kernels.model.checkpoint import load_weights
 from dflash_kernels.model.config import DrafterConfig, load_config
 from dflash_kernels.model.weights import DrafterWeights, shard_range, shard_weights
@@ -47,8 +48,10 @@ class Drafter:
         )
         self._windows, self._causal = list(config.windows), [int(c) for c in config.causal]
         self._draft_buffers = _Buckets(self._new_draft_buffers)
+        self._packed_buffers = _Buckets(self._new_packed_buffers)
         self._inject_buffers = _Buckets(self._new_inject_buffers)
         self._inject_plan: ops.InjectPlan | None = None
+        self._packed: PackedDraft | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,6 +85,8 @@ class Drafter:
             self._draft_buffers = _Buckets(self._new_draft_buffers)
             self._inject_buffers = _Buckets(self._new_inject_buffers)
             self._inject_plan = None
+            self._packed = None
+            self._packed_buffers = _Buckets(self._new_packed_buffers)
         return self
 
     def bind(self, target: nn.Module, dtype: torch.dtype | None = None) -> Drafter:
@@ -119,6 +124,8 @@ class Drafter:
     def reserve(self, batch: int, tokens: int) -> None:
         """Allocate what steps of up to ``batch`` blocks and injections of up to ``tokens`` rows need, once."""
         self._draft_buffers.reserve(batch)
+        if self._pack_layers() is not None:
+            self._packed_buffers.reserve(min(batch, MAX_TOKENS // self.block_size))
         self._inject_buffers.reserve(tokens)
         self._plan_injection()
 
@@ -150,6 +157,33 @@ class Drafter:
             raise ValueError("drafter must be bound to its target before it runs: call bind(target), got none")
         rows = block_ids.numel()
         w = self.weights
+        packed = self._pack_layers() if self.why_not_one_kernel(rows) is None else None
+        if packed is not None:
+            buffer, workspace = self._packed_buffers.at_least(block_ids.shape[0])
+            return ops.draft_forward_packed(
+                block_ids,
+                positions,
+                prefix_lens,
+                req_pool_indices,
+                req_to_token,
+                k_caches,
+                v_caches,
+                self.embed_weight,
+                w.input_norm,
+                w.qkv_bias,
+                w.q_norm,
+                w.k_norm,
+                w.o_bias,
+                w.post_norm,
+                w.final_norm,
+                self.cos_sin,
+                packed,
+                self._windows,
+                self._causal,
+                self.config.rms_norm_eps,
+                out=buffer[:rows],
+                workspace=workspace,
+            )
         buffer, workspace = self._draft_buffers.at_least(block_ids.shape[0])
         return ops.draft_forward(
             block_ids,
@@ -236,6 +270,41 @@ class Drafter:
         part = Drafter(config, weights, max_positions=self.max_positions)
         part.embed_weight, part.lm_head_weight = self.embed_weight, self.lm_head_weight[start:stop]
         return part
+
+    def why_not_one_kernel(self, rows: int) -> str | None:
+        """Why :meth:`forward` of `rows` = B * T is a chain of kernels; None: one kernel that streams the weights."""
+        if self.device.type != "cuda":
+            return f"the drafter is on {self.device.type}"
+        config = self.config
+        return why_not_packed(
+            tokens=rows, num_layers=config.num_layers, head_dim=config.head_dim, dtype=self.weights.dtype
+        )
+
+    def _pack_layers(self) -> PackedDraft | None:
+        """The layers' matrices once more, in the order that few rows stream them in; made once, on CUDA only.
+
+        Not while a graph is captured: :meth:`reserve` before. None: the chain of kernels runs.
+        """
+        if self._packed is None and self.why_not_one_kernel(0) is None:
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            w, config = self.weights, self.config
+            self._packed = pack_draft(
+                w.qkv_weight,
+                w.o_weight,
+                w.gate_up_weight,
+                w.down_weight,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                blocks=torch.cuda.get_device_properties(self.device).multi_processor_count,
+            )
+        return self._packed
+
+    def _new_packed_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._packed is not None
+        out = torch.empty((batch * self.block_size, self.hidden_size), dtype=self.dtype, device=self.device)
+        size = ops.draft_forward_packed_workspace(batch, self.block_size, self._packed)
+        return out, torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _new_draft_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         c, rows = self.config, batch * self.config.block_size

@@ -9,6 +9,7 @@ from dflash_kernels.ops.alloc import (
 )
 from dflash_kernels.ops.dflash2 import grouped_conv, select_path
 from dflash_kernels.ops.draft import draft_forward, draft_forward_workspace
+from dflash_kernels.ops.draft_packed import draft_forward_packed, draft_forward_packed_workspace
 from dflash_kernels.ops.head import (
     lm_head_argmax,
     lm_head_topk,
@@ -28,6 +29,8 @@ from dflash_kernels.ops.verify import (
 
 __all__ = [
     "draft_forward",
+    "draft_forward_packed",
+    "draft_forward_packed_workspace",
     "draft_forward_workspace",
     "grouped_conv",
     "init_free_pages",

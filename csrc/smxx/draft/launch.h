@@ -4,11 +4,15 @@
 
 #include "smxx/draft/index_check.h"
 #include "smxx/draft/params.h"
+#include "smxx/draft/stream.h"
 
 namespace dflash::draft {
 
 // The whole pass, about nine kernels a layer, all on `stream`.
 void launch_draft_forward(const DraftParams& params, cudaStream_t stream);
+
+// The whole pass as one cooperative launch of params.stream.blocks blocks; head_dim is 64 or 128.
+void launch_stream_draft_forward(const StreamDraftParams& params, int64_t head_dim, cudaStream_t stream);
 
 void launch_embed(const EmbedParams& params, cudaStream_t stream);
 void launch_rotate(const RotateParams& params, cudaStream_t stream);

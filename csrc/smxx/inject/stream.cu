@@ -202,7 +202,9 @@ struct Inject {
     }
   }
 
-  static __device__ __forceinline__ void job(const Params&, Shared&, const Unit&, float*, int, int) {}
+  template <typename Wait>
+  static __device__ __forceinline__ void job(const Params&, Shared&, const Unit&, float*, unsigned char*, int, int,
+                                             const Wait&) {}
 };
 
 __global__ void __launch_bounds__(stream::kThreads, 1)

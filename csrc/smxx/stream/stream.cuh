@@ -40,7 +40,10 @@
 //     Factor factor(k)                        what the columns are multiplied with, say
 //     uint4 finish(factor, token, raw)        what goes to shared memory
 //   static void finish(p, shared, unit, block, tokens, thread)     256 threads; block[token * kBlockPitch + row]
-//   static void job(p, shared, unit, block, tokens, thread)        the same for units without weights
+//   static void job(p, shared, unit, block, buffers, tokens, thread, wait)   the same for units without weights. Calls
+//                                           wait() once and reads before that only what no stage of this launch writes.
+//                                           buffers: those of the tokens, free if the block's next product waits for
+//                                           this job
 #pragma once
 
 #include <cuda_runtime.h>
@@ -305,11 +308,12 @@ class Stream {
       if (tiles < 0) break;
       if (tiles == 0) {
         const Unit u = unit(i);
-        if (u.wait >= 0) {
+        const auto wait = [&] {
+          if (u.wait < 0) return;
           if (thread == 0) wait_for_counter(u.wait, u.wait_target);
           named_barrier(kConsumerBarrier, kConsumers);
-        }
-        Policy::job(p_, control_.policy, u, block_, tokens, thread);
+        };
+        Policy::job(p_, control_.policy, u, block_, tokens_, tokens, opaque(thread), wait);
         end_unit(u);
         continue;
       }

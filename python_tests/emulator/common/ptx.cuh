@@ -5,6 +5,8 @@
 
 namespace dflash {
 
+inline int opaque(int x) { return x; }
+
 inline void copy_async_16(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
 inline void copy_async_commit() { emulator::commit_copies(); }
 template <int kPending>

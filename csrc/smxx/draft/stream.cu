@@ -1,0 +1,658 @@
+// draft_forward for at most 64 rows as one persistent kernel over the stream of weights (stream/stream.cuh).
+//
+// Stages of a layer; W streams through all of them, a hand-off is a counter that the next stage's blocks watch:
+//   qkv      x is normed by the loaders on its way to shared memory: bf16(x * rsqrt(mean x^2 + eps) * input_norm). The
+//            sums of squares come with x, one for 128 features, from whoever wrote these. A row tile holds whole heads;
+//            the block that finishes it adds the bias, norms and rotates q and k, and writes [B * T, heads, D].
+//   attend   (request, KV head, split of the keys, 64 query rows) dealt to the blocks; a first tile of context keys and
+//            values is fetched before the wait for qkv, as it does not depend on this pass. Writes parts, fp32.
+//   merge    adds the parts, a warp a (token, head), all blocks: the last block to arrive would be alone with up to 1
+//   MB. out      + residual: x += o; each finished tile leaves x and its sums of squares. gate_up  normed as in qkv.
+//   W's row tile r holds gate rows 64 r .. + 63, then the up rows of the same features, so
+//            that the block that finishes it holds both: silu(g) * u.
+//   down     + residual, as out.
+// Before the first layer: a job that gathers the embedding; after the last: the final norm.
+//
+// Six hand-offs a layer, about 2 us each from the last multiplication of one stage to the first of the next (sums of
+// other blocks' parts, end of the tile, counter, tokens). The ring holds 160 KB of W a block, 7 us of the memory's
+// time, so they cost nothing where a stage's W is worth more than that, and about 12 us a layer where W is small.
+//
+// Floor and prediction on an H100 (3.15 TB/s), B 1, T 16, context 1024:
+//   Qwen3-8B drafter    1.93 GB of W, 21 MB of context   619 us; + start, end, 30 hand-offs partly hidden: 660-690 us
+//   397B drafter / 8    0.29 GB, 3 MB                     93 us; latency decides: 6 x (12 + 13) + 10 = 160-175 us
+//
+// Attention of a unit: 8 warps = 4 x 16 query rows by 2 halves of D: a warp weighs all 64 keys of a tile, and adds up
+// half of V's columns (halves of the keys would save products, but take 16 more registers and a merge). K and V take
+// the 32 KB of the finished block, Q the buffers of tokens, which nobody needs before o:
+//   Q [64][D] | K [64][D] | V [64][D] bf16, 16-byte chunks of a row permuted (k_chunk, v_chunk) against bank conflicts.
+// Q and K are multiplied in the order of stream/format.cuh.
+// cp.async: K of tile i + 1 is under way while tile i is weighed, V of tile i + 1 while S of tile i + 1 is computed.
+#include <cuda_bf16.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "smxx/draft/launch.h"
+#include "smxx/stream/stream.cuh"
+
+namespace dflash::draft {
+namespace {
+
+using stream::kBlockPitch;
+using stream::kConsumerBarrier;
+using stream::kConsumers;
+using stream::kConsumerWarps;
+using stream::kMaxTokens;
+using stream::kTileRows;
+using stream::Unit;
+
+__device__ __forceinline__ float from_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
+__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(low))) |
+         static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+__device__ __forceinline__ int clamp_to(int64_t value, int64_t low, int64_t high) {
+  return static_cast<int>(value < low ? low : value > high ? high : value);
+}
+
+// 8 elements of x, scaled and weighted.
+__device__ __forceinline__ uint4 normed(const uint4& x, float scale, const uint4& weight) {
+  const auto pair = [&](uint32_t a, uint32_t w) {
+    return pack_bf16(low_half(a) * scale * low_half(w), high_half(a) * scale * high_half(w));
+  };
+  return make_uint4(pair(x.x, weight.x), pair(x.y, weight.y), pair(x.z, weight.z), pair(x.w, weight.w));
+}
+
+template <int D>
+struct Draft {
+  using Params = StreamDraftParams;
+  using Format = stream::Bf16;
+
+  struct Shared {
+    float scales[kMaxTokens];  // of the loaders: rsqrt(mean x^2 + eps)
+    int32_t positions[kMaxTokens];
+    int32_t prefix[kMaxTokens];    // of request b: context keys, 0 for a row outside the table
+    int32_t earliest[kMaxTokens];  // of request b: its lowest position
+    int64_t table_rows[kMaxTokens];
+  };
+
+  static __device__ __forceinline__ void prepare(const Params& p, Shared& shared, int thread) {
+    if (thread < p.batch * p.block_size) {
+      const int64_t position = p.positions.at(thread / p.block_size, thread % p.block_size);
+      shared.positions[thread] = clamp_to(position, INT32_MIN, INT32_MAX);
+    }
+    if (thread < p.batch) {
+      const int64_t row = p.req_pool_indices.at(thread);
+      const bool mapped = row >= 0 && row < p.rows;
+      shared.table_rows[thread] = mapped ? row : 0;
+      shared.prefix[thread] = mapped ? clamp_to(p.prefix_lens.at(thread), 0, p.width) : 0;
+      int64_t earliest = INT32_MAX;
+      for (int t = 0; t < p.block_size; ++t) {
+        const int64_t position = p.positions.at(thread, t);
+        earliest = position < earliest ? position : earliest;
+      }
+      shared.earliest[thread] = clamp_to(earliest, INT32_MIN, INT32_MAX);
+    }
+  }
+
+  static __device__ __forceinline__ int tokens(const Params& p, const Shared&) { return p.batch * p.block_size; }
+
+  static __device__ __forceinline__ int squares_of_token(const Params& p) {
+    return (p.hidden + kTileRows - 1) / kTileRows;
+  }
+
+  // All lanes of a warp; every lane gets the scale of the token's norm.
+  static __device__ __forceinline__ float norm_scale(const Params& p, int token) {
+    const int tiles = squares_of_token(p);
+    const float* squares = p.squares + token * tiles;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int tile = opaque(threadIdx.x) % 32; tile < tiles; tile += 32) sum += __ldcg(squares + tile);
+    return rsqrtf(warp_sum(sum) / static_cast<float>(p.hidden) + p.eps);
+  }
+
+  // ---- tokens on their way to shared memory ------------------------------------------------------------------------
+
+  class Loader {
+   public:
+    __device__ __forceinline__ Loader(const Params& p, Shared& shared, int) : p_(p), shared_(shared) {}
+
+    __device__ __forceinline__ void enter(const Unit& u) {
+      const int kind = u.stage % kKinds;
+      const int64_t layer = u.stage / kKinds;
+      const uint16_t* stack = kind == kQkv ? p_.input_norm : p_.post_norm;
+      norm_ = kind == kQkv || kind == kGateUp ? stack + layer * p_.hidden : nullptr;
+      from_ = kind == kOut ? p_.attended : kind == kDown ? p_.activated : p_.x;
+      width_ = kind == kOut ? p_.q_heads * D : kind == kDown ? p_.intermediate : p_.hidden;
+      if (norm_ == nullptr) return;
+      // Four lanes a token.
+      const int thread = static_cast<int>(threadIdx.x) - kConsumers, tiles = squares_of_token(p_);
+      const int tokens = p_.batch * p_.block_size;
+#pragma unroll 1
+      for (int first = 0; first < tokens; first += stream::kLoaders / 4) {
+        const int token = first + thread / 4;
+        const float* squares = p_.squares + min(token, tokens - 1) * tiles;
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int tile = thread % 4; tile < tiles; tile += 4) sum += __ldcg(squares + tile);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (thread % 4 == 0 && token < tokens) {
+          shared_.scales[token] = rsqrtf(sum / static_cast<float>(p_.hidden) + p_.eps);
+        }
+      }
+      named_barrier(stream::kLoaderBarrier, stream::kLoaders);
+    }
+
+    __device__ __forceinline__ const uint16_t* source(int k) const { return k < width_ ? from_ + k : nullptr; }
+
+    __device__ __forceinline__ uint4 load(const uint16_t* source, int token) const {
+      if (source == nullptr) return make_uint4(0, 0, 0, 0);
+      return __ldcg(reinterpret_cast<const uint4*>(source + static_cast<uint32_t>(token * width_)));
+    }
+
+    __device__ __forceinline__ uint4 factor(int k) const {
+      if (norm_ == nullptr || k >= width_) return make_uint4(0, 0, 0, 0);
+      return __ldg(reinterpret_cast<const uint4*>(norm_ + k));
+    }
+
+    __device__ __forceinline__ uint4 finish(const uint4& factor, int token, const uint4& x) const {
+      return norm_ == nullptr ? x : normed(x, shared_.scales[token], factor);
+    }
+
+   private:
+    const Params& p_;
+    Shared& shared_;
+    const uint16_t* norm_ = nullptr;
+    const uint16_t* from_ = nullptr;
+    int width_ = 0;
+  };
+
+  // ---- ends of tiles -----------------------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u, float* block,
+                                                int tokens, int thread) {
+    const int kind = u.stage % kKinds, layer = u.stage / kKinds;
+    if (kind == kQkv) {
+      finish_heads(p, shared, layer, u.row_tile, block, tokens, thread);
+    } else if (kind == kGateUp) {
+      finish_gated(p, u.row_tile, block, tokens, thread);
+    } else {
+      const uint16_t* bias = kind == kOut && p.o_bias != nullptr ? p.o_bias + int64_t{layer} * p.hidden : nullptr;
+      finish_residual(p, bias, u.row_tile, block, tokens, thread);
+    }
+  }
+
+  // A warp takes a head of a token at a time.
+  static __device__ __forceinline__ void finish_heads(const Params& p, const Shared& shared, int layer, int row_tile,
+                                                      float* block, int tokens, int thread) {
+    constexpr int kTileHeads = kTileRows / D, kPer = D / 32;
+    const int lane = thread % 32, half = p.rotary_dim / 2;
+    const int all_heads = p.q_heads + 2 * p.kv_heads;
+    const int heads = min(kTileHeads, all_heads - row_tile * kTileHeads);
+    for (int item = thread / 32; item < tokens * heads; item += kConsumerWarps) {
+      const int token = item / heads, head = row_tile * kTileHeads + item % heads;
+      const bool is_q = head < p.q_heads, is_v = head >= p.q_heads + p.kv_heads;
+      const uint16_t* weights = is_v ? nullptr : is_q ? p.q_norm : p.k_norm;
+      const float* cosines =
+          p.cos_sin + clamp_to(shared.positions[token], 0, p.max_positions - 1) * static_cast<int64_t>(p.rotary_dim);
+      float* x = block + token * kBlockPitch + item % heads * D;
+      float value[kPer], cosine[kPer], sine[kPer], weight[kPer];
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) {
+        const int i = 32 * j + lane;
+        const int pair = i < half ? i : i - half;
+        const bool turns = !is_v && i < 2 * half;
+        cosine[j] = turns ? __ldg(cosines + pair) : 1.0f;
+        sine[j] = turns ? __ldg(cosines + half + pair) : 0.0f;
+        weight[j] = weights == nullptr ? 1.0f : from_bf16(__ldg(weights + int64_t{layer} * D + i));
+        float bias = 0.0f;
+        if (p.qkv_bias != nullptr) {
+          bias = from_bf16(__ldg(p.qkv_bias + (int64_t{layer} * all_heads + head) * D + i));
+        }
+        value[j] = rounded(x[i] + bias);
+        sum += value[j] * value[j];
+      }
+      const float scale = rsqrtf(warp_sum(sum) / static_cast<float>(D) + p.eps);
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) {
+        if (weights != nullptr) value[j] = rounded(value[j] * scale * weight[j]);
+        x[32 * j + lane] = value[j];
+      }
+      __syncwarp();
+      uint16_t* out = p.qkv + (static_cast<int64_t>(token) * all_heads + head) * D;
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) {
+        const int i = 32 * j + lane;
+        float result = value[j];
+        if (!is_v && i < half) result = value[j] * cosine[j] - x[i + half] * sine[j];
+        if (!is_v && i >= half && i < 2 * half) result = value[j] * cosine[j] + x[i - half] * sine[j];
+        out[i] = __bfloat16_as_ushort(__float2bfloat16_rn(result));
+      }
+    }
+  }
+
+  // A warp takes a token at a time, a lane four features. All of x is on its way before the first is changed.
+  static __device__ __forceinline__ void finish_residual(const Params& p, const uint16_t* bias, int row_tile,
+                                                         const float* block, int tokens, int thread) {
+    constexpr int kMost = kMaxTokens / kConsumerWarps;
+    const int lane = thread % 32, warp = thread / 32;
+    const int feature = row_tile * kTileRows + 4 * lane;
+    const bool live = feature < p.hidden;
+    uint2 before[kMost], added = make_uint2(0, 0);
+    if (live && bias != nullptr) added = __ldg(reinterpret_cast<const uint2*>(bias + feature));
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int token = warp + i * kConsumerWarps;
+      before[i] = make_uint2(0, 0);
+      if (live && token < tokens) {
+        before[i] = __ldcg(reinterpret_cast<const uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int token = warp + i * kConsumerWarps;
+      if (token >= tokens) break;
+      const float4 sum = *reinterpret_cast<const float4*>(block + token * kBlockPitch + 4 * lane);
+      const float a = rounded(low_half(before[i].x) + (sum.x + low_half(added.x)));
+      const float b = rounded(high_half(before[i].x) + (sum.y + high_half(added.x)));
+      const float c = rounded(low_half(before[i].y) + (sum.z + low_half(added.y)));
+      const float d = rounded(high_half(before[i].y) + (sum.w + high_half(added.y)));
+      if (live) {
+        *reinterpret_cast<uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature) =
+            make_uint2(pack_bf16(a, b), pack_bf16(c, d));
+      }
+      const float squares = warp_sum(live ? a * a + b * b + c * c + d * d : 0.0f);
+      if (lane == 0) p.squares[token * squares_of_token(p) + row_tile] = squares;
+    }
+  }
+
+  // A warp takes a token at a time, a lane two features.
+  static __device__ __forceinline__ void finish_gated(const Params& p, int row_tile, const float* block, int tokens,
+                                                      int thread) {
+    const int lane = thread % 32, feature = row_tile * (kTileRows / 2) + 2 * lane;
+    if (feature >= p.intermediate) return;
+    for (int token = thread / 32; token < tokens; token += kConsumerWarps) {
+      const float2 g = *reinterpret_cast<const float2*>(block + token * kBlockPitch + 2 * lane);
+      const float2 u = *reinterpret_cast<const float2*>(block + token * kBlockPitch + kTileRows / 2 + 2 * lane);
+      const auto gated = [](float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; };
+      *reinterpret_cast<uint32_t*>(p.activated + static_cast<int64_t>(token) * p.intermediate + feature) =
+          pack_bf16(gated(g.x, u.x), gated(g.y, u.y));
+    }
+  }
+
+  // ---- jobs --------------------------------------------------------------------------------------------------------
+
+  template <typename Wait>
+  static __device__ __forceinline__ void job(const Params& p, Shared& shared, const Unit& u, float* block,
+                                             unsigned char* buffers, int tokens, int thread, const Wait& wait) {
+    const int kind = u.stage % kKinds, layer = u.stage / kKinds;
+    if (kind == kAttend) return attend(p, shared, layer, u.index[0], block, buffers, thread, wait);
+    wait();
+    if (kind == kMerge) {
+      merge(p, shared, layer, u.index[0], tokens, thread);
+    } else if (kind == kEmbed) {
+      for (int token = u.index[0]; token < tokens; token += u.index[1]) embed(p, token, thread);
+    } else {
+      for (int token = u.index[0]; token < tokens; token += u.index[1]) final_norm(p, token, thread);
+    }
+  }
+
+  // A warp takes 128 features at a time, a lane four. An id outside the vocabulary gives zeros.
+  static __device__ __forceinline__ void embed(const Params& p, int token, int thread) {
+    const int64_t id = p.block_ids.at(token / p.block_size, token % p.block_size);
+    const bool known = id >= 0 && id < p.vocab;
+    const uint16_t* from = p.embed_weight + (known ? id : 0) * p.hidden;
+    const int tiles = squares_of_token(p);
+    for (int tile = thread / 32; tile < tiles; tile += kConsumerWarps) {
+      const int feature = tile * kTileRows + thread % 32 * 4;
+      uint2 x = make_uint2(0, 0);
+      if (known && feature < p.hidden) x = __ldg(reinterpret_cast<const uint2*>(from + feature));
+      if (feature < p.hidden) {
+        *reinterpret_cast<uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature) = x;
+      }
+      const float a = low_half(x.x), b = high_half(x.x), c = low_half(x.y), d = high_half(x.y);
+      const float squares = warp_sum(a * a + b * b + c * c + d * d);
+      if (thread % 32 == 0) p.squares[token * tiles + tile] = squares;
+    }
+  }
+
+  static __device__ __forceinline__ void final_norm(const Params& p, int token, int thread) {
+    const float scale = norm_scale(p, token);
+    const auto* x = reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * p.hidden);
+    auto* out = reinterpret_cast<uint4*>(p.out + static_cast<int64_t>(token) * p.hidden);
+    for (int i = thread; i < p.hidden / 8; i += kConsumers) {
+      out[i] = normed(__ldcg(x + i), scale, __ldg(reinterpret_cast<const uint4*>(p.final_norm) + i));
+    }
+  }
+
+  // ---- attention ---------------------------------------------------------------------------------------------------
+
+  static constexpr int kKeys = 64;                              // of a tile
+  static constexpr int kChunks = D / 8;                         // 16-byte pieces of a row
+  static constexpr int kCopies = kKeys * kChunks / kConsumers;  // of K, and of V, a thread and tile
+  static_assert(kStreamQueryRows * D * 2 <= stream::kTokenBuffers * stream::kTokenBufferBytes);
+  static_assert(kStreamQueryRows == kKeys, "Q is copied as K is");
+  static_assert(2 * kKeys * D * 2 <= stream::kBlockBytes);
+
+  struct Keys {  // of one request in one layer
+    int low;     // first context key that any query of the block sees
+    int tiles;   // of context; one more holds the block's own keys
+    int per_split;
+    __device__ __forceinline__ int used_splits() const { return (tiles + per_split) / per_split; }
+  };
+
+  static __device__ __forceinline__ Keys keys_of(const Params& p, const Shared& shared, int layer, int b) {
+    Keys keys{};
+    const int window = p.layers[layer].window, prefix = shared.prefix[b];
+    if (window > 0) keys.low = clamp_to(static_cast<int64_t>(shared.earliest[b]) - window + 1, 0, prefix);
+    keys.tiles = (prefix - keys.low + kKeys - 1) / kKeys;
+    keys.per_split = (keys.tiles + 1 + p.splits - 1) / p.splits;
+    return keys;
+  }
+
+  static __device__ __forceinline__ int k_chunk(int key, int chunk) { return chunk ^ (key & 1) << 2; }
+  static __device__ __forceinline__ int v_chunk(int key, int chunk) { return chunk ^ (key & 7); }
+
+  // Unit: ((b * Hkv + KV head) * splits + split) * row_tiles + row tile.
+  template <typename Wait>
+  static __device__ __forceinline__ void attend(const Params& p, Shared& shared, int layer, int first, float* block,
+                                                unsigned char* q_tile, int thread, const Wait& wait) {
+    const StreamLayer& cache = p.layers[layer];
+    const int group = p.q_heads / p.kv_heads, query_rows = p.block_size * group;
+    const int qkv_stride = (p.q_heads + 2 * p.kv_heads) * D;
+    auto* k_tile = reinterpret_cast<unsigned char*>(block);
+    unsigned char* v_tile = k_tile + kKeys * D * 2;
+    const int units = p.batch * p.kv_heads * p.splits * p.row_tiles;
+    constexpr int kStep = kConsumers / kChunks;
+    bool waited = false;
+
+    for (int unit = first; unit < units; unit += p.stream.blocks) {
+      const int here = opaque(thread);
+      // This thread copies piece here % kChunks of the keys here / kChunks + i * kStep.
+      const int row0 = unit % p.row_tiles * kStreamQueryRows;
+      const int split = unit / p.row_tiles % p.splits;
+      const int pair = unit / (p.row_tiles * p.splits);
+      const int kv_head = pair % p.kv_heads, b = pair / p.kv_heads;
+      const Keys keys = keys_of(p, shared, layer, b);
+      const int prefix = shared.prefix[b];
+      const int begin = split * keys.per_split, end = min(begin + keys.per_split, keys.tiles + 1);
+      if (begin >= end) continue;  // nobody reads this unit's part
+
+      int32_t slots[kCopies];  // of the tile that is copied next; -1: no such key
+      const auto find_slots = [&](int tile) {
+        const int key0 = opaque(here) / kChunks;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+          const int key = key0 + i * kStep;
+          slots[i] = -1;
+          if (tile == keys.tiles) {
+            if (key < p.block_size) slots[i] = b * p.block_size + key;  // a row of qkv
+          } else if (tile < keys.tiles && keys.low + tile * kKeys + key < prefix) {
+            const int64_t slot = p.req_to_token.at(shared.table_rows[b], keys.low + tile * kKeys + key);
+            if (slot >= 0 && slot < cache.num_slots) slots[i] = static_cast<int32_t>(slot);
+          }
+        }
+      };
+      const auto copy = [&](bool is_k, int tile) {
+        const int chunk = opaque(here) % kChunks, key0 = opaque(here) / kChunks;
+        const bool own = tile == keys.tiles;
+        const uint16_t* from = own ? p.qkv + (p.q_heads + (is_k ? 0 : p.kv_heads) + kv_head) * D
+                                   : (is_k ? cache.k : cache.v) + kv_head * D;
+        const int64_t stride = own ? qkv_stride : is_k ? cache.k_slot_stride : cache.v_slot_stride;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+          const int key = key0 + i * kStep;
+          unsigned char* to = is_k ? k_tile + (key * kChunks + k_chunk(key, chunk)) * 16
+                                   : v_tile + (key * kChunks + v_chunk(key, chunk)) * 16;
+          const int64_t row = max(slots[i], 0);
+          copy_async_16(to, from + row * stride + chunk * 8, slots[i] < 0 ? 0 : 16);  // absent: 0 * V must stay 0
+        }
+      };
+      const auto copy_first = [&] {
+        copy(true, begin);
+        copy_async_commit();
+        copy(false, begin);
+        copy_async_commit();
+      };
+
+      find_slots(begin);
+      const bool early = begin != keys.tiles;
+      if (early) copy_first();
+      if (!waited) wait();
+      waited = true;
+      if (!early) copy_first();
+      find_slots(begin + 1);
+
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {  // Q: [row0 + row][D], a row is a (token, head of the group)
+        const int row = here / kChunks + i * kStep, chunk = here % kChunks;
+        const bool live = row0 + row < query_rows;
+        const int token = b * p.block_size + (live ? (row0 + row) / group : 0);
+        const int head = kv_head * group + (live ? (row0 + row) % group : 0);
+        copy_async_16(q_tile + (row * kChunks + k_chunk(row, chunk)) * 16,
+                      p.qkv + static_cast<uint32_t>(token * qkv_stride + head * D + chunk * 8), live ? 16 : 0);
+      }
+      copy_async_commit();
+      const int lane = here % 32, part = here / 32 % 4, half = here / 128;
+      // This thread's rows: row0 + 16 part + lane / 4 + {0, 8}.
+      const bool busy = row0 + 16 * part < query_rows;
+      int query_position[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row0 + 16 * part + lane / 4 + 8 * h;
+        query_position[h] = shared.positions[b * p.block_size + (row < query_rows ? row / group : 0)];
+      }
+      const float scale_log2 = p.scale * 1.4426950408889634f;
+      float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+      float out[D / 16][4] = {};  // columns half * D / 2 ..
+
+      for (int tile = begin; tile < end; ++tile) {
+        tile == begin ? copy_async_wait<0>() : copy_async_wait<1>();
+        named_barrier(kConsumerBarrier, kConsumers);  // K is here, first Q too
+        float s[kKeys / 8][4] = {};
+        if (busy) {
+          const int lane = opaque(here) % 32;
+#pragma unroll
+          for (int c = 0; c < D / 32; ++c) {  // 32 columns: of each row this lane's 8
+            const auto piece = [&](const unsigned char* from, int row) {
+              return *reinterpret_cast<const uint4*>(from + (row * kChunks + k_chunk(row, 4 * c + lane % 4)) * 16);
+            };
+            const uint4 upper = piece(q_tile, 16 * part + lane / 4), lower = piece(q_tile, 16 * part + lane / 4 + 8);
+            const uint32_t a0[4] = {upper.x, lower.x, upper.y, lower.y};
+            const uint32_t a1[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+            for (int j = 0; j < kKeys / 8; ++j) {
+              const uint4 k = piece(k_tile, 8 * j + lane / 4);
+              mma_m16n8k16(s[j], a0, k.x, k.y);
+              mma_m16n8k16(s[j], a1, k.z, k.w);
+            }
+          }
+        }
+        named_barrier(kConsumerBarrier, kConsumers);  // K has been read
+        if (tile + 1 < end) copy(true, tile + 1);
+        copy_async_commit();
+
+        if (busy) {
+          const int lane = opaque(here) % 32;
+          const bool own = tile == keys.tiles;
+          const int first_key = keys.low + tile * kKeys;
+          const auto visible = [&](int key, int query) {
+            if (!own) {
+              return first_key + key < prefix && (cache.window == 0 || query - (first_key + key) < cache.window);
+            }
+            if (key >= p.block_size) return false;
+            const int distance = query - shared.positions[b * p.block_size + key];
+            return (cache.causal == 0 || distance >= 0) && (cache.window == 0 || abs(distance) < cache.window);
+          };
+          const bool all_visible = !own && cache.window == 0 && first_key + kKeys <= prefix;
+#pragma unroll
+          for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int key = 8 * j + 2 * (lane % 4) + e % 2;
+              s[j][e] = all_visible || visible(key, query_position[e / 2]) ? s[j][e] * scale_log2 : -INFINITY;
+            }
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float highest = maximum[h];
+#pragma unroll
+            for (int j = 0; j < kKeys / 8; ++j) highest = fmaxf(highest, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
+            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+            const float shift = highest == -INFINITY ? 0.0f : highest;
+            const float correction = exp2f(maximum[h] - shift);
+            maximum[h] = highest;
+            sum[h] *= correction;
+#pragma unroll
+            for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+              for (int e = 2 * h; e < 2 * h + 2; ++e) {
+                s[j][e] = exp2f(s[j][e] - shift);
+                sum[h] += s[j][e];
+              }
+#pragma unroll
+            for (int n = 0; n < D / 16; ++n) {
+              out[n][2 * h] *= correction;
+              out[n][2 * h + 1] *= correction;
+            }
+          }
+        }
+        copy_async_wait<1>();
+        named_barrier(kConsumerBarrier, kConsumers);  // V is here
+        if (busy) {
+#pragma unroll
+          for (int kk = 0; kk < kKeys / 16; ++kk) {
+            const uint32_t a[4] = {pack_bf16(s[2 * kk][0], s[2 * kk][1]), pack_bf16(s[2 * kk][2], s[2 * kk][3]),
+                                   pack_bf16(s[2 * kk + 1][0], s[2 * kk + 1][1]),
+                                   pack_bf16(s[2 * kk + 1][2], s[2 * kk + 1][3])};
+            const int lane = opaque(here) % 32, key = 16 * kk + lane % 16;
+#pragma unroll
+            for (int n = 0; n < D / 16; n += 2) {
+              uint32_t v[4];
+              load_matrix_x4_transposed(
+                  v, v_tile + (key * kChunks + v_chunk(key, half * (kChunks / 2) + n + lane / 16)) * 16);
+              mma_m16n8k16(out[n], a, v[0], v[1]);
+              mma_m16n8k16(out[n + 1], a, v[2], v[3]);
+            }
+          }
+        }
+        named_barrier(kConsumerBarrier, kConsumers);  // V has been read
+        if (tile + 1 < end) copy(false, tile + 1);
+        copy_async_commit();
+        find_slots(tile + 2);
+      }
+
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+        if (!busy) continue;
+        const int64_t at = static_cast<int64_t>(unit) * kStreamQueryRows + 16 * part + lane / 4 + 8 * h;
+        float* to = p.partial_out + at * D + half * (D / 2) + 2 * (lane % 4);
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+          *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[n][2 * h], out[n][2 * h + 1]);
+        }
+        if (half == 0 && lane % 4 == 0) {
+          *reinterpret_cast<float2*>(p.partial_stats + 2 * at) = make_float2(maximum[h], sum[h]);
+        }
+      }
+    }
+    if (!waited) wait();
+  }
+
+  // out = sum_s 2^(m_s - m) o_s / sum_s 2^(m_s - m) l_s over the splits s of one (token, head): a warp each.
+  static __device__ __forceinline__ void merge(const Params& p, const Shared& shared, int layer, int first, int tokens,
+                                               int thread) {
+    constexpr int kRounds = kMaxStreamSplits / 32, kPer = D / 32;
+    const int lane = thread % 32, group = p.q_heads / p.kv_heads;
+    for (int item = thread / 32 * p.stream.blocks + first; item < tokens * p.q_heads;
+         item += kConsumerWarps * p.stream.blocks) {
+      const int token = item / p.q_heads, head = item % p.q_heads;
+      const int b = token / p.block_size, row = token % p.block_size * group + head % group;
+      const int used = keys_of(p, shared, layer, b).used_splits();
+      const int64_t unit =
+          static_cast<int64_t>(b * p.kv_heads + head / group) * p.splits * p.row_tiles + row / kStreamQueryRows;
+      const int64_t at = unit * kStreamQueryRows + row % kStreamQueryRows;  // of split 0
+      const int64_t step = static_cast<int64_t>(p.row_tiles) * kStreamQueryRows;
+      float weight[kRounds], sum[kRounds], highest = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int split = lane + 32 * i;
+        float2 stats = make_float2(-INFINITY, 0.0f);
+        if (split < used) stats = __ldcg(reinterpret_cast<const float2*>(p.partial_stats + 2 * (at + split * step)));
+        weight[i] = stats.x;
+        sum[i] = stats.y;
+        highest = fmaxf(highest, weight[i]);
+      }
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
+      }
+      float total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        weight[i] = sum[i] == 0.0f ? 0.0f : exp2f(weight[i] - highest);
+        total += weight[i] * sum[i];
+      }
+      total = warp_sum(total);
+      float out[kPer] = {};
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int splits = min(32, used - 32 * i);
+#pragma unroll 8
+        for (int s = 0; s < splits; ++s) {
+          const float w = __shfl_sync(0xffffffffu, weight[i], s);
+          const float* from = p.partial_out + (at + (32 * i + s) * step) * D + kPer * lane;
+          if constexpr (kPer == 4) {
+            const float4 part = __ldcg(reinterpret_cast<const float4*>(from));
+            out[0] += w * part.x, out[1] += w * part.y, out[2] += w * part.z, out[3] += w * part.w;
+          } else {
+            const float2 part = __ldcg(reinterpret_cast<const float2*>(from));
+            out[0] += w * part.x, out[1] += w * part.y;
+          }
+        }
+      }
+      const float inverse = 1.0f / total;  // a query sees at least its own key
+      auto* to = reinterpret_cast<uint32_t*>(p.attended + (static_cast<int64_t>(token) * p.q_heads + head) * D) +
+                 kPer / 2 * lane;
+#pragma unroll
+      for (int j = 0; j < kPer / 2; ++j) to[j] = pack_bf16(out[2 * j] * inverse, out[2 * j + 1] * inverse);
+    }
+  }
+};
+
+template <int D>
+__global__ void __launch_bounds__(stream::kThreads, 1)
+    stream_draft_kernel(const __grid_constant__ StreamDraftParams p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  stream::Stream<Draft<D>>::run(p, shared);
+}
+
+}  // namespace
+
+void launch_stream_draft_forward(const StreamDraftParams& p, int64_t head_dim, cudaStream_t stream) {
+  if (p.batch == 0) return;
+  switch (head_dim) {
+    case 64:
+      return stream::launch_stream<Draft<64>>(stream_draft_kernel<64>, p, stream, "draft_forward");
+    case 128:
+      return stream::launch_stream<Draft<128>>(stream_draft_kernel<128>, p, stream, "draft_forward");
+    default:
+      throw std::runtime_error("dflash::draft_forward: no streaming kernel for head size " + std::to_string(head_dim));
+  }
+}
+
+}  // namespace dflash::draft

@@ -1,0 +1,185 @@
+"""Packed layer weights and the schedule of `draft_forward_packed` (csrc/smxx/draft/stream.cu)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from dflash_kernels.stream import ONE_COUNTER, TILE_K, TILE_ROWS, Schedule, pack_tiles, unpack_tiles
+
+__all__ = ["MAX_LAYERS", "MAX_TOKENS", "Kind", "PackedDraft", "draft_schedule", "pack_draft", "why_not_packed"]
+
+MAX_TOKENS, MAX_LAYERS = 64, 64
+GATE_ROWS = TILE_ROWS // 2  # gate rows of a row tile of gate_up; the up rows of the same features follow
+
+
+class Kind(IntEnum):
+    """Of a stage; a unit's stage is ``len(Kind) * layer + kind`` (csrc/smxx/draft/stream.h)."""
+
+    QKV = 0
+    OUT = 1
+    GATE_UP = 2
+    DOWN = 3
+    ATTEND = 4
+    MERGE = 5
+    EMBED = 6
+    FINAL = 7
+
+
+@dataclass(frozen=True)
+class PackedDraft:
+    """The four matrices of every layer as `draft_forward_packed` streams them, and its schedule.
+
+    One launch at a time may use it: the counters are its state. They start at zero and only grow.
+
+    Attributes:
+        weights: [tiles, 8192], layer by layer qkv, o, gate_up, down (:func:`dflash_kernels.stream.pack_tiles`).
+        units: [blocks, most units of a block, 16] int32; counters: [n] int32; slots: of the partial sums.
+        hidden_size, intermediate_size, num_q_heads, num_kv_heads, head_dim, num_layers: what it was made for.
+    """
+
+    weights: torch.Tensor
+    units: torch.Tensor
+    counters: torch.Tensor
+    slots: int
+    hidden_size: int
+    intermediate_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads of a launch, all resident at once."""
+        return self.units.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.weights.nbytes + self.units.nbytes + self.counters.nbytes
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """(rows, K) of a layer's four packed matrices; of gate_up with both halves filled up to whole row tiles."""
+        q_width = self.num_q_heads * self.head_dim
+        return [
+            (q_width + 2 * self.num_kv_heads * self.head_dim, self.hidden_size),
+            (self.hidden_size, q_width),
+            (-(-self.intermediate_size // GATE_ROWS) * TILE_ROWS, self.hidden_size),
+            (self.hidden_size, self.intermediate_size),
+        ]
+
+    def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``qkv_weight, o_weight, gate_up_weight, down_weight`` as `draft_forward` takes them."""
+        stacks: list[list[torch.Tensor]] = [[], [], [], []]
+        at = 0
+        for _ in range(self.num_layers):
+            for stack, (rows, k) in zip(stacks, self.shapes(), strict=True):
+                row_tiles, k_tiles = _tiles(rows, k)
+                tiles = self.weights[at : at + row_tiles * k_tiles].view(row_tiles, k_tiles, -1)
+                stack.append(unpack_tiles(tiles, rows, k))
+                at += row_tiles * k_tiles
+        inter = self.intermediate_size
+        gate_up = [
+            w.view(-1, 2, GATE_ROWS, self.hidden_size).transpose(0, 1).reshape(2, -1, self.hidden_size)[:, :inter]
+            for w in stacks[2]
+        ]
+        stacks[2] = [w.reshape(2 * inter, self.hidden_size) for w in gate_up]
+        qkv, o, both, down = (torch.stack(stack) for stack in stacks)
+        return qkv, o, both, down
+
+
+def _tiles(rows: int, k: int) -> tuple[int, int]:
+    return -(-rows // TILE_ROWS), -(-k // TILE_K)
+
+
+def why_not_packed(*, tokens: int, num_layers: int, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why a pass cannot run as one streaming kernel, or None. `tokens` is B * T."""
+    if tokens > MAX_TOKENS:
+        return f"{tokens} rows are more than {MAX_TOKENS}"
+    if num_layers > MAX_LAYERS:
+        return f"{num_layers} layers are more than {MAX_LAYERS}"
+    if head_dim not in (64, 128):
+        return f"head size {head_dim} is neither 64 nor 128"
+    if dtype != torch.bfloat16:
+        return f"weights are {str(dtype).removeprefix('torch.')}, not bfloat16"
+    return None
+
+
+def draft_schedule(shapes: list[tuple[int, int]], num_layers: int, blocks: int) -> Schedule:
+    """Units of all blocks for `num_layers` layers with the four products `shapes` (rows, K).
+
+    Partial sums of all stages share their slots: a stage starts only when the one before has been added up.
+    """
+    schedule = Schedule(blocks)
+    tokens = min(blocks, MAX_TOKENS)  # blocks that gather the embedding and take the final norm
+    done = schedule.new_counters()
+    for block in range(tokens):
+        schedule.add_job(len(Kind) * 0 + Kind.EMBED, block, (block, tokens, 0), signal=done)
+    target, tile = tokens, 0
+
+    def product(stage: int, rows: int, k: int) -> None:
+        nonlocal done, target, tile
+        row_tiles, k_tiles = _tiles(rows, k)
+        signal = schedule.new_counters()
+        schedule.add_product(stage, row_tiles, k_tiles, tile, wait=(done, ONE_COUNTER, target), signal=signal, slot=0)
+        done, target, tile = signal, row_tiles, tile + row_tiles * k_tiles
+
+    def jobs(stage: int) -> None:
+        nonlocal done, target
+        signal = schedule.new_counters()
+        for block in range(blocks):
+            schedule.add_job(stage, block, (block, 0, 0), wait=(done, target), signal=signal)
+        done, target = signal, blocks
+
+    for layer in range(num_layers):
+        first = len(Kind) * layer
+        product(first + Kind.QKV, *shapes[0])
+        jobs(first + Kind.ATTEND)
+        jobs(first + Kind.MERGE)
+        product(first + Kind.OUT, *shapes[1])
+        product(first + Kind.GATE_UP, *shapes[2])
+        product(first + Kind.DOWN, *shapes[3])
+    for block in range(tokens):
+        schedule.add_job(len(Kind) * (num_layers - 1) + Kind.FINAL, block, (block, tokens, 0), wait=(done, target))
+    return schedule
+
+
+def pack_draft(
+    qkv_weight: torch.Tensor,
+    o_weight: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    blocks: int,
+) -> PackedDraft:
+    """Pack a drafter's layers, stacked as `draft_forward` takes them, for `blocks` blocks of threads.
+
+    `blocks` is the number of multiprocessors of the device that will run it: all must be resident at once.
+
+    Raises:
+        ValueError: a number of layers, a head size or a dtype that :func:`why_not_packed` names.
+    """
+    layers, qkv_width, hidden = qkv_weight.shape
+    inter = down_weight.shape[2]
+    if reason := why_not_packed(tokens=0, num_layers=layers, head_dim=head_dim, dtype=qkv_weight.dtype):
+        raise ValueError(f"pack_draft: {reason}")
+    pad = -inter % GATE_ROWS
+    packed = []
+    for layer in range(layers):
+        both = gate_up_weight[layer].view(2, inter, hidden)
+        if pad:
+            both = torch.cat((both, both.new_zeros(2, pad, hidden)), dim=1)
+        both = both.view(2, -1, GATE_ROWS, hidden).transpose(0, 1).reshape(-1, hidden)
+        for weight in (qkv_weight[layer], o_weight[layer], both, down_weight[layer]):
+            packed.append(pack_tiles(weight).flatten(0, 1))
+    weights = torch.cat(packed)
+    sizes = (hidden, inter, qkv_width // head_dim - 2 * num_kv_heads, num_kv_heads, head_dim, layers)
+    plain = PackedDraft(weights, weights.new_empty(0), weights.new_empty(0), 0, *sizes)
+    schedule = draft_schedule(plain.shapes(), layers, blocks)
+    counters = torch.zeros(schedule.counters, dtype=torch.int32, device=weights.device)
+    return PackedDraft(weights, schedule.units().to(weights.device), counters, schedule.slots, *sizes)

@@ -1,0 +1,158 @@
+"""The drafter's forward pass for few rows as one kernel, over weights that are packed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dflash_kernels.draft_stream import PackedDraft
+from dflash_kernels.ops._errors import dflash_errors
+from dflash_kernels.ops.draft import _forward_cpu
+
+__all__ = ["draft_forward_packed", "draft_forward_packed_workspace"]
+
+
+@dflash_errors
+def draft_forward_packed_workspace(batch: int, block_size: int, packed: PackedDraft) -> int:
+    """Bytes of workspace that :func:`draft_forward_packed` needs for B blocks of T tokens; never fewer as B grows.
+
+    Raises:
+        ValueError: ``block_size`` below 1 or ``batch`` below 0.
+    """
+    return torch.ops.dflash.draft_forward_packed_workspace(
+        batch,
+        block_size,
+        packed.hidden_size,
+        packed.intermediate_size,
+        packed.num_q_heads,
+        packed.num_kv_heads,
+        packed.head_dim,
+        packed.blocks,
+        packed.slots,
+    )
+
+
+@dflash_errors
+def draft_forward_packed(
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    embed_weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    o_bias: torch.Tensor | None,
+    post_norm: torch.Tensor,
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    packed: PackedDraft,
+    windows: Sequence[int],
+    causal: Sequence[int],
+    eps: float,
+    softmax_scale: float | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`draft_forward` for B * T <= 64 rows, bfloat16, D 64 or 128, at most 64 layers.
+
+    On CUDA one kernel whose blocks of threads, one a multiprocessor, stay for the whole pass and stream
+    ``packed.weights`` (:func:`dflash_kernels.draft_stream.pack_draft`) without a pause between the layers. Arguments,
+    result and formula as there, with the four matrices of every layer in `packed`; intermediate results are rounded at
+    the same places, except that an output of o_proj and down_proj is rounded once, after the residual is added.
+
+    Args:
+        packed: made for these sizes and for at most as many blocks as the device has multiprocessors. Its counters
+            change: only one launch at a time may use it.
+        workspace: uint8, at least :func:`draft_forward_packed_workspace` bytes; needed with ``out``. Overwritten.
+
+    Raises:
+        ValueError: as :func:`draft_forward`, and where the kernel is not made for the sizes
+            (:func:`dflash_kernels.draft_stream.why_not_packed` says so beforehand).
+    """
+    ops = torch.ops.dflash.draft_forward_packed
+    inputs = (
+        block_ids,
+        positions,
+        prefix_lens,
+        req_pool_indices,
+        req_to_token,
+        list(k_caches),
+        list(v_caches),
+        embed_weight,
+        input_norm,
+        qkv_bias,
+        q_norm,
+        k_norm,
+        o_bias,
+        post_norm,
+        final_norm,
+        cos_sin,
+        packed.weights,
+        packed.units,
+        packed.counters,
+        packed.slots,
+        packed.num_q_heads,
+        packed.intermediate_size,
+        list(windows),
+        list(causal),
+        eps,
+        softmax_scale,
+    )
+    if (out is None) != (workspace is None):
+        given, missing = ("out", "workspace") if workspace is None else ("workspace", "out")
+        raise ValueError(f"dflash::draft_forward_packed: {missing} must be given together with {given}, got None")
+    if out is None:
+        return ops.default(*inputs)
+    ops.out(*inputs, out=out, workspace=workspace)
+    return out
+
+
+@torch.library.register_fake("dflash::draft_forward_packed")
+def _packed_fake(block_ids: torch.Tensor, *args: object) -> torch.Tensor:
+    embed_weight = args[6]
+    assert isinstance(embed_weight, torch.Tensor)
+    return embed_weight.new_empty((block_ids.shape[0] * block_ids.shape[1], embed_weight.shape[1]))
+
+
+@torch.library.register_fake("dflash::draft_forward_packed.out")
+def _packed_out_fake(*args: object, out: torch.Tensor, workspace: torch.Tensor) -> None:
+    return None
+
+
+def _packed_cpu(*inputs: Any) -> torch.Tensor:
+    (
+        *index_and_embedding, input_norm, qkv_bias, q_norm, k_norm, o_bias, post_norm, final_norm, cos_sin,
+        weights, units, counters, slots, num_q_heads, intermediate_size, windows, causal, eps, softmax_scale,
+    ) = inputs  # fmt: skip
+    k_caches, embed_weight = index_and_embedding[5], index_and_embedding[7]
+    _, num_kv_heads, head_dim = k_caches[0].shape
+    sizes = (embed_weight.shape[1], intermediate_size, num_q_heads, num_kv_heads, head_dim, len(windows))
+    matrices = PackedDraft(weights, units, counters, slots, *sizes).unpack()
+    qkv_weight, o_weight, gate_up_weight, down_weight = matrices
+    arguments = (
+        *index_and_embedding, input_norm, qkv_weight, qkv_bias, q_norm, k_norm, o_weight, o_bias, post_norm,
+        gate_up_weight, down_weight, final_norm, cos_sin, windows, causal, eps, softmax_scale,
+    )  # fmt: skip
+    return _forward_cpu(*arguments)
+
+
+@torch.library.impl("dflash::draft_forward_packed", "CPU")
+def _draft_forward_packed_cpu(*inputs: object) -> torch.Tensor:
+    arguments = (*inputs, None) if len(inputs) == 25 else inputs  # the dispatcher may leave out a default
+    torch.ops.dflash._draft_forward_packed_check(*arguments)
+    return _packed_cpu(*arguments)
+
+
+@torch.library.impl("dflash::draft_forward_packed.out", "CPU")
+def _draft_forward_packed_out_cpu(*inputs: object, out: torch.Tensor, workspace: torch.Tensor) -> None:
+    arguments = (*inputs, None) if len(inputs) == 25 else inputs
+    torch.ops.dflash._draft_forward_packed_check(*arguments, out=out, workspace=workspace)
+    out.copy_(_packed_cpu(*arguments))
