@@ -251,7 +251,7 @@ def test_engine_suite_on_a_stand_in_pair(device: str, monkeypatch: pytest.Monkey
         assert len(row.extra["baselines_us"]) == 2 and row.baseline_us == min(row.extra["baselines_us"].values())
         assert 1.0 <= row.extra["mean_acceptance"] <= 8 and row.extra["ms_per_step"] > 0
         same, of = row.extra["identical"].split("/")
-    assert same == of and int(of) >= 2
+        assert same == of and int(of) >= 2
     skipped = list(bench_engine.rows(where, True, "fp32", lambda: 0.0))
     assert [type(item) for item in skipped] == [Problem, Problem]
 

@@ -91,7 +91,7 @@ def verify_block(
             contiguous.
         prefix_lens: [B] int32 or int64, committed length before the step.
         lazy: CUDA, from logits: 1 skips rows past a request's first mismatch once that is known, 0 reads all rows, -1
-            skips if the logits are 64 MiB or more. The results are the same.
+            chooses by measurement, at present always 0. The results are the same.
         out: with ``workspace`` (see `verify_workspace`; used by logits only, still to be given): fills these tensors
             and allocates nothing.
 
