@@ -25,18 +25,19 @@ from sglang_source import Source, bare_package, make_module, unavailable
 from dflash_kernels.integrations.sglang import activate, plugin
 from dflash_kernels.integrations.sglang.head import DraftSampler
 from dflash_kernels.integrations.sglang.reserve import INFO_MODULE
-from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Refused
+from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Refused, may_pack
 from dflash_kernels.integrations.sglang.settings import read_settings
 
 ACCEPT, PREPARE = "_compute_dflash_accept_bonus_triton_unchecked", "_prepare_dflash_draft_block_unchecked"
 APPEND = "_append_target_hidden_to_draft_kv_by_loc"
-H, HQ, HKV, D, MLP, L, K, T, V, SLOTS = 64, 4, 2, 32, 48, 2, 3, 4, 50, 60
+H, HQ, HKV, D, MLP, L, K, T, V, SLOTS = 64, 4, 2, 64, 48, 2, 3, 4, 50, 60
 
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DFLASH_KERNELS_SEAMS", raising=False)
     monkeypatch.delenv("DFLASH_KERNELS_STRICT", raising=False)
+    monkeypatch.delenv("DFLASH_KERNELS_PACK", raising=False)
 
 
 # -- a drafter of torch modules whose methods are SGLang's -------------------------------------------------------------
@@ -421,6 +422,9 @@ def test_settings() -> None:
         read_settings(known, {"DFLASH_KERNELS_SEAMS": "a,x"})
     with pytest.raises(ValueError, match="DFLASH_KERNELS_STRICT must be 0 or 1, got yes"):
         read_settings(known, {"DFLASH_KERNELS_STRICT": "yes"})
+    assert read_settings(known, {}).pack == "auto" and read_settings(known, {"DFLASH_KERNELS_PACK": "0"}).pack == "0"
+    with pytest.raises(ValueError, match="DFLASH_KERNELS_PACK must be auto, 0, 1, got 2"):
+        read_settings(known, {"DFLASH_KERNELS_PACK": "2"})
 
 
 @pytest.fixture
@@ -533,18 +537,30 @@ def injection(batch: int, dtype: torch.dtype, generator: torch.Generator) -> dic
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+FORMS = [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "1")]
+FORM_NAMES = ["fp32", "bf16", "bf16 packed"]
+
+
+@pytest.mark.parametrize(("dtype", "pack"), FORMS, ids=FORM_NAMES)
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
 def test_injection_equals_stock(
-    engine: types.ModuleType, source: Source, rng: torch.Generator, dtype: torch.dtype, decode: bool
+    engine: types.ModuleType,
+    source: Source,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    pack: str,
+    decode: bool,
 ) -> None:
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", pack)
     given = parts(source, dtype)
     worker = make_worker(engine, given)
+    assert (worker._dflash_seams["inject"].plan is not None) == (pack == "1")
     calls = injection(3, dtype, rng)
     if not decode:
         del calls["cache_loc_2d"], calls["commit_lens"]
     getattr(worker, APPEND)(**calls)
-    assert table(worker)["inject"] == "active"
+    assert table(worker)["inject"].startswith("active")
     ours = given["draft_model_runner"].token_to_kv_pool
 
     stock = engine.DFlashWorkerV2({**given, "draft_model_runner": types.SimpleNamespace()})
@@ -913,20 +929,24 @@ def logits_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, module)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "pack"), FORMS, ids=FORM_NAMES)
 @pytest.mark.parametrize(("causal", "left"), [(False, -1), (True, -1), (True, 3)], ids=["full", "causal", "sliding"])
 def test_forward_equals_stock(
     engine: types.ModuleType,
     source: Source,
     rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
     logits_processor: None,
     dtype: torch.dtype,
+    pack: str,
     causal: bool,
     left: int,
 ) -> None:
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", pack)
     given = {**parts(source, dtype), "draft_model": build_drafter(source, dtype, causal, left)}
     worker = make_worker(engine, given)
-    assert table(worker)["forward"] == "active"
+    assert table(worker)["forward"].startswith("active")
+    assert (worker._dflash_seams["forward"].packed is not None) == (pack == "1")
     for batch in (1, 3):
         arguments = block(worker, batch, rng)
         pool = worker.draft_model_runner.token_to_kv_pool
@@ -970,6 +990,52 @@ def test_forward_keeps_the_parameters_alive(engine: types.ModuleType, source: So
     with torch.no_grad():
         parameter.copy_(torch.ones_like(values))
     assert (stacked[1] == 1).all()
+
+
+def test_packed_weights_follow_a_later_load(
+    engine: types.ModuleType,
+    source: Source,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    logits_processor: None,
+) -> None:
+    """Weights that are loaded into a running engine reach the packed copies, which stay where they are."""
+
+    def load_weights(scale: float) -> str:
+        with torch.no_grad():
+            for parameter in drafter.parameters():
+                parameter.mul_(scale)
+        return "loaded"
+
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
+    given = parts(source, torch.bfloat16)
+    drafter = given["draft_model"]
+    drafter.load_weights = load_weights
+    worker = make_worker(engine, given)
+    inject, forward = worker._dflash_seams["inject"], worker._dflash_seams["forward"]
+    places = [inject.plan.tiles.data_ptr(), forward.packed.weights.data_ptr(), inject.k_norm.data_ptr()]
+    assert drafter.load_weights(0.5) == "loaded"
+    assert places == [inject.plan.tiles.data_ptr(), forward.packed.weights.data_ptr(), inject.k_norm.data_ptr()]
+    arguments = block(worker, 2, rng)
+    ours = drafter.forward(**arguments).hidden_states
+    theirs = type(drafter).forward(drafter, **arguments).hidden_states
+    torch.testing.assert_close(ours, theirs, rtol=2**-4, atol=2**-4)
+    fresh = make_worker(engine, given)._dflash_seams["inject"]
+    assert torch.equal(fresh.plan.tiles, inject.plan.tiles) and torch.equal(fresh.k_norm, inject.k_norm)
+
+
+def test_weights_are_packed_only_into_free_memory(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = types.SimpleNamespace(device=torch.device("cuda"), nbytes=10**9)
+    free = 4 * 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
+    auto = read_settings((), {})
+    assert may_pack(auto, [weights]) == (False, "weights not packed: 4.0 GB free, 4.1 needed")
+    free = 5 * 10**9
+    assert may_pack(auto, [weights]) == (True, "packed weights take 1.00 GB more")
+    off = read_settings((), {"DFLASH_KERNELS_PACK": "0"})
+    assert may_pack(off, [weights]) == (False, "weights not packed: DFLASH_KERNELS_PACK=0")
 
 
 FORWARD_UNSUPPORTED = {

@@ -7,6 +7,8 @@ table in the log says which and why.
 =========================  ===========================================================================================
 ``DFLASH_KERNELS_SEAMS``   ``all`` (default), ``none``, or a comma-separated list of seams
 ``DFLASH_KERNELS_STRICT``  ``1``: refuse to start, or stop, where a seam that was asked for would fall back
+``DFLASH_KERNELS_PACK``    ``auto`` (default): where a GPU has the memory, few rows read a second copy of the weights in
+                           the order of the streaming kernels; ``0``: never; ``1``: without looking at the memory
 =========================  ===========================================================================================
 
 `plugin` holds the hook and the worker subclass, `seam` what all seams share, and every seam has a module.

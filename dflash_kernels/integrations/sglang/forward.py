@@ -16,21 +16,25 @@ from typing import Any
 
 import torch
 
+from dflash_kernels.draft_stream import PackedDraft, pack_draft, why_not_packed
 from dflash_kernels.integrations.sglang.seam import (
     DraftPool,
     Refused,
     RotaryTable,
     Seam,
     Target,
+    follow_loading,
     max_positions,
+    may_pack,
     require,
     require_norms,
     require_plain_drafter,
     require_weights,
 )
 
-# Rows (requests times block size) up to which the pass is a stream of weights, which is what the op is made for.
+# Rows (requests times block size) up to which the pass is a stream of weights, which is what the ops are made for.
 MAX_ROWS = 64
+MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 class ForwardSeam(Seam):
@@ -100,7 +104,7 @@ class ForwardSeam(Seam):
         return module.weight.detach()
 
     def bind(self, worker: Any) -> None:
-        from dflash_kernels.ops import draft_forward_workspace
+        from dflash_kernels.ops import draft_forward_packed_workspace, draft_forward_workspace
 
         self.pool = DraftPool(worker, self.dtype)
         self.req_to_token = worker.draft_model_runner.req_to_token_pool.req_to_token
@@ -112,6 +116,10 @@ class ForwardSeam(Seam):
         size = draft_forward_workspace(
             batch, self.block_size, hidden, inner, first.num_heads, first.num_kv_heads, first.head_dim
         )
+        self.packed, self.note = self._pack(first)
+        if self.packed is not None:
+            size = max(size, draft_forward_packed_workspace(batch, self.block_size, self.packed))
+            follow_loading(model, self._repack)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
         self.out = torch.empty(batch * self.block_size, hidden, dtype=self.dtype, device=device)
         stock = model.forward
@@ -129,11 +137,38 @@ class ForwardSeam(Seam):
                     return self._output(self.run(input_ids, positions, forward_batch))
                 except Exception as error:
                     self.failed(error)
-                    if self.strict:
+                    if self.settings.strict:
                         raise Refused(f"dflash-kernels: seam {self.name} failed: {error}") from error
             return stock(input_ids, positions, forward_batch, input_embeds, **rest)
 
         model.forward = forward
+
+    def _pack(self, attention: Any) -> tuple[PackedDraft | None, str]:
+        """The layers' matrices once more, for the kernel that streams them, and a note for the table.
+
+        Made before the graphs are captured. The graphs of all batch sizes share its counters: the draft graphs of a
+        worker are replayed one after the other.
+        """
+        matrices = [self.weights[name] for name in MATRICES]
+        allowed, note = may_pack(self.settings, matrices)
+        if not allowed:
+            return None, note
+        reason = why_not_packed(
+            tokens=0, num_layers=len(self.windows), head_dim=attention.head_dim, dtype=matrices[0].dtype
+        )
+        if reason is not None:
+            return None, f"weights not packed: {reason}"
+        device = matrices[0].device
+        on_cuda = device.type == "cuda"
+        blocks = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 1
+        heads = {"num_kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim}
+        self._pack_again = lambda: pack_draft(*matrices, **heads, blocks=blocks)
+        return self._pack_again(), note
+
+    def _repack(self) -> None:
+        """Weights that were loaded later, at the addresses that the graphs know."""
+        assert self.packed is not None
+        self.packed.weights.copy_(self._pack_again().weights)
 
     def _fits(self, input_ids: torch.Tensor, forward_batch: Any) -> bool:
         rows = input_ids.numel()
@@ -151,12 +186,12 @@ class ForwardSeam(Seam):
 
     def run(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> torch.Tensor:
         """Hidden rows ``[B * T, H]`` of a block a request."""
-        from dflash_kernels.ops import draft_forward
+        from dflash_kernels.ops import draft_forward, draft_forward_packed
 
         batch = int(forward_batch.batch_size)
         self.pool.refresh()
         weights = self.weights
-        return draft_forward(
+        inputs = (
             input_ids.view(batch, self.block_size),
             positions.view(batch, self.block_size),
             forward_batch.seq_lens[:batch],
@@ -166,6 +201,28 @@ class ForwardSeam(Seam):
             self.pool.v,
             self.embed,
             weights["input_norm"],
+        )
+        out = self.out[: input_ids.numel()]
+        if self.packed is not None:
+            return draft_forward_packed(
+                *inputs,
+                None,
+                weights["q_norm"],
+                weights["k_norm"],
+                None,
+                weights["post_norm"],
+                self.final_norm,
+                self.cos_sin.table,
+                self.packed,
+                self.windows,
+                self.causal,
+                self.eps,
+                self.scale,
+                out=out,
+                workspace=self.workspace,
+            )
+        return draft_forward(
+            *inputs,
             weights["qkv"],
             None,
             weights["q_norm"],
@@ -181,7 +238,7 @@ class ForwardSeam(Seam):
             self.causal,
             self.eps,
             self.scale,
-            out=self.out[: input_ids.numel()],
+            out=out,
             workspace=self.workspace,
         )
 

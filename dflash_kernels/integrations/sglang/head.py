@@ -66,19 +66,25 @@ class DraftSampler:
             self.all_values = torch.empty(world * rows, dtype=torch.float32, device=device)
 
     def __call__(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> None:
-        from dflash_kernels.ops import lm_head_argmax, merge_vocab_shards
+        from dflash_kernels.ops import merge_vocab_shards
 
         width = hidden_states.shape[-1]
         hidden = hidden_states.view(-1, self.block_size, width)[:, 1:].reshape(-1, width).to(self.weight.dtype)
         rows = hidden.shape[0]
         out = (self.out[:rows], self.values[:rows])
         if self.tp_group is None:
-            lm_head_argmax(hidden, self.weight, None, self.vocab_start, out=out, workspace=self.workspace)
+            self._best(hidden, out)
             return
         ids, values = self.ids[:rows], self.values[:rows]
-        lm_head_argmax(hidden, self.weight, None, self.vocab_start, out=(ids, values), workspace=self.workspace)
+        self._best(hidden, (ids, values))
         world = int(self.tp_group.world_size)
         all_ids, all_values = self.all_ids[: world * rows], self.all_values[: world * rows]
         self.tp_group.all_gather_into_tensor(all_values, values)
         self.tp_group.all_gather_into_tensor(all_ids, ids)
         merge_vocab_shards(all_ids.view(world, rows), all_values.view(world, rows), out=out)
+
+    def _best(self, hidden: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Best token of this rank's shard for each row, and its logit: the one place where the head's op is chosen."""
+        from dflash_kernels.ops import lm_head_argmax
+
+        lm_head_argmax(hidden, self.weight, None, self.vocab_start, out=out, workspace=self.workspace)

@@ -3,7 +3,7 @@
 Replaces ``dflash_worker_v2.py`` DFlashWorkerV2._append_target_hidden_to_draft_kv_by_loc: fc, hidden norm, the KV
 projection of all layers, K norm, rotation, and the write of every layer's rows below ``commit_lens``
 (``fused_kv_materialize.py`` FusedKVMaterializeHelper.materialize and ``memory_pool.py``
-MHATokenToKVPool.set_kv_buffer_prefix_valid), with the same roundings.
+MHATokenToKVPool.set_kv_buffer_prefix_valid), with the same roundings. Up to 64 rows read a packed copy of the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from dflash_kernels.integrations.sglang.seam import (
     RotaryTable,
     Seam,
     Target,
+    follow_loading,
     max_positions,
+    may_pack,
     require,
     require_norms,
     require_plain_drafter,
@@ -57,16 +59,22 @@ class InjectSeam(Seam):
         require(len(attentions) <= 16, f"{len(attentions)} drafter layers, at most 16")
         require(hidden % 8 == 0, f"hidden size {hidden}, not a multiple of 8")
         # A copy, as SGLang's helper makes one: the rows of K and V of all layers, one after the other.
-        self.kv_weight = torch.stack([w.detach()[r] for w, r in zip(weights, rows, strict=True)]).contiguous()
+        self._kv_rows, self._k_norms = list(zip(weights, rows, strict=True)), norms
+        self.kv_weight = torch.stack([w.detach()[r] for w, r in self._kv_rows]).contiguous()
         self.k_norm = torch.stack([w.detach() for w in norms]).contiguous()
         self.fc_weight, self.hidden_norm = model.fc.weight.detach(), model.hidden_norm.weight.detach()
         self.cos_sin = RotaryTable(attentions[0].rotary_emb, max_positions(worker))
 
     def bind(self, worker: Any) -> None:
-        from dflash_kernels.ops import inject_kv_workspace
+        from dflash_kernels.ops import inject_kv_plan, inject_kv_workspace
 
         self.pool = DraftPool(worker, self.dtype)
         first = worker.draft_model.layers[0].self_attn
+        allowed, note = may_pack(self.settings, (self.fc_weight, self.kv_weight))
+        # One plan for the worker: its injections follow each other on one stream, captured or not.
+        self.plan = inject_kv_plan(self.fc_weight, self.kv_weight, first.head_dim) if allowed else None
+        self.note = "weights not packed: not bfloat16, or heads over 128" if allowed and self.plan is None else note
+        follow_loading(worker.draft_model, self._reload)
         self.workspace = inject_kv_workspace(
             MAX_ROWS,
             self.fc_weight.shape[0],
@@ -76,6 +84,18 @@ class InjectSeam(Seam):
             self.dtype,
             self.fc_weight.device,
         )
+
+    def _reload(self) -> None:
+        """Take the drafter's weights anew, at the addresses where they were."""
+        self.kv_weight.copy_(torch.stack([w.detach()[r] for w, r in self._kv_rows]))
+        self.k_norm.copy_(torch.stack([w.detach() for w in self._k_norms]))
+        if self.plan is not None:
+            from dflash_kernels.ops import inject_kv_plan
+
+            head_dim, blocks = self.k_norm.shape[1], self.plan.units.shape[0]
+            fresh = inject_kv_plan(self.fc_weight, self.kv_weight, head_dim, blocks)
+            assert fresh is not None
+            self.plan.tiles.copy_(fresh.tiles)
 
     def run(
         self,
@@ -129,5 +149,6 @@ class InjectSeam(Seam):
                 self.pool.v,
                 self.workspace,
                 self.eps,
+                self.plan,
             )
         return True

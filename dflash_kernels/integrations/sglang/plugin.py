@@ -64,7 +64,7 @@ class Seams:
         self.all: dict[str, Seam] = {seam.name: seam() for seam in SEAMS}
         self._open = [self.all[name] for name in settings.seams]
         for seam in self._open:
-            seam.strict = settings.strict
+            seam.settings = settings
             seam.reason = "not bound yet"
 
     def __getitem__(self, name: str) -> Seam:
@@ -117,10 +117,10 @@ class Seams:
     def table(self) -> str:
         """One line a seam: its name, active or stock, why."""
         width = max(map(len, self.all))
-        lines = [
-            f"  {name:<{width}}  {'active' if seam.active else 'stock '}  {seam.reason}".rstrip()
-            for name, seam in self.all.items()
-        ]
+        lines = []
+        for name, seam in self.all.items():
+            state, why = ("active", seam.note) if seam.active else ("stock ", seam.reason)
+            lines.append(f"  {name:<{width}}  {state}  {why}".rstrip())
         return "\n".join(["dflash-kernels seams in SGLang's DFLASH worker:", *lines])
 
 

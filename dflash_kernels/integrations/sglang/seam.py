@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from dflash_kernels.integrations.sglang.settings import Settings
+
 logger = logging.getLogger("dflash_kernels.sglang")
 
 WORKER_MODULE = "sglang.srt.speculative.dflash_worker_v2"
@@ -76,8 +78,9 @@ class Seam:
     def __init__(self) -> None:
         self.active = False
         self.reason = "not asked for"
+        self.note = ""
         self.error: BaseException | None = None
-        self.strict = False
+        self.settings = Settings((), False)
 
     def install(self, worker_module: ModuleType) -> None:
         """Check the targets on the imported module; a function seam wraps its target here."""
@@ -98,7 +101,7 @@ class Seam:
         """
         self.active = False
         self.reason = f"failed: {error}"
-        if self.strict:
+        if self.settings.strict:
             self.error = error
         else:
             logger.warning("dflash-kernels: seam %s failed and is stock from now on: %s", self.name, error)
@@ -226,6 +229,42 @@ def require_weights(weights: Sequence[torch.Tensor]) -> torch.dtype:
     on_cpu = weights[0].device.type == "cpu"
     require(dtype is torch.bfloat16 or (on_cpu and dtype is torch.float32), f"a drafter in {dtype}, not bfloat16")
     return dtype
+
+
+# Left to SGLang beside packed weights: below 1 GiB it captures no draft graph.
+MEMORY_LEFT = 2 << 30
+
+
+def may_pack(settings: Settings, weights: Sequence[torch.Tensor]) -> tuple[bool, str]:
+    """Whether the weights are to be held a second time, as the streaming kernels read them, and a note for the table.
+
+    While they are packed, they are there once more.
+    """
+    device, size = weights[0].device, sum(weight.nbytes for weight in weights)
+    if settings.pack == "0":
+        return False, "weights not packed: DFLASH_KERNELS_PACK=0"
+    if settings.pack == "auto":
+        if device.type != "cuda":
+            return False, ""
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < 2 * size + MEMORY_LEFT:
+            return False, f"weights not packed: {free / 1e9:.1f} GB free, {(2 * size + MEMORY_LEFT) / 1e9:.1f} needed"
+    return True, f"packed weights take {size / 1e9:.2f} GB more"
+
+
+def follow_loading(model: Any, repack: Callable[[], None]) -> None:
+    """Run ``repack`` after every later load of weights into the model."""
+    load = getattr(model, "load_weights", None)
+    if load is None:
+        return
+
+    @wraps(load)
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        repack()
+        return result
+
+    model.load_weights = load_weights
 
 
 class DraftPool:

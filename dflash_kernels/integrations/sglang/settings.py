@@ -1,4 +1,4 @@
-"""The plugin's two environment variables."""
+"""The plugin's environment variables."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from dataclasses import dataclass
 
 SEAMS_VARIABLE = "DFLASH_KERNELS_SEAMS"
 STRICT_VARIABLE = "DFLASH_KERNELS_STRICT"
+PACK_VARIABLE = "DFLASH_KERNELS_PACK"
+PACKING = ("auto", "0", "1")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Seams that are asked for, and whether falling back is refused."""
+    """Seams that are asked for, whether falling back is refused, and whether weights may be held a second time.
+
+    ``pack``: "auto" where a GPU has the memory, "0" never, "1" always.
+    """
 
     seams: tuple[str, ...]
     strict: bool
+    pack: str = "auto"
 
 
 def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
     """Settings from the environment; ``known`` are the names of all seams.
 
     Raises:
-        ValueError: an unknown seam, or a strictness that is neither 0 nor 1.
+        ValueError: an unknown seam, or another value than those above.
     """
     asked = environment.get(SEAMS_VARIABLE, "all").strip() or "all"
     if asked == "all":
@@ -40,4 +46,7 @@ def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.envi
     strict = environment.get(STRICT_VARIABLE, "0").strip() or "0"
     if strict not in ("0", "1"):
         raise ValueError(f"{STRICT_VARIABLE} must be 0 or 1, got {strict}")
-    return Settings(seams, strict == "1")
+    pack = environment.get(PACK_VARIABLE, "auto").strip() or "auto"
+    if pack not in PACKING:
+        raise ValueError(f"{PACK_VARIABLE} must be {', '.join(PACKING)}, got {pack}")
+    return Settings(seams, strict == "1", pack)
