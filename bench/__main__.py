@@ -1,4 +1,5 @@
 """`python -m bench SUITE...`: measure the card's ceilings, then the suites; see `--help` and NOTES.md.
+`python -m bench engine-trace ...`: where a step of SGLang's DFLASH goes (`bench.engine_trace`).
 
 Exit codes: 0 all rows measured (or skipped for time); 1 a case failed; 2 bad arguments; 3 the device was lost.
 """
@@ -46,6 +47,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suites; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["engine-trace"]:
+        from bench.engine_trace import main as engine_trace
+
+        return engine_trace(argv[1:])
     args = parse(argv)
     import torch
 

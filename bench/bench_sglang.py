@@ -2,8 +2,9 @@
 
 RECIPE holds target/config.json and draft/config.json; the weights are random (``load_format="dummy"``) and the
 acceptance length is forced, so that a step is a step whatever the tokens. Engines run in the order A B B A (stock,
-plugin, plugin, stock); the ratio is that of the medians over the repeats of all engines of a kind. --seams adds engines
-with these seams only, --trace a profiler trace of each kind, reduced to microseconds a step.
+plugin, plugin, stock; --ab: once each); the ratio is that of the medians over the repeats of all engines of a kind. As
+an engine takes minutes to start, each start measures all concurrencies. --seams adds engines with these seams only,
+--trace a profiler trace of each kind, reduced to microseconds a step (`bench.engine_trace`).
 
 Exit codes: 0 every engine ran; 1 otherwise; 2 bad arguments or something missing.
 """
@@ -21,7 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.sglang_engine import PLAIN, STOCK, run_engine
+from bench.engine_trace import table
+from bench.sglang_engine import PLAIN, STOCK, environment_facts, run_engine
 
 
 def engine_arguments(args: argparse.Namespace, seams: str) -> dict[str, Any]:
@@ -73,15 +75,12 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Run the engines; returns the exit code."""
-    from bench.runner import commit_id
-
-    order = args.order.split("/") + (args.seams or [])
+def measure(args: argparse.Namespace, command: Sequence[str], order: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """Run the engines; returns the exit code and the report. Each start serves all concurrencies."""
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "bench.bench_sglang", *argv]),
-        "commit": commit_id(),
+        "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment_facts(),
         "recipe": {name: json.loads((args.recipe / name / "config.json").read_text()) for name in ("target", "draft")},
         "prompt": args.prompt,
         "forced_tokens_per_step": args.forced,
@@ -97,21 +96,29 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             complete = False
             print(f"# {seams}: no time left", flush=True)
             continue
-        short, long = (33, 161) if seams == PLAIN else (round(10 * args.forced), round(80 * args.forced))
-        common = {"prompt": args.prompt, "short": short, "long": long, "repeats": args.repeats}
-        tasks: list[dict[str, Any]] = [{"task": "step", "concurrency": c, **common} for c in args.concurrency]
+        # What hangs must not take the other engines' time.
+        limit = max(args.start_seconds, left - args.start_seconds * (len(order) - number - 1))
+        tasks: list[dict[str, Any]] = []
+        if args.repeats:
+            committed = 1.0 if seams == PLAIN else args.forced
+            long = min(args.new_tokens, 161) if seams == PLAIN else args.new_tokens
+            lengths = {"short": max(round(long / 8), round(4 * committed)), "long": long}
+            tasks += [
+                {"task": "step", "concurrency": c, "prompt": args.prompt, "repeats": args.repeats, **lengths}
+                for c in args.concurrency
+            ]
         if args.trace and seams not in traced:
             traced.add(seams)
             folder = args.work.resolve() / f"trace-{seams.replace(',', '+')}"
             tasks += [
-                {"task": "trace", "concurrency": c, "prompt": args.prompt, "steps": 24, "folder": f"{folder}-{c}"}
+                {"task": "trace", "concurrency": c, "prompt": args.prompt, "steps": 36, "folder": f"{folder}-{c}"}
                 for c in args.trace
             ]
         engine: dict[str, Any] = {"seams": seams, "rows": [], "traces": []}
         report["engines"].append(engine)
         work = args.work / f"{number}-{seams.replace(',', '+')}"
         forced = None if seams == PLAIN else args.forced
-        for result in run_engine(seams, engine_arguments(args, seams), tasks, work, left, forced):
+        for result in run_engine(seams, engine_arguments(args, seams), tasks, work, limit, forced):
             if result["task"] == "start":
                 engine.update(start_seconds=result["seconds"], sglang=result["sglang"])
                 print(f"# {seams}: up in {result['seconds']:.0f} s", flush=True)
@@ -131,22 +138,42 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             report["summary"] = summarise(report)
             if args.json is not None:
                 args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return (0 if complete else 1), report
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run the engines, print the summary; returns the exit code."""
+    order = ([STOCK, "all"] if args.ab else args.order.split("/")) + (args.seams or [])
+    code, report = measure(args, ["python", "-m", "bench.bench_sglang", *argv], order)
     print(f"\n# {'conc':>4} {'seams':<24} {'ms/step':>8} {'tok/step':>8} {'tok/s':>8} {'over stock':>10}")
     for row in report.get("summary", []):
         print(
             f"  {row['concurrency']:>4} {row['seams']:<24} {row['ms_per_step']:>8.3f} {row['tokens_per_step']:>8.2f} "
             f"{row['tokens_per_s']:>8.0f} {row.get('over_stock', float('nan')):>10.3f}"
         )
-    return 0 if complete else 1
+    if args.trace:
+        print(table(report))
+    return code
+
+
+def missing_file(recipe: Path) -> Path | None:
+    """The file that a recipe lacks."""
+    files = [recipe / name / "config.json" for name in ("target", "draft")]
+    return next((file for file in files if not file.is_file()), None)
+
+
+def numbers(text: str) -> list[int]:
+    """A comma-separated list of whole numbers."""
+    return [int(part) for part in text.split(",")]
 
 
 def _short(trace: dict[str, Any]) -> str:
     if "error" in trace:
         return str(trace["error"])
-    kinds = ", ".join(f"{name} {us:.0f}" for name, us in trace["kinds_us"].items())
+    parts = ", ".join(f"{name} {us:.0f}" for name, us in trace["parts_us"].items())
     return (
-        f"span {trace['span_us']:.0f} us, idle {trace['idle_us']:.0f}, {trace['gpu_operations']:.0f} GPU operations, "
-        f"{trace['host_launches']:.0f} host launches ({trace['graph_launches']:.0f} graphs): {kinds}"
+        f"step {trace['span_us']:.0f} us: {parts}; host {trace['host_us']:.0f}, {trace['host_launches']:.0f} launches "
+        f"({trace['graph_launches']:.0f} graphs), {trace['gpu_operations']:.0f} GPU operations"
     )
 
 
@@ -155,23 +182,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench.bench_sglang", description="Step time of SGLang's DFLASH.")
     parser.add_argument("recipe", type=Path, help="directory with target/config.json and draft/config.json")
-    parser.add_argument("--concurrency", type=lambda s: [int(x) for x in s.split(",")], default=[1, 4, 8, 16, 32])
+    parser.add_argument("--concurrency", type=numbers, default=[1, 4, 8, 16, 32])
+    parser.add_argument("--new-tokens", type=int, default=512, help="of the longer runs; default: 512")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt; default: 1024")
     parser.add_argument("--forced", type=float, default=6.5, help="tokens committed a step; default: 6.5")
     parser.add_argument("--repeats", type=int, default=3, help="of each concurrency in one engine; default: 3")
     parser.add_argument("--order", default=f"{STOCK}/all/all/{STOCK}", help="engines; default: stock/all/all/stock")
+    parser.add_argument("--ab", action="store_true", help="the order stock/all")
     parser.add_argument("--seams", type=lambda s: s.split("/"), metavar="A/B,C", help="more engines: seams of each")
-    parser.add_argument("--trace", type=lambda s: [int(x) for x in s.split(",")], help="concurrencies to profile")
+    parser.add_argument("--trace", type=numbers, help="concurrencies to profile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, kept current")
     parser.add_argument("--append", action="store_true", help="keep the engines that the report has")
     parser.add_argument("--work", type=Path, default=Path("build/bench_sglang"), metavar="DIR", help="logs, traces")
     parser.add_argument("--time-limit", type=float, default=560.0, metavar="SECONDS", help="default: 560")
-    parser.add_argument("--start-seconds", type=float, default=60.0, help="start no engine with less time left")
+    parser.add_argument("--start-seconds", type=float, default=120.0, help="start no engine with less time left")
     args = parser.parse_args(argv)
-    for name in ("target", "draft"):
-        if not (args.recipe / name / "config.json").is_file():
-            print(f"python -m bench.bench_sglang: {args.recipe / name / 'config.json'} is not there", file=sys.stderr)
-            return 2
+    if (missing := missing_file(args.recipe)) is not None:
+        print(f"python -m bench.bench_sglang: {missing} is not there", file=sys.stderr)
+        return 2
     return run(args, argv)
 
 

@@ -21,7 +21,13 @@ from typing import Any
 from bench.harness import HEADER, Row, geomean
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_OTHERS = ("acceptance", "drafter", "sglang_tokens")  # filed there too, but no runs of the suites
+_OTHERS = (
+    "acceptance",
+    "drafter",
+    "sglang_tokens",
+    "sglang",
+    "engine_trace",
+)  # filed there too, but no runs of the suites
 
 
 def file_run(run: dict[str, Any], root: Path) -> list[Path]:

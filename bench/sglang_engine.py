@@ -7,11 +7,12 @@ mode unless `DFLASH_KERNELS_STRICT=0`: an engine that comes up runs every seam t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
+import platform
 import random
-import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,23 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, STOCK = "plain", "stock"  # no speculation; SGLang's own DFLASH
+
+
+def environment_facts() -> dict[str, Any]:
+    """Card and versions, asked without a CUDA context of this process."""
+    from bench.runner import commit_id
+
+    versions = {}
+    for name in ("sglang", "torch", "triton", "sglang-kernel", "sgl-kernel", "flashinfer-python", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    try:
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+        card, driver = (part.strip() for part in found[0].split(","))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        card = driver = "unknown"
+    return {"card": card, "driver": driver, "python": platform.python_version(), "commit": commit_id(), **versions}
 
 
 def plugin_path(where: Path) -> list[str]:
@@ -43,6 +61,7 @@ def environment(seams: str, work: Path, forced: float | None = None) -> dict[str
     env = {**os.environ, "PYTHONPATH": ":".join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     env["DFLASH_KERNELS_SEAMS"] = "none" if seams in (PLAIN, STOCK) else seams
     env.setdefault("DFLASH_KERNELS_STRICT", "1")
+    env.setdefault("DFLASH_KERNELS_SEAMS_FILE", str((work / "seams").resolve()))
     if forced is not None:
         # The recipe's plugin for 0.5.16; newer engines read the other variable.
         env["DFLASH_FORCE_ACC_LEN"] = env["SGLANG_SIMULATE_ACC_LEN"] = str(forced)
@@ -122,8 +141,17 @@ def _generate(engine: Any, ids: list[list[int]], new_tokens: int, ignore_eos: bo
 
 
 def _tokens(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Greedy tokens of every prompt, ``concurrency`` requests at a time, in fixed groups."""
+    """Greedy tokens of every prompt, ``concurrency`` requests at a time, in fixed groups.
+
+    ``rotated`` prompts begin that much later, so that other prompts share a batch; ``seams`` are switched to.
+    """
     prompts, width = json.loads(Path(task["prompts"]).read_text()), task["concurrency"]
+    rotated = task.get("rotated", 0) % max(1, len(prompts))
+    prompts = prompts[rotated:] + prompts[:rotated]
+    if "seams" in task:
+        switch = Path(os.environ["DFLASH_KERNELS_SEAMS_FILE"])
+        Path(f"{switch}.new").write_text(task["seams"])
+        os.replace(f"{switch}.new", switch)
     _generate(engine, prompts[:width], 8, False)
     tokens, steps, seconds = [], [], 0.0
     for start in range(0, len(prompts), width):
@@ -131,7 +159,27 @@ def _tokens(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         seconds += taken
         tokens += [o["output_ids"] for o in out]
         steps += [o["meta_info"].get("spec_verify_ct", len(o["output_ids"])) for o in out]
-    yield {"seconds": seconds, "steps": steps, "tokens": tokens}
+    back = len(prompts) - rotated
+    yield {
+        "seconds": seconds,
+        "steps": steps[back:] + steps[:back],
+        "tokens": tokens[back:] + tokens[:back],
+    }
+
+
+def _gaps(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The two likeliest tokens after each text and the difference of their logits, of an engine without speculation."""
+    texts = json.loads(Path(task["texts"]).read_text())
+    params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+    names = list(texts)
+    out = engine.generate(
+        input_ids=[texts[name] for name in names], sampling_params=params, return_logprob=True, top_logprobs_num=2
+    )
+    found = {}
+    for name, one in zip(names, out, strict=True):
+        (first, a, *_), (second, b, *_) = one["meta_info"]["output_top_logprobs"][0][:2]
+        found[name] = {"likeliest": [a, b], "gap": first - second}
+    yield {"gaps": found}
 
 
 def _step_time(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -156,75 +204,31 @@ def _step_time(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _trace(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A profiler trace of decode steps, reduced by `reduce_trace`."""
+    """A profiler trace of decode steps, reduced."""
+    from bench.engine_trace import reduce_trace
+
     rng = random.Random(1)
     batch, folder = task["concurrency"], Path(task["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     ids = [[rng.randrange(1000, 100000) for _ in range(task["prompt"])] for _ in range(batch)]
+    _generate(engine, ids, task["steps"], True)
+    older = set(folder.iterdir())
     engine.start_profile(output_dir=str(folder), num_steps=task["steps"], activities=["CPU", "GPU"])
     _generate(engine, ids, 10 * task["steps"], True)
     sizes: list[int] = []
     for _ in range(60):  # the profiler writes in the background
         time.sleep(1.0)
-        sizes.append(sum(f.stat().st_size for f in folder.iterdir()))
+        sizes.append(sum(f.stat().st_size for f in set(folder.glob("*.json.gz")) - older))
         if len(sizes) > 2 and sizes[-1] and sizes[-1] == sizes[-3]:
             break
-    path = max(folder.glob("*.json.gz"), key=lambda f: f.stat().st_size)
-    yield reduce_trace(path)
+    written = set(folder.glob("*.json.gz")) - older
+    if not written:
+        yield {"error": "the profiler wrote no trace"}
+        return
+    yield reduce_trace(max(written, key=lambda f: f.stat().st_size))
 
 
-# The first that matches a kernel's name; "flash" is not the "flash" of this package's namespace.
-KINDS = (
-    ("inject", r"inject|fused_norm_rope|prefix_valid"),
-    ("accept, prepare", r"accept|verify_top1|prepare_block|prepare_dflash"),
-    ("head, argmax", r"lm_head|argmax|ArgMax|reduce_kernel"),
-    ("attention", r"(?<!d)flash|[Aa]ttention|prepare_varlen|[Cc]ombine"),
-    ("GEMM", r"gemm|nvjet|cutlass|gemv|splitK"),
-    ("norm, rope, SiLU", r"norm|[Rr]ope|rotate|silu|act_and_mul"),
-    ("copy, fill", r"[Mm]emcpy|[Mm]emset|[Cc]opy|[Ff]ill"),
-)
-
-
-def reduce_trace(path: Path, marker: Sequence[str] = ("accept_bonus", "verify_top1")) -> dict[str, Any]:
-    """A trace of decode steps as microseconds and launches a step; a step ends at its acceptance kernel."""
-    import gzip
-
-    with gzip.open(path) as file:
-        events = json.load(file)["traceEvents"]
-    gpu = sorted((e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"])
-    marks = [e["ts"] for e in gpu if any(m in e["name"] for m in marker)]
-    if len(marks) < 8:
-        return {"error": f"{len(marks)} steps in the trace"}
-    low, high, steps = marks[3], marks[-2], len(marks) - 5
-    inside = [e for e in gpu if low <= e["ts"] < high]
-    busy, end = 0.0, 0.0
-    kinds: dict[str, float] = {}
-    names: dict[str, list[float]] = {}
-    for e in inside:
-        stop = e["ts"] + e["dur"]
-        busy += max(0.0, stop - max(end, e["ts"]))
-        end = max(end, stop)
-        kind = next((kind for kind, pattern in KINDS if re.search(pattern, e["name"])), "other")
-        kinds[kind] = kinds.get(kind, 0.0) + e["dur"]
-        names.setdefault(e["name"][:100], []).append(e["dur"])
-    # Launches by the host: those of a graph's replay count once.
-    host = [e for e in events if e.get("cat") == "cuda_runtime" and low <= e["ts"] < high]
-    launches = [e for e in host if "Launch" in e["name"] or "Memcpy" in e["name"] or "Memset" in e["name"]]
-    top = sorted(names.items(), key=lambda item: -sum(item[1]))[:30]
-    return {
-        "steps": steps,
-        "span_us": (high - low) / steps,
-        "busy_us": busy / steps,
-        "idle_us": (high - low - busy) / steps,
-        "gpu_operations": len(inside) / steps,
-        "host_launches": len(launches) / steps,
-        "graph_launches": sum("GraphLaunch" in e["name"] for e in launches) / steps,
-        "kinds_us": {k: v / steps for k, v in sorted(kinds.items(), key=lambda item: -item[1])},
-        "kernels": [{"name": n, "us": sum(d) / steps, "launches": len(d) / steps} for n, d in top],
-    }
-
-
-TASKS = {"tokens": _tokens, "step": _step_time, "trace": _trace}
+TASKS = {"tokens": _tokens, "gaps": _gaps, "step": _step_time, "trace": _trace}
 
 
 def child(spec_path: str) -> int:
@@ -243,7 +247,7 @@ def child(spec_path: str) -> int:
     try:
         for task in spec["tasks"]:
             for result in TASKS[task["task"]](engine, task):
-                say({**{k: task[k] for k in ("task", "concurrency", "pass") if k in task}, **result})
+                say({**{k: task[k] for k in ("task", "concurrency", "pass", "seams") if k in task}, **result})
     finally:
         engine.shutdown()
     return 0

@@ -12,27 +12,41 @@ from typing import Any
 
 import pytest
 
-from bench import bench_sglang, sglang_engine, sglang_tokens
+from bench import __main__ as bench_main
+from bench import bench_sglang, engine_trace, sglang_engine, sglang_tokens
+from dflash_kernels.integrations.sglang.plugin import SEAMS
 
 # Counts in base `width`: a text depends on its prompt and, where asked, on the seams.
 FAKE = """
-import os
+import gzip, json, os, pathlib
 __version__ = "0.0"
+def seams():
+    switch = pathlib.Path(os.environ["DFLASH_KERNELS_SEAMS_FILE"])
+    return switch.read_text() if switch.is_file() else os.environ["DFLASH_KERNELS_SEAMS"]
 class Engine:
+    profile = None
     def __init__(self, **arguments):
         self.speculative = "speculative_algorithm" in arguments
         print("  inject  active", flush=True)
         if os.environ["DFLASH_KERNELS_SEAMS"] == os.environ.get("FAKE_BREAKS"):
             raise SystemExit("refused")
-    def generate(self, input_ids, sampling_params):
+    def start_profile(self, output_dir, num_steps, activities):
+        self.profile = output_dir
+    def generate(self, input_ids, sampling_params, return_logprob=False, top_logprobs_num=0):
+        if self.profile and os.environ.get("FAKE_TRACE"):
+            with gzip.open(self.profile + "/t.trace.json.gz", "wt") as file:
+                file.write(pathlib.Path(os.environ["FAKE_TRACE"]).read_text())
         n = sampling_params["max_new_tokens"]
-        shift = os.environ["DFLASH_KERNELS_SEAMS"] == os.environ.get("FAKE_DIFFERS")
+        shift = seams() == os.environ.get("FAKE_DIFFERS")
         out = []
         for ids in input_ids:
             tokens = [(ids[0] + i) % 50 for i in range(n)]
             if shift and ids[0] == 3:
                 tokens[-1] += 1
             meta = {"spec_verify_ct": (n - 1) // 2} if self.speculative else {}
+            if return_logprob:
+                pairs = [(-0.5, sum(ids) % 50, None), (-0.75, len(ids), None)]
+                meta["output_top_logprobs"] = [pairs[:top_logprobs_num]]
             out.append({"output_ids": tokens, "meta_info": meta})
         return out
     def shutdown(self): pass
@@ -63,9 +77,10 @@ def tokens(where: Path, *more: str) -> tuple[int, dict[str, Any]]:
 def test_same_tokens(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = tokens(fake, "--engines", "stock/all/plain")
     assert code == 0 and report["fine"]
-    assert set(report["engines"]["stock"]["passes"]) == {f"{c}/{p}" for c in (1, 8, 32) for p in (0, 1)}
+    expected = {f"{c}/{p}" for c in (1, 8, 32) for p in (0, 1)} | {"8/rotated", "32/rotated"}
+    assert set(report["engines"]["stock"]["passes"]) == expected
     row = report["engines"]["all"]["passes"]["8/0"]
-    assert row["against_stock"] == row["against_plain"] == {"identical": 5, "prompts": 5, "first_difference": {}}
+    assert row["against_stock"] == row["against_plain"] == {"identical": 5, "prompts": 5, "differences": {}}
     assert row["acceptance"] == (5 * 9 - 5) / (5 * 4)
     assert report["engines"]["all"]["table"] == ["  inject  active"]
     assert "5/5" in capsys.readouterr().out
@@ -80,8 +95,26 @@ def test_different_tokens_are_found_and_a_later_run_continues(fake: Path, monkey
     assert code == 1 and not report["fine"]
     assert (fake / "work" / "stock.log").stat().st_mtime_ns == started  # not run again
     # Prompts are taken from the sets in turn: [1], [5], [3], ..
-    assert report["engines"]["accept"]["passes"]["1/0"]["against_stock"]["first_difference"] == {"2": 8}
+    found = report["engines"]["accept"]["passes"]["1/0"]["against_stock"]["differences"]
+    assert found == {"2": {"position": 8, "ours": 12, "theirs": 11}}
     assert report["engines"]["inject"]["passes"]["1/0"]["against_stock"]["identical"] == 5
+    # An engine without speculation says how close the two likeliest tokens are there: prompt [3], tokens 3..10.
+    code, report = tokens(fake, "--engines", "plain")
+    found = report["engines"]["accept"]["passes"]["8/0"]["against_stock"]["differences"]
+    assert found["2"] == {"position": 8, "ours": 12, "theirs": 11, "likeliest": [5, 9], "gap": 0.25}
+    assert code == 1
+
+
+def test_one_engine_runs_its_seams_one_at_a_time(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DIFFERS", "accept")
+    code, report = tokens(fake, "--engines", "stock/switched", "--concurrency", "1,8", "--repeat", "2")
+    assert code == 1
+    alone = [seam.name for seam in SEAMS if seam.switchable]
+    assert set(report["engines"]) == {"stock", "switched", *alone}
+    for seam in alone:
+        passes = report["engines"][seam]["passes"]
+        assert set(passes) == {"1/0", "1/1", "8/0", "8/1"}
+        assert all(row["against_stock"]["identical"] == (4 if seam == "accept" else 5) for row in passes.values())
 
 
 def test_an_engine_that_refuses_is_reported(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,24 +165,99 @@ def test_plugin_is_discoverable_from_a_source_tree(tmp_path: Path, monkeypatch: 
     assert "dflash_kernels.integrations.sglang:activate" in out
 
 
-def test_trace_is_reduced_to_a_step(tmp_path: Path) -> None:
-    """Ten steps of 100 us: two kernels of 30 us that overlap by 10, a copy of 20, an acceptance of 5; two launches."""
+def trace_events() -> list[dict[str, Any]]:
+    """Ten steps of 100 us in two graphs and three launches, one of each kind of part."""
     events: list[dict[str, Any]] = []
+
+    def add(cat: str, name: str, at: float, dur: float, correlation: int) -> None:
+        args = {"correlation": correlation}
+        events.append({"cat": cat, "name": name, "ts": at, "dur": dur, "pid": 1, "tid": 7, "args": args})
+
     for step in range(10):
-        at = 100.0 * step
-        gpu = [("my::dflash::gemm", 0, 30), ("flash_fwd", 20, 30), ("Memcpy DtoD", 60, 20), ("x_accept_bonus", 90, 5)]
-        cats = {"Memcpy DtoD": "gpu_memcpy"}
-        events += [{"name": n, "cat": cats.get(n, "kernel"), "ts": at + t, "dur": float(d)} for n, t, d in gpu]
-        host = ("cudaGraphLaunch", "cudaLaunchKernel", "cudaEventRecord")
-        events += [{"name": n, "cat": "cuda_runtime", "ts": at + 5, "dur": 1.0} for n in host]
-    path = tmp_path / "t.json.gz"
+        at, number = 100.0 * step, 100 * step
+        add("kernel", "nvjet_inject_gemm", at + 1, 4, number + 1)
+        add("kernel", "prepare_block_kernel", at + 6, 1, number + 2)
+        add("kernel", "nvjet_layer", at + 10, 10, number + 3)
+        add("kernel", "FusedAddRMSNormKernel", at + 20, 2, number + 3)
+        add("kernel", "nvjet_head", at + 22, 5, number + 3)
+        add("kernel", "reduce_kernel", at + 27, 1, number + 3)
+        add("kernel", "nvjet_layer", at + 30, 40, number + 4)
+        add("kernel", "flash_fwd", at + 60, 20, number + 4)  # 10 us beside the GEMM
+        add("gpu_memcpy", "Memcpy DtoD", at + 82, 2, number + 5)
+        add("kernel", "x_accept_bonus", at + 98, 2, number + 6)
+        for n, name in ((1, "cudaLaunchKernel"), (2, "cuLaunchKernelEx"), (3, "cudaGraphLaunch")):
+            add(
+                "cuda_driver" if name.startswith("cu") and "Ex" in name else "cuda_runtime",
+                name,
+                at + n,
+                0.5,
+                number + n,
+            )
+        add("cuda_runtime", "cudaGraphLaunch", at + 4, 0.5, number + 4)
+        add("cuda_runtime", "cudaMemcpyAsync", at + 5, 0.5, number + 5)
+        add("cuda_runtime", "cudaLaunchKernel", at + 6, 0.5, number + 6)
+        add("cuda_runtime", "cudaEventSynchronize", at + 50, 30, number + 7)
+        add("cpu_op", "aten::add", at + 8, 1, number + 8)
+    return events
+
+
+def write_trace(path: Path) -> Path:
     with gzip.open(path, "wt") as file:
-        json.dump({"traceEvents": events}, file)
-    found = sglang_engine.reduce_trace(path)
+        json.dump({"traceEvents": trace_events()}, file)
+    return path
+
+
+def test_trace_is_reduced_to_a_step(tmp_path: Path) -> None:
+    found = engine_trace.reduce_trace(write_trace(tmp_path / "t.json.gz"))
     assert found["steps"] == 5 and found["span_us"] == pytest.approx(100.0)
-    assert found["busy_us"] == pytest.approx(75.0) and found["idle_us"] == pytest.approx(25.0)
-    assert found["gpu_operations"] == 4 and found["host_launches"] == 2 and found["graph_launches"] == 1
-    assert found["kinds_us"] == pytest.approx({"GEMM": 30, "attention": 30, "copy, fill": 20, "accept, prepare": 5})
+    parts = {"draft": 12, "head": 6, "verify": 50, "accept": 2, "inject": 4, "other": 3, "idle": 23}
+    assert found["parts_us"] == pytest.approx(parts)
+    assert found["gpu_operations"] == 10 and found["host_launches"] == 6 and found["graph_launches"] == 2
+    assert found["host_us"] == pytest.approx(70.0) and found["launching_us"] == pytest.approx(3.0)
+    top = found["kernels"][0]
+    assert (top["part"], top["name"], top["us"]) == ("verify", "nvjet_layer", pytest.approx(40.0))
+
+
+def test_traces_that_cannot_be_reduced_say_why(tmp_path: Path) -> None:
+    path = tmp_path / "t.json.gz"
+    for kept, reason in ((30, "3 steps in the trace"), (None, "no kernel of the trace belongs to a graph's launch")):
+        events = [e for e in trace_events() if kept is not None or e["cat"] != "cuda_runtime"]
+        events = [e for e in events if kept is None or e["ts"] < 300]
+        with gzip.open(path, "wt") as file:
+            json.dump({"traceEvents": events}, file)
+        assert engine_trace.reduce_trace(path) == {"error": reason}
+
+
+def test_engine_trace_draws_stock_and_plugin(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fake / "trace.json").write_text(json.dumps({"traceEvents": trace_events()}))
+    monkeypatch.setenv("FAKE_TRACE", str(fake / "trace.json"))
+    report, plot = fake / "trace_report.json", fake / "trace.png"
+    files = ["--json", str(report), "--plot", str(plot), "--work", str(fake / "work")]
+    assert bench_main.main(["engine-trace", str(fake), "--concurrency", "1,32", *files]) == 0
+    found = json.loads(report.read_text())
+    assert [e["seams"] for e in found["engines"]] == ["stock", "all"] and found["environment"]["commit"]
+    assert all(len(e["traces"]) == 2 and e["rows"] == [] for e in found["engines"])
+    rows = [line.split()[:2] for line in engine_trace.table(found).splitlines()[1:]]
+    assert rows == [["1", "stock"], ["1", "all"], ["32", "stock"], ["32", "all"]]
+    assert engine_trace.table(found) in capsys.readouterr().out
+    assert plot.stat().st_size > 10000
+    plot.unlink()
+    assert bench_main.main(["engine-trace", "--report", str(report), "--plot", str(plot)]) == 0 and plot.exists()
+    assert bench_main.main(["engine-trace"]) == 2
+
+
+def test_a_profiler_that_writes_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        def start_profile(self, **arguments: Any) -> None: ...
+
+        def generate(self, **arguments: Any) -> None: ...
+
+    monkeypatch.setattr(sglang_engine.time, "sleep", lambda seconds: None)
+    write_trace(tmp_path / "older.json.gz")  # of a run before, which must not be taken for this one's
+    task = {"concurrency": 1, "prompt": 4, "steps": 2, "folder": str(tmp_path)}
+    assert list(sglang_engine._trace(Engine(), task)) == [{"error": "the profiler wrote no trace"}]
 
 
 def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

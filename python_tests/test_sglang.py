@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -718,6 +719,35 @@ def test_failing_replacement_falls_back_once_and_for_all(
     )
     with pytest.raises(Refused, match="seam inject failed: no such kernel"):
         worker.forward_batch_generation(injection(2, torch.float32, rng))
+
+
+def test_seams_are_switched_between_steps(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file names the seams to use; those in a graph, declined ones and ones not asked for stay as they are."""
+    switch = tmp_path / "seams"
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS_FILE", str(switch))
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", "inject,accept,prepare,head")
+    given = parts(source)
+    given["draft_model"].quantizable = True
+    worker = make_worker(engine, given)
+    monkeypatch.setattr(engine.DFlashWorkerV2, "forward_batch_generation", lambda self: None)
+
+    def active() -> set[str]:
+        worker.forward_batch_generation()
+        return {name for name, state in table(worker).items() if state.startswith("active")}
+
+    assert active() == {"accept", "prepare", "head"}  # no file yet
+    for names, expected in (
+        ("prepare,inject,reserve", {"prepare", "head"}),
+        ("accept prepare", {"accept", "prepare", "head"}),
+    ):
+        switch.write_text(names)
+        os.utime(switch, ns=(1, len(names)))
+        assert active() == expected
+    assert table(worker)["inject"].startswith("stock quantised drafter")
+    switch.unlink()
+    assert active() == {"accept", "prepare", "head"}
 
 
 # -- acceptance and block preparation ----------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ table in the log says which and why.
                            the order of the streaming kernels; ``0``: never; ``1``: without looking at the memory
 =========================  ===========================================================================================
 
+For comparisons within one engine, ``DFLASH_KERNELS_SEAMS_FILE`` names a file with a list of seams that is read whenever
+it changes: of the active seams, those that no CUDA graph holds are used as it says.
+
 `plugin` holds the hook and the worker subclass, `seam` what all seams share, and every seam has a module.
 """
 

@@ -39,6 +39,7 @@ MATRICES = ("qkv", "o", "gate_up", "down")
 
 class ForwardSeam(Seam):
     name = "forward"
+    switchable = False
     targets = (
         Target(
             "sglang.srt.models.dflash",

@@ -18,6 +18,7 @@ from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Seam, Target,
 
 class HeadSeam(Seam):
     name = "head"
+    switchable = False
     targets = (
         Target(WORKER_MODULE, "DFlashWorkerV2._maybe_build_draft_sampler", ()),
         Target(

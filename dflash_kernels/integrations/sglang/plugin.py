@@ -8,8 +8,10 @@ settings are read, and refused, in the hook.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ class Seams:
         for seam in self._open:
             seam.settings = settings
             seam.reason = "not bound yet"
+        self._switch_read = -1
 
     def __getitem__(self, name: str) -> Seam:
         return self.all[name]
@@ -86,7 +89,7 @@ class Seams:
     def decline(self, seam: Seam, reason: str) -> None:
         if seam in self._open:
             self._open.remove(seam)
-        seam.active, seam.reason = False, reason
+        seam.active, seam.bound, seam.reason = False, False, reason
         if self.settings.strict:
             raise Refused(f"dflash-kernels: seam {seam.name} declined: {reason}")
 
@@ -104,9 +107,28 @@ class Seams:
     def bind(self, worker: Any) -> None:
         def bind(seam: Seam) -> None:
             seam.bind(worker)
-            seam.active, seam.reason = True, ""
+            seam.active = seam.bound = True
+            seam.reason = ""
 
         self.each(bind)
+
+    def follow_switch(self) -> None:
+        """Use the seams that the switch file names, if it has changed."""
+        if not self.settings.switch:
+            return
+        try:
+            changed = os.stat(self.settings.switch).st_mtime_ns
+        except OSError:
+            return
+        if changed == self._switch_read:
+            return
+        self._switch_read = changed
+        named = Path(self.settings.switch).read_text(encoding="utf-8").replace(",", " ").split()
+        for seam in self.all.values():
+            if seam.bound and seam.switchable:
+                seam.active = seam.name in named
+                seam.reason = "" if seam.active else "switched off"
+        logger.warning("%s", self.table())
 
     def check(self) -> None:
         """Raise what a replacement raised inside a function whose errors SGLang swallows."""
@@ -192,6 +214,7 @@ def _subclass(base: type) -> type:
             super()._append_target_hidden_to_draft_kv_by_loc(**kwargs)
 
         def forward_batch_generation(self, *args: Any, **kwargs: Any) -> Any:
+            self._dflash_seams.follow_switch()
             result = super().forward_batch_generation(*args, **kwargs)
             self._dflash_seams.check()
             return result

@@ -74,9 +74,11 @@ class Seam:
 
     name: ClassVar[str]
     targets: ClassVar[tuple[Target, ...]]
+    switchable: ClassVar[bool] = True  # nothing of it is captured in a CUDA graph
 
     def __init__(self) -> None:
         self.active = False
+        self.bound = False
         self.reason = "not asked for"
         self.note = ""
         self.error: BaseException | None = None
@@ -99,7 +101,7 @@ class Seam:
 
         Not raised from here, because SGLang catches what some of its functions raise and goes on without them.
         """
-        self.active = False
+        self.active = self.bound = False
         self.reason = f"failed: {error}"
         if self.settings.strict:
             self.error = error

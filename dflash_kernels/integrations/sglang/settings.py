@@ -10,18 +10,21 @@ SEAMS_VARIABLE = "DFLASH_KERNELS_SEAMS"
 STRICT_VARIABLE = "DFLASH_KERNELS_STRICT"
 PACK_VARIABLE = "DFLASH_KERNELS_PACK"
 PACKING = ("auto", "0", "1")
+SWITCH_VARIABLE = "DFLASH_KERNELS_SEAMS_FILE"
 
 
 @dataclass(frozen=True)
 class Settings:
     """Seams that are asked for, whether falling back is refused, and whether weights may be held a second time.
 
-    ``pack``: "auto" where a GPU has the memory, "0" never, "1" always.
+    ``pack``: "auto" where a GPU has the memory, "0" never, "1" always. ``switch``: a file that names the seams to use
+    from the next step on, for comparisons within one engine.
     """
 
     seams: tuple[str, ...]
     strict: bool
     pack: str = "auto"
+    switch: str = ""
 
 
 def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
@@ -49,4 +52,4 @@ def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.envi
     pack = environment.get(PACK_VARIABLE, "auto").strip() or "auto"
     if pack not in PACKING:
         raise ValueError(f"{PACK_VARIABLE} must be {', '.join(PACKING)}, got {pack}")
-    return Settings(seams, strict == "1", pack)
+    return Settings(seams, strict == "1", pack, environment.get(SWITCH_VARIABLE, "").strip())
