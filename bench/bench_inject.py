@@ -1,8 +1,15 @@
-"""inject_kv at published drafter sizes, against the same steps in torch: cuBLAS GEMMs, then norm, rotation and writes.
+"""inject_kv at published drafter sizes, against the steps that engines take: cuBLAS GEMMs, then norm, rotation, writes.
 
-Baselines, with torch's version in the name: eager, and everything around the GEMMs under torch.compile, as engines fuse
-it. They compute every row of a block; the op skips the rows that were not committed. Rows named `commit 6` have 6 of
-T rows committed in each request, the others have all.
+Baselines, with versions in the name, all captured in graphs; the best of them is the row's:
+
+* SGLang's: fc, norm, the KV projection into a scratch tensor, SGLang's Triton kernel for K-norm and RoPE into another,
+  one write a layer (its own kernels where its files are installed);
+* torch's eager kernels, and everything around the GEMMs under torch.compile.
+
+Beside it, `eager`: SGLang's steps launched one by one from the host, as the engine does (torch's where SGLang is not
+installed). Taps are one concatenated tensor for all, as SGLang's target graph leaves them. Baselines compute every row
+of a block; the op skips the rows that were not committed. Rows named `commit 6.5` have 6 or 7 of T rows committed,
+requests in turn; `prefill` has no lengths; the others have all.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from bench import sglang_kernels
 from bench.harness import Calls, Case
 from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape
 from dflash_kernels import ops
@@ -48,12 +56,27 @@ def _write(
 
 
 @cache
+def _sglang() -> tuple[str, Callable[..., tuple[torch.Tensor, torch.Tensor]], Callable[..., None]] | None:
+    """Name, K-norm and RoPE of all layers, and the write of one layer; None where they are not installed."""
+    try:
+        from bench.triton_store import store
+
+        fused: Callable[..., tuple[torch.Tensor, torch.Tensor]] = sglang_kernels.find("_fused_norm_rope_stacked")
+        return f"sglang {sglang_kernels.version()}", fused, store
+    except (ImportError, AttributeError, OSError):
+        return None
+
+
+@cache
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:
     return torch.compile(function)
 
 
-def _case(shape: DrafterShape, batch: int, commit: int) -> Case:
-    rows, live = batch * shape.T, batch * commit
+def _case(shape: DrafterShape, batch: int, commit: float, prefill: bool = False) -> Case:
+    """`commit` rows of T committed on average; `prefill`: batch * T rows without lengths."""
+    rows = batch * shape.T
+    commits = [int(commit) + (1 if b % 2 == 0 and commit % 1 else 0) for b in range(batch)]
+    live = rows if prefill else sum(commits)
 
     def make(device: torch.device) -> Calls:
         def draw(*size: int, std: float = 1.0) -> torch.Tensor:
@@ -63,20 +86,23 @@ def _case(shape: DrafterShape, batch: int, commit: int) -> Case:
             empty = torch.zeros(shape.L, pool, shape.Hkv, shape.D, device=device, dtype=torch.bfloat16)
             return list(empty.unbind(0))
 
-        pool = 4 * rows
+        pool = 2 * rows if prefill else 4 * rows
         hidden = draw(rows, shape.K * shape.H)
         taps = list(hidden.chunk(shape.K, dim=-1))
         width = 2 * shape.Hkv * shape.D
         fc_weight = draw(shape.H, shape.K * shape.H, std=0.02)
         kv_weight = draw(shape.L, width, shape.H, std=0.02)
+        flat_kv_weight = kv_weight.view(-1, shape.H)
         hidden_norm, k_norm = draw(shape.H), draw(shape.L, shape.D)
         angles = torch.rand(POSITIONS, shape.D // 2, device=device) * 6
         cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
         positions = torch.randint(0, POSITIONS, (rows,), device=device)
         slots = torch.randperm(pool, device=device)[:rows]
-        commit_lens = torch.full((batch,), commit, dtype=torch.int32, device=device)
+        commit_lens = None if prefill else torch.tensor(commits, dtype=torch.int32, device=device)
         k_caches, v_caches = caches(), caches()
-        workspace = ops.inject_kv_workspace(rows, shape.H, shape.L, shape.Hkv, shape.D, device=device)
+        workspace = ops.inject_kv_workspace(
+            rows, shape.H, shape.L, shape.Hkv, shape.D, device=device, num_taps=0 if prefill else shape.K
+        )
         plan = ops.inject_kv_plan(fc_weight, kv_weight, shape.D) if device.type == "cuda" and rows <= 64 else None
 
         def ours() -> None:
@@ -87,16 +113,38 @@ def _case(shape: DrafterShape, batch: int, commit: int) -> Case:
 
         def chain(norm: Callable[..., torch.Tensor], write: Callable[..., object]) -> None:
             fused = norm(F.linear(hidden, fc_weight), hidden_norm)
-            kv = F.linear(fused, kv_weight.view(-1, shape.H))
+            kv = F.linear(fused, flat_kv_weight)
             write(kv, k_norm, cos_sin, positions, slots, k_caches, v_caches)
 
-        baselines = {f"torch eager {torch.__version__}": lambda: chain(_norm, _write)}
-        if device.type == "cuda":
-            compiled = f"torch compile {torch.__version__}"
-            baselines[compiled] = lambda: chain(_compiled(_norm), _compiled(_write))
-        return Calls(ours, baselines)
+        torch_eager = f"torch eager {torch.__version__}"
+        baselines = {torch_eager: lambda: chain(_norm, _write)}
+        if device.type != "cuda":
+            return Calls(ours, baselines)
+        baselines[f"torch compile {torch.__version__}"] = lambda: chain(_compiled(_norm), _compiled(_write))
+        found = _sglang()
+        if found is None:
+            return Calls(ours, baselines, {torch_eager: baselines[torch_eager]})
+        name, norm_and_rotate, store = found
+        projected = torch.empty(rows, shape.L * width, device=device, dtype=torch.bfloat16)
+        k_scratch, v_scratch = torch.empty(2, shape.L, rows, shape.Hkv, shape.D, device=device, dtype=torch.bfloat16)
+        epsilons = torch.full((shape.L,), EPS, device=device)
 
-    detail = f"B{batch} T{shape.T}" + ("" if commit == shape.T else f" commit {commit}")
+        def engine() -> None:
+            fused = _norm(F.linear(hidden, fc_weight), hidden_norm)
+            torch.mm(fused, flat_kv_weight.t(), out=projected)
+            norm_and_rotate(
+                projected.view(rows, shape.L, width), k_norm, epsilons, cos_sin, positions, shape.Hkv, shape.D,
+                shape.D, k_out=k_scratch, v_out=v_scratch,
+            )  # fmt: skip
+            for layer in range(shape.L):
+                store(k_scratch[layer], v_scratch[layer], slots, k_caches[layer], v_caches[layer])
+
+        baselines[name] = engine
+        return Calls(ours, baselines, {f"{name} eager": engine})
+
+    detail = f"prefill {rows}" if prefill else f"B{batch} T{shape.T}"
+    if not prefill and commit != shape.T:
+        detail += f" commit {commit:g}"
     return Case(
         suite=SUITE,
         op="inject_kv",
@@ -116,13 +164,14 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield _case(TINY, 2, TINY.T)
         yield _case(TINY, 2, 3)
         return
-    for batch in (1, 32) if quick else (1, 4, 8, 32):
-        yield _case(QWEN3_8B, batch, QWEN3_8B.T)
-    for batch in (1, 4, 32):
-        yield _case(QWEN3_8B, batch, 6)
+    for batch in (1, 4, 32, 64):
+        yield _case(QWEN3_8B, batch, 6.5)
+    yield _case(QWEN3_8B, 4096 // QWEN3_8B.T, QWEN3_8B.T, prefill=True)
+    yield _case(QWEN35_397B_TP8, 1, 6.5)
     if quick:
         return
-    yield _case(QWEN35_397B_TP8, 1, 6)
+    for batch in (1, 4, 32):
+        yield _case(QWEN3_8B, batch, QWEN3_8B.T)
     for shape in (DEMO, DFLASH2_27B):
         for batch in (1, 8, 32):
             yield _case(shape, batch, shape.T)

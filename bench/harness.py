@@ -42,10 +42,14 @@ class Calls:
     Attributes:
         ours: the op's call; allocates nothing, does not synchronise, can be captured in a CUDA graph.
         baselines: name (with its version) -> callable for the same job; may allocate.
+        eager: the same, but called as an engine calls them, one launch after the other from the host: not candidates
+            for the best baseline, but reported beside it (`eager_us`; `eager_ratio` of ours in a graph to it;
+            `ours_eager_us`, ours launched by the host likewise).
     """
 
     ours: Callable[[], object]
     baselines: Mapping[str, Callable[[], object]]
+    eager: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def measure_case(case: Case, device: torch.device, ceilings: Ceilings, samples: 
     """Time one case; its rows (cold, hot, or both). `samples` replays each of ours and of the baseline, per row."""
     measure = _measure_cuda if device.type == "cuda" else _measure_cpu
     rows = []
-    for cache, ours_us, name, baseline_us in measure(case, device, ceilings, samples):
+    for cache, ours_us, name, baseline_us, extra in measure(case, device, ceilings, samples):
         floor = ceilings.floor_us(case.bytes, case.flops, case.stream)
         rows.append(
             Row(
@@ -178,12 +182,13 @@ def measure_case(case: Case, device: torch.device, ceilings: Ceilings, samples: 
                 case.bytes,
                 case.flops,
                 100 * floor / ours_us,
+                extra,
             )
         )
     return rows
 
 
-_Timed = tuple[str, float, str, float | None]  # cache, ours, baseline's name, baseline
+_Timed = tuple[str, float, str, float | None, dict[str, Any]]  # cache, ours, baseline's name, baseline, further keys
 
 
 # -- CPU --------------------------------------------------------------------------------------------------------------
@@ -204,14 +209,14 @@ def _measure_cpu(case: Case, device: torch.device, _ceilings: Ceilings, samples:
     if once > 0.1:
         samples = min(samples, 4)
     if not rough:
-        return [("hot", median(_seconds(calls.ours, count) for _ in range(samples)) * 1e6, "", None)]
+        return [("hot", median(_seconds(calls.ours, count) for _ in range(samples)) * 1e6, "", None, {})]
     best = min(rough, key=lambda name: rough[name])
     ours: list[float] = []
     theirs: list[float] = []
     for _ in range(max(1, samples // 2)):
         for fn, into in _abba((calls.ours, ours), (calls.baselines[best], theirs)):
             into.append(_seconds(fn, count))
-    return [("hot", median(ours) * 1e6, best, median(theirs) * 1e6)]
+    return [("hot", median(ours) * 1e6, best, median(theirs) * 1e6, {})]
 
 
 def _first_and_second(fn: Callable[[], object]) -> float:
@@ -239,8 +244,8 @@ def _measure_cuda(case: Case, device: torch.device, ceilings: Ceilings, samples:
     return timed
 
 
-def _duel(sets: Sequence[Calls], samples: int) -> tuple[float, str, float | None]:
-    """Ours against the best baseline over `sets`: (us, name, us)."""
+def _duel(sets: Sequence[Calls], samples: int) -> tuple[float, str, float | None, dict[str, Any]]:
+    """Ours against the best baseline over `sets`: (us, name, us, further keys)."""
     ours = _replayable([s.ours for s in sets])
     best: _Player | None = None
     best_name, best_us = "", math.inf
@@ -251,9 +256,21 @@ def _duel(sets: Sequence[Calls], samples: int) -> tuple[float, str, float | None
             best, best_us = player, us
             best_name = name if player.captured else f"{name} (eager)"
     if best is None:
-        return _time_players([ours], rounds=samples // 2)[0], "", None
+        return _time_players([ours], rounds=samples // 2)[0], "", None, {}
     ours_us, baseline_us = _time_players([ours, best], rounds=max(1, samples // 2))
-    return ours_us, best_name, baseline_us
+    return ours_us, best_name, baseline_us, _eager(sets, ours_us, max(1, samples // 2))
+
+
+def _eager(sets: Sequence[Calls], ours_us: float, rounds: int) -> dict[str, Any]:
+    """The eager baseline and ours launched by the host in turn, if the case has one."""
+    extra: dict[str, Any] = {}
+    for name in sets[0].eager:
+        theirs = _replayable([s.eager[name] for s in sets], never_captured=True)
+        ours = _replayable([s.ours for s in sets], never_captured=True)
+        ours_eager_us, eager_us = _time_players([ours, theirs], rounds)
+        extra |= {"eager": name, "eager_us": eager_us, "eager_ratio": ours_us / eager_us}
+        extra["ours_eager_us"] = ours_eager_us
+    return extra
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +282,9 @@ class _Player:
     captured: bool
 
 
-def _replayable(fns: Sequence[Callable[[], object]], may_be_eager: bool = False) -> _Player:
+def _replayable(
+    fns: Sequence[Callable[[], object]], may_be_eager: bool = False, never_captured: bool = False
+) -> _Player:
     """Warm the callables up and capture enough calls of them, in turn, in one graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -283,7 +302,7 @@ def _replayable(fns: Sequence[Callable[[], object]], may_be_eager: bool = False)
             for fn in fns:
                 fn()
 
-    if may_be_eager and _synchronises(fns[0]):
+    if never_captured or may_be_eager and _synchronises(fns[0]):
         return _Player(run, calls, captured=False)
     graph = torch.cuda.CUDAGraph()
     try:

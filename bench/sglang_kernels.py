@@ -23,6 +23,7 @@ _DFLASH = "kernels/ops/speculative/dflash.py"
 _FILES = {
     "_compute_dflash_accept_bonus_triton_unchecked": _DFLASH,
     "_prepare_dflash_draft_block_unchecked": _DFLASH,
+    "_fused_norm_rope_stacked": "kernels/ops/speculative/fused_kv_materialize.py",
     "row_argmax": "kernels/ops/speculative/row_argmax.py",
     "get_last_loc_triton": "kernels/ops/memory/common.py",
     "alloc_extend_kernel": "kernels/ops/memory/allocator.py",

@@ -163,11 +163,18 @@ CHECKS = [
     *calls(
         test_inject.test_matches_reference,
         *({"shape": shape, "index": torch.int32} for shape in ({}, {"block": 16, "hidden": 96, "dim": 64})),
+        {"shape": {"batch": 9, "dim": 64, "heads": 3}, "index": torch.int64},  # gathered, and whole heads
+        {"shape": {"batch": 14, "block": 7, "dim": 128, "heads": 1, "norm": False}, "index": torch.int32},
+        {"shape": {"batch": 70, "block": 1, "dim": 256, "heads": 1, "num_taps": 1}, "index": torch.int64},
     ),
     *calls(test_inject.test_rounding_is_exact_where_every_product_is),
     *calls(test_inject.test_dead_rows_are_not_read),
-    *calls(test_inject.test_a_small_workspace_means_chunks_not_other_results),
-    *calls(test_inject.test_many_requests, {"batch": 12, "block": 8}, {"batch": 270, "block": 2}),
+    *calls(
+        test_inject.test_a_small_workspace_means_chunks_not_other_results,
+        *({"times": times, "workspace_taps": taps} for times, taps in ((1, 0), (3, 0), (3, 3))),
+    ),
+    *calls(test_inject.test_many_requests, {"batch": 12, "block": 8}, {"batch": 2070, "block": 1}),
+    *calls(test_inject.test_strided_caches, {"dim": 64, "offset": 0}, {"dim": 64, "offset": 1}),
     *calls(
         test_inject.test_plan_matches_reference,
         *(
@@ -221,6 +228,13 @@ def test_kernels_pass(
 
 # File, text, replacement; checks of which one must fail.
 MUTATIONS = [
+    pytest.param(
+        "smxx/inject/gather.cu",
+        "if (b < p.batch) first_of[b] = at;",
+        "if (b < p.batch) first_of[b] = through - sum;",
+        "inject-many_requests",
+        id="live tokens of earlier warps are forgotten",
+    ),
     pytest.param(
         "smxx/verify/verify_block.cu",
         "__syncthreads();",

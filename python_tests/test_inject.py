@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -96,7 +97,7 @@ def make(
         commit_lens=None if commit is None else torch.tensor(commit, dtype=index, device=device),
         k_caches=[torch.full((pool, heads, dim), POISON, dtype=dtype, device=device) for _ in range(layers)],
         v_caches=[torch.full((pool, heads, dim), POISON, dtype=dtype, device=device) for _ in range(layers)],
-        workspace=inject_kv_workspace(rows, hidden, layers, heads, dim, dtype, device),
+        workspace=inject_kv_workspace(rows, hidden, layers, heads, dim, dtype, device, num_taps=num_taps),
     )
 
 
@@ -133,6 +134,10 @@ def check_against_reference(inputs: Inputs) -> None:
         {"batch": 1, "block": 16, "hidden": 256, "heads": 1, "dim": 256, "num_taps": 8},
         {"batch": 3, "block": 10, "hidden": 2880, "num_taps": 2, "layers": 1, "heads": 1, "dim": 64},
         {"batch": 1, "block": 7, "hidden": 4096, "num_taps": 1, "layers": 1, "heads": 2, "dim": 128},
+        {"batch": 9, "block": 8, "dim": 64, "heads": 3},  # gathered with commit lengths, as all of more than 64 rows
+        {"batch": 14, "block": 7, "dim": 128, "heads": 1, "norm": False, "sliced": False},
+        {"batch": 70, "block": 1, "dim": 256, "heads": 1, "bias": False, "num_taps": 1},
+        {"batch": 5, "block": 16, "dim": 128, "rotary_dim": 64, "hidden": 40, "num_taps": 2},
     ],
 )
 def test_matches_reference(device: str, rng: torch.Generator, shape: dict[str, int], index: torch.dtype) -> None:
@@ -242,13 +247,17 @@ def test_no_rows(device: str, rng: torch.Generator, commit: list[int] | None) ->
     assert (inputs.caches() == POISON).all()
 
 
-def test_a_small_workspace_means_chunks_not_other_results(device: str, rng: torch.Generator) -> None:
-    inputs = make(rng, device, batch=9, block=5, commit=[5, 0, 3, 1, 5, 5, 2, 0, 4])
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("workspace_taps", [0, 3])
+def test_a_small_workspace_means_chunks_not_other_results(
+    device: str, rng: torch.Generator, times: int, workspace_taps: int
+) -> None:
+    inputs = make(rng, device, batch=9 * times, block=5, commit=[5, 0, 3, 1, 5, 5, 2, 0, 4] * times)
     chunked = replace(
         inputs,
         k_caches=[c.clone() for c in inputs.k_caches],
         v_caches=[c.clone() for c in inputs.v_caches],
-        workspace=inject_kv_workspace(11, 64, 2, 2, 32, device=device),
+        workspace=inject_kv_workspace(11, 64, 2, 2, 32, device=device, num_taps=workspace_taps),
     )
     inputs.run()
     chunked.run()
@@ -262,9 +271,9 @@ def test_long_prefill(device: str, rng: torch.Generator) -> None:
     check_against_reference(inputs)
 
 
-@pytest.mark.parametrize(("batch", "block"), [(40, 16), (64, 7), (256, 10), (1100, 2), (2, 100)])
+@pytest.mark.parametrize(("batch", "block"), [(40, 16), (64, 7), (256, 10), (1100, 2), (2, 100), (2500, 3)])
 def test_many_requests(device: str, rng: torch.Generator, batch: int, block: int) -> None:
-    """Rows enough that CUDA gathers the live ones; requests beyond one scan; blocks too long to be gathered."""
+    """Rows enough that CUDA gathers the live ones; more requests than one launch gathers; long blocks."""
     commit = torch.randint(0, block + 1, (batch,), generator=rng).tolist()
     inputs = make(rng, device, batch=batch, block=block, commit=commit, num_taps=2, heads=1, dim=16)
     dead = torch.ones(batch * block, dtype=torch.bool, device=device)
@@ -281,10 +290,13 @@ def test_many_requests(device: str, rng: torch.Generator, batch: int, block: int
     assert torch.equal(inputs.caches(), written)
 
 
-def test_strided_caches(device: str, rng: torch.Generator) -> None:
-    """Layers of one pool, K and V interleaved: only the last dimension has to be contiguous."""
-    inputs = make(rng, device, commit=[2, 8, 5])
-    pool = torch.full((inputs.k_caches[0].shape[0], 2, 2, 2, 32), POISON, dtype=torch.bfloat16, device=device)
+@pytest.mark.parametrize("dim", [32, 64])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_strided_caches(device: str, rng: torch.Generator, dim: int, offset: int) -> None:
+    """Layers of one pool, K and V interleaved, at any element: only the last dimension has to be contiguous."""
+    inputs = make(rng, device, batch=9, dim=dim, commit=[2, 8, 5, 0, 8, 8, 1, 3, 7])
+    size = (inputs.k_caches[0].shape[0], 2, 2, 2, dim)
+    pool = torch.full((math.prod(size) + offset,), POISON, dtype=torch.bfloat16, device=device)[offset:].view(size)
     inputs.k_caches = [pool[:, layer, 0] for layer in range(2)]
     inputs.v_caches = [pool[:, layer, 1] for layer in range(2)]
     check_against_reference(inputs)
@@ -349,7 +361,7 @@ def b16(*shape: int) -> torch.Tensor:
         ({"v_caches": [b16(51, 2, 32)]}, r"v_caches must hold as many layers as k_caches \(2\), got 1"),
         ({"v_caches": [b16(51, 2, 32), b16(50, 2, 32)]}, r"v_caches\[1\] must have shape \[51, 2, 32\]"),
         ({"k_caches": [b16(51, 2, 31)] * 2}, r"k_caches\[0\].size\(2\) must be even and in 2..256, got 31"),
-        ({"workspace": b16(100)}, r"workspace must hold at least 2584 elements, got 100"),
+        ({"workspace": b16(100)}, r"workspace must hold at least 2568 elements, got 100"),
     ],
 )
 def test_errors_name_the_argument(device: str, rng: torch.Generator, changes: dict[str, object], message: str) -> None:

@@ -1,7 +1,8 @@
 """`inject_kv` and `draft_forward` with more than 64 rows, where Hopper has a GEMM of its own (csrc/sm90/gemm).
 
 Held to the same rules as their own tests. Between them the shapes cover every tile width, pairs of row tiles and single
-ones, K whole and cut in two and four, one to eight sources, gathered rows, and every epilogue.
+ones, K whole and cut in two and four, one to eight sources, gathered rows, and every epilogue: heads of 64 and 128 are
+finished from the accumulators, others by a kernel of their own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ INJECTIONS = [  # rows are batch * block
     {"batch": 57, "block": 9, "hidden": 1000, "num_taps": 2, "heads": 5, "dim": 8, "layers": 3, "bias": False},
     {"batch": 64, "block": 16, "hidden": 320, "num_taps": 4, "heads": 4, "dim": 40, "layers": 4, "sliced": False},
     {"batch": 257, "block": 4, "hidden": 1536, "num_taps": 1, "heads": 4, "dim": 128, "layers": 2},
+    {"batch": 32, "block": 16, "hidden": 4096, "num_taps": 5, "heads": 8, "dim": 128, "layers": 5},
+    {"batch": 20, "block": 8, "hidden": 4096, "num_taps": 1, "heads": 1, "dim": 128, "layers": 6},  # heads in parts
+    {"batch": 64, "block": 16, "hidden": 2880, "num_taps": 3, "heads": 8, "dim": 64, "layers": 4, "norm": False},
+    {"batch": 9, "block": 16, "hidden": 576, "num_taps": 5, "heads": 3, "dim": 64, "layers": 1, "bias": False},
+    {"batch": 300, "block": 16, "hidden": 512, "num_taps": 2, "heads": 9, "dim": 64, "layers": 3},
     {
         "batch": 30,
         "block": 10,
@@ -54,12 +60,13 @@ def test_inject_matches_reference(rng: torch.Generator, shape: dict[str, int], c
     test_inject.check_against_reference(test_inject.make(rng, "cuda", commit=lens, **shape))
 
 
-@pytest.mark.parametrize("block", [8, 100])  # gathered; too long to be gathered
-def test_dead_rows_are_not_used(rng: torch.Generator, block: int) -> None:
-    """NaN in their taps and in the workspace change nothing."""
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("block", [8, 100])
+def test_dead_rows_are_not_used(rng: torch.Generator, block: int, dim: int) -> None:
+    """NaN in their taps and in the workspace change nothing, nor do slots and positions out of range."""
     batch = 3200 // block
     commit = torch.randint(0, block + 1, (batch,), generator=rng).tolist()
-    inputs = test_inject.make(rng, "cuda", batch=batch, block=block, hidden=320, commit=commit)
+    inputs = test_inject.make(rng, "cuda", batch=batch, block=block, hidden=320, dim=dim, commit=commit)
     inputs.run()
     clean = inputs.caches()
     for cache in inputs.k_caches + inputs.v_caches:
@@ -68,15 +75,36 @@ def test_dead_rows_are_not_used(rng: torch.Generator, block: int) -> None:
     dead[live_rows(batch * block, inputs.commit_lens)] = False
     for tap in inputs.taps:
         tap[dead] = float("nan")
+    inputs.slots[dead], inputs.positions[dead] = 2**31 - 1, -(2**31)
     inputs.workspace.fill_(float("nan"))
     inputs.run()
     assert torch.equal(inputs.caches(), clean)
 
 
-def test_order_of_requests_does_not_matter(rng: torch.Generator) -> None:
+@pytest.mark.parametrize("commit", [True, False])
+def test_bad_rows_are_skipped(rng: torch.Generator, commit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Live rows whose slot or position is out of range change nothing, their neighbours are written."""
+    monkeypatch.delenv("DFLASH_DEBUG", raising=False)
+    lens = [8] * 40 if commit else None
+    inputs = test_inject.make(rng, "cuda", batch=40, block=8, hidden=256, dim=128, heads=3, commit=lens)
+    inputs.run()
+    clean = inputs.caches()
+    bad = {3: ("slots", -1), 130: ("slots", 2 * 320 + 3), 131: ("positions", -1), 319: ("positions", 64)}
+    untouched = inputs.slots[list(bad)].clone().long()
+    for row, (name, value) in bad.items():
+        getattr(inputs, name)[row] = value
+    for cache in inputs.k_caches + inputs.v_caches:
+        cache.fill_(test_inject.POISON)
+    clean[:, :, untouched] = test_inject.POISON
+    inputs.run()
+    assert torch.equal(inputs.caches(), clean)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_order_of_requests_does_not_matter(rng: torch.Generator, dim: int) -> None:
     """A row's sums do not depend on the tile or the place in it: caches are equal bit for bit."""
     commit = torch.randint(1, 9, (100,), generator=rng)
-    inputs = test_inject.make(rng, "cuda", batch=100, block=8, hidden=512, commit=commit.tolist())
+    inputs = test_inject.make(rng, "cuda", batch=100, block=8, hidden=512, dim=dim, commit=commit.tolist())
     order = torch.randperm(100, generator=rng).cuda()
     rows = (order[:, None] * 8 + torch.arange(8, device="cuda")).flatten()
     permuted = replace(
@@ -93,9 +121,10 @@ def test_order_of_requests_does_not_matter(rng: torch.Generator) -> None:
     assert torch.equal(inputs.caches(), permuted.caches())
 
 
-def test_a_captured_injection_follows_its_lengths(rng: torch.Generator) -> None:
+@pytest.mark.parametrize("dim", [32, 128])
+def test_a_captured_injection_follows_its_lengths(rng: torch.Generator, dim: int) -> None:
     """One graph, replayed with other taps and other numbers of live rows, none and all of them included."""
-    inputs = test_inject.make(rng, "cuda", batch=32, block=16, hidden=1024, num_taps=5, commit=[7] * 32)
+    inputs = test_inject.make(rng, "cuda", batch=32, block=16, hidden=1024, num_taps=5, dim=dim, commit=[7] * 32)
     inputs.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -166,7 +166,7 @@ def call_inject(m: Maker) -> None:
             None if commit is None else m.table(commit, m.torch.int32),
             [m.normal(pool, heads, dim) for _ in range(layers)],
             [m.normal(pool, heads, dim) for _ in range(layers)],
-            ops.inject_kv_workspace(rows, hidden, layers, heads, dim, device=m.device),
+            ops.inject_kv_workspace(rows, hidden, layers, heads, dim, device=m.device, num_taps=taps),
             1e-6,
         )
         m.call(ops.inject_kv, *args)

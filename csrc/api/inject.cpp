@@ -143,11 +143,11 @@ InjectParams inject_params(const Tensors& taps, const Tensor& fc_weight, const T
   }
   check_float("workspace", workspace, fc_weight);
   api::check_contiguous(kOp, "workspace", workspace);
-  const int64_t row_elements = hidden + p.write.layers * layer_width + kOrderElements;
+  const int64_t row_elements = hidden + p.write.layers * layer_width;
   const int64_t needed = kHeaderElements + p.write.live.rows_per_request * row_elements;
   DFLASH_CHECK(kOp, rows == 0 || workspace.numel() >= needed, "workspace",
                "hold at least " + std::to_string(needed) + " elements", workspace.numel());
-  p.chunk_rows = (workspace.numel() - kHeaderElements) / row_elements;
+  p.workspace_elements = workspace.numel();
   p.num_taps = static_cast<int>(num_taps);
   p.hidden = hidden;
   p.fc_weight = static_cast<const uint16_t*>(fc_weight.data_ptr());

@@ -335,6 +335,7 @@ class Drafter:
             c.head_dim,
             dtype=self.dtype,
             device=self.device,
+            num_taps=c.num_context_features,
         )
         return casts, workspace
 

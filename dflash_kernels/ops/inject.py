@@ -25,17 +25,22 @@ def inject_kv_workspace(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     max_rows: int = _CHUNK_ROWS,
+    num_taps: int = 0,
 ) -> torch.Tensor:
     """Scratch memory of :func:`inject_kv` for up to ``num_rows`` rows at once; its content never matters.
 
-    More rows than that go through in chunks, so ``max_rows`` bounds the memory, not the call.
+    More rows than that go through in chunks, so ``max_rows`` bounds the memory, not the call. With ``commit_lens``
+    CUDA gathers the taps of the live rows of more than 64, and a row takes K * H elements more: ``num_taps`` = K where
+    such calls shall not go through in chunks.
 
     Returns:
-        A vector of ``8 + min(num_rows, max_rows) * (H + L * 2 * Hkv * D + 2)`` elements, at least one row's, of the
-        weights' dtype.
+        A vector of ``8 + min(num_rows, max_rows) * (H + L * 2 * Hkv * D [+ K * H + 2])`` elements, at least one row's,
+        of the weights' dtype.
     """
     rows = max(1, min(num_rows, max_rows))
-    row_elements = hidden_size + num_layers * 2 * num_kv_heads * head_dim + 2
+    row_elements = hidden_size + num_layers * 2 * num_kv_heads * head_dim
+    if num_taps > 0:
+        row_elements += num_taps * hidden_size + 2
     return torch.empty(8 + rows * row_elements, dtype=dtype, device=device)
 
 

@@ -34,10 +34,11 @@ inline double estimate(const Plan& plan, int64_t rows, int64_t n, int64_t k_step
   return std::max(compute, stream) + (plan.splits > 1 ? kReduce : 0);
 }
 
-inline Plan choose_plan(int64_t rows, int64_t n, int64_t k_steps, bool gated, int num_sms) {
+// Tiles hold whole groups of `granule` columns, which divides 256.
+inline Plan choose_plan(int64_t rows, int64_t n, int64_t k_steps, int granule, int num_sms) {
   Plan best;
   for (int columns : kColumnChoices) {
-    if (gated && columns == 160) continue;  // its halves are not whole groups of 32 columns
+    if (columns % granule != 0) continue;
     for (int pair = 1; pair <= (rows > 128 ? 2 : 1); ++pair) {
       for (int splits = 1; splits <= 4; splits *= 2) {
         Plan plan{columns, pair, splits};

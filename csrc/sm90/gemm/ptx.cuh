@@ -30,11 +30,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-// global -> shared, 16 bytes; bytes = 0 reads nothing and writes zeros. Groups as in common/ptx.cuh.
-__device__ __forceinline__ void copy_async_16_to(uint32_t shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
-}
-
 // What this thread wrote to shared memory by ordinary stores or cp.async that it has waited for, before wgmma reads it:
 // then a barrier must follow.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
@@ -105,8 +100,13 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const C
       : "memory");
 }
 
-// -- registers of a warpgroup; all its warps call it. Multiples of 8
-// ---------------------------------------------------
+// The box into L2 alone.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];\n" ::"l"(map), "r"(column), "r"(row)
+               : "memory");
+}
+
+// -- registers of a warpgroup; all its warps call it. Multiples of 8 ---------------------------------------
 
 template <int kRegisters>
 __device__ __forceinline__ void give_back_registers() {

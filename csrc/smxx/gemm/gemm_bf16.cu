@@ -222,7 +222,7 @@ void launch_gemm_bf16(const GemmParams& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return;
   const int64_t rows = likely_rows(p);
 #if DFLASH_WITH_SM90
-  if (rows > kWgmmaRows) {
+  if (p.m > kWgmmaRows) {
     int device = 0, major = 0, num_sms = 0;
     cuda_check(cudaGetDevice(&device), "gemm_bf16");
     cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "gemm_bf16");

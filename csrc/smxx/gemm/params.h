@@ -30,8 +30,6 @@ struct GemmParams {
   int64_t n = 0;  // even
   int64_t k = 0;  // all sources together; K / num_sources is a multiple of 8
   LiveRows live;  // dead rows are not stored and change no live one; of a tile with a live row they may be loaded
-  // Row of A that makes row m of C, for m live: gathers rows on the way. nullptr: m itself.
-  const int32_t* a_rows = nullptr;
   int64_t expected_live = 0;  // rows likely to be live, to choose tiles by; 0: all
   bool gated = false;         // silu(first half of N) * second half; N / 2 is a multiple of 8, no residual
   // Programmatic dependent launch: the kernel starts while its predecessor on the stream still runs and fetches W, and

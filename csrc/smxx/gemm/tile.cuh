@@ -89,7 +89,6 @@ __device__ __forceinline__ void compute_tile(const GemmParams& p, int64_t row0, 
   for (int i = 0; i < kPassesA; ++i) {
     const int64_t row = row0 + copy_row + i * kRowsPerPass;
     a_row[i] = row < p.m && p.live.at(row) ? static_cast<int32_t>(row) : -1;
-    if (p.a_rows != nullptr && a_row[i] >= 0) a_row[i] = p.a_rows[row];
   }
   uint32_t w_offset[kPassesW];
 #pragma unroll

@@ -1,30 +1,37 @@
 // inject_kv: the target's hidden states of committed tokens become the drafter's context KV; formula in params.h.
 //
 // Launches, for each chunk of rows: fc (GEMM over K sources), RMSNorm in place, KV projection of all layers (one GEMM),
-// then K-norm + RoPE + paged write of all layers. Rows >= commit_lens are skipped by each of them: their taps are not
-// read, their slots not looked at. All but the first start while their predecessor still runs (dependent_launch.cuh),
-// so that the projection's first weights are on their way while fc and the norm finish.
+// then K-norm + RoPE + paged write of all layers. On Hopper, for more than 64 rows and heads of 64 or 128, the
+// projection's epilogue does the last of these (sm90/inject/project.cu): K and V go from the accumulators to the
+// caches. All but the first start while their predecessor still runs (dependent_launch.cuh), so that the projection's
+// first weights are on their way while fc and the norm finish.
 //
-// More than 64 rows with commit lengths: a first launch lists the live tokens (one block: a scan over the requests), fc
-// gathers its rows by that list, and from there on the live rows are the first ones. So all tiles but the last are
-// full, and a step that commits 6 of 16 tokens does little more than 6/16 of the work. The host does not know how many
-// there are: the grid is for all, tiles are chosen for half of them, tiles without a live row leave at once.
+// More than 64 rows with commit lengths: a first launch puts the live tokens' taps together (gather.cu), and from there
+// on the live rows are the first ones. So all tiles but the last are full, and a step that commits 6 of 16 tokens does
+// little more than 6/16 of the work. The host does not know how many there are: the grid is for all, tiles are chosen
+// for half of them, tiles without a live row leave at once. Otherwise rows >= commit_lens are skipped by each launch:
+// they change nothing, and their slots are not looked at.
 //
 // Floors. Latency (B * T <= 64 rows): the weights, (K * H * H + L * 2 * Hkv * D * H) * 2 bytes, at the HBM read rate;
 // the activations between the launches stay in L2. Throughput: 2 * M * (K * H * H + L * 2 * Hkv * D * H) tensor-core
-// flops with M live rows; the last kernel reads and writes M * L * 2 * Hkv * D * 2 bytes, through L2 while a chunk fits
-// there.
+// flops with M live rows; gathering reads and writes M * K * H * 2 bytes; a last kernel of its own reads and writes
+// M * L * 2 * Hkv * D * 2 bytes, through L2 while a chunk fits there.
 //
-// The last kernel: one warp for one (row, layer, KV head), K and V. A block of 4 warps takes neighbouring heads, whose
-// cache lines adjoin. The rotation pairs element i with i + rotary_dim / 2, which another lane holds: the normed head
-// goes through 4 * D bytes of shared memory of the warp's own, so __syncwarp is the only barrier.
+// The last kernel has two forms. Heads of 64, 128 or 256, rotated whole, in caches of 16-byte rows: a warp for eight
+// rows of one head of K or V, a quad of lanes for a row (head.cuh, which the projection's epilogue uses likewise). Any
+// other: one warp for one (row, layer, KV head), K and V; a block of 4 warps takes neighbouring heads, whose cache
+// lines adjoin. The rotation pairs element i with i + rotary_dim / 2, which another lane holds: the normed head goes
+// through 4 * D bytes of shared memory of the warp's own, so __syncwarp is the only barrier.
 #include <cuda_bf16.h>
 
 #include <algorithm>
 
 #include "common/cuda_check.h"
 #include "common/dependent_launch.cuh"
+#include "sm90/inject/launch.h"
 #include "smxx/gemm/launch.h"
+#include "smxx/inject/gather.h"
+#include "smxx/inject/head.cuh"
 #include "smxx/inject/launch.h"
 #include "smxx/norm/launch.h"
 
@@ -34,9 +41,8 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int64_t kMaxChunkRows = 65536;  // keeps rows * L * Hkv of a launch in 31 bits
 constexpr int kCheckThreads = 256;
-constexpr int kGatherThreads = 1024;
-constexpr int64_t kGatherRows = 64;   // more rows than this are gathered; up to here all are one tile anyway
-constexpr int64_t kGatherBlock = 64;  // longest block whose live tokens one thread lists
+constexpr int kHeadRows = 8;                            // of a warp of write_heads_kernel
+[[maybe_unused]] constexpr bool kFusedEpilogue = true;  // on Hopper; false: the projection stores, a kernel writes
 constexpr unsigned long long kNoFault = ~0ull;
 
 __global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constant__ WriteParams p) {
@@ -91,39 +97,29 @@ __global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constan
   }
 }
 
-// order[i] = the i-th live token, *count = how many there are.
-__global__ void __launch_bounds__(kGatherThreads)
-    gather_kernel(LiveRows live, int64_t batch, int32_t* order, int64_t* count) {
-  __shared__ int warp_sums[kGatherThreads / 32];
+template <int kDim>
+__global__ void __launch_bounds__(32 * kWarps) write_heads_kernel(const __grid_constant__ WriteParams p) {
   grid_dependency_launch();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int block_size = static_cast<int>(live.rows_per_request);
-  int before = 0;  // live tokens of the requests that are done
-  for (int64_t start = 0; start < batch; start += kGatherThreads) {
-    const int64_t b = start + threadIdx.x;
-    int length = 0;
-    if (b < batch) {
-      const int64_t wanted = live.commit_lens.at(b);
-      length = static_cast<int>(wanted < 0 ? 0 : wanted > block_size ? block_size : wanted);
-    }
-    int through = length;  // inclusive scan of the warp
+  grid_dependency_wait();
+  const int lane = threadIdx.x % 32, heads = 2 * p.layers * p.kv_heads;
+  const unsigned item = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int64_t row = int64_t{item / heads} * kHeadRows + lane / 4;
+  const int n = static_cast<int>(item % heads);
+  const bool live = row < p.rows && p.live.at(row);
+  if (__ballot_sync(0xffffffffu, live) == 0) return;
+  const RowPlace place = find_place(p, row, live);
+  const uint16_t* from = static_cast<const uint16_t*>(p.kv) + (row * heads + n) * kDim + 8 * (lane % 4);
+  float2 x[kDim / 8];
 #pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, through, offset);
-      if (lane >= offset) through += other;
-    }
-    if (lane == 31) warp_sums[warp] = through;
-    __syncthreads();
-    int at = before + through - length, total = 0;
-    for (int w = 0; w < kGatherThreads / 32; ++w) {
-      if (w < warp) at += warp_sums[w];
-      total += warp_sums[w];
-    }
-    for (int j = 0; j < length; ++j) order[at + j] = static_cast<int32_t>(b * block_size + j);
-    before += total;
-    __syncthreads();  // the sums are rewritten by the next round
+  for (int g = 0; g < kDim / 32; ++g) {
+    uint4 loaded = make_uint4(0, 0, 0, 0);
+    if (live) loaded = *reinterpret_cast<const uint4*>(from + 32 * g);
+    uint32_t v[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    transpose_4x4(v);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) x[4 * g + r] = pair_of(v[r]);
   }
-  if (threadIdx.x == 0) *count = before;
+  finish_head<kDim>(p, x, HeadPlace(p, n), place);
 }
 
 __global__ void __launch_bounds__(kCheckThreads)
@@ -134,7 +130,19 @@ __global__ void __launch_bounds__(kCheckThreads)
   if (fault != Fault::kNone) atomicMin(first, static_cast<unsigned long long>(row * 4 + static_cast<int>(fault)));
 }
 
+template <int kDim>
+void launch_write_heads(const WriteParams& p, cudaStream_t stream) {
+  const int64_t items = (p.rows + kHeadRows - 1) / kHeadRows * 2 * p.layers * p.kv_heads;
+  const auto blocks = static_cast<unsigned>((items + kWarps - 1) / kWarps);
+  launch_kernel(write_heads_kernel<kDim>, dim3(blocks), 32 * kWarps, 0, stream, true, "inject_kv", p);
+}
+
 void launch_write(const WriteParams& p, cudaStream_t stream) {
+  if (takes_whole_heads(p)) {
+    if (p.head_dim == 64) return launch_write_heads<64>(p, stream);
+    if (p.head_dim == 128) return launch_write_heads<128>(p, stream);
+    return launch_write_heads<256>(p, stream);
+  }
   const int64_t items = p.rows * p.layers * p.kv_heads;
   const auto blocks = static_cast<unsigned>((items + kWarps - 1) / kWarps);
   launch_kernel(write_kernel, dim3(blocks), 32 * kWarps, 0, stream, true, "inject_kv", p);
@@ -152,12 +160,17 @@ IntView advanced(IntView view, int64_t count) {
 void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
   const int64_t kv_width = static_cast<int64_t>(p.write.layers) * 2 * p.write.kv_heads * p.write.head_dim;
   const int64_t per_request = p.write.live.rows_per_request;
-  const int64_t step = std::max(std::min(p.chunk_rows, kMaxChunkRows) / per_request, int64_t{1}) * per_request;
-  const int64_t most_rows = std::min(step, p.write.rows);
+  const Chunks chunks = plan_chunks(p);
+  int64_t most_rows = kMaxChunkRows / per_request;
+  if (chunks.gather) most_rows = std::min<int64_t>(most_rows, kMaxGatherRequests);
+  most_rows = std::max(most_rows, int64_t{1}) * per_request;
+  const int64_t step = std::min(chunks.rows, most_rows);
+  const int64_t chunk_rows = std::min(step, p.write.rows);
   auto* count = reinterpret_cast<int64_t*>(p.workspace);
-  uint16_t* fused = p.workspace + kHeaderElements;
-  uint16_t* kv = fused + most_rows * p.hidden;
-  auto* order = reinterpret_cast<int32_t*>(kv + most_rows * kv_width);  // kv_width is even: 4-byte aligned
+  uint16_t* gathered = p.workspace + kHeaderElements;
+  uint16_t* fused = gathered + (chunks.gather ? chunk_rows * p.num_taps * p.hidden : 0);
+  uint16_t* kv = fused + chunk_rows * p.hidden;
+  auto* order = reinterpret_cast<int32_t*>(kv + chunk_rows * kv_width);  // kv_width is even: 4-byte aligned
   for (int64_t start = 0; start < p.write.rows; start += step) {
     const int64_t rows = std::min(step, p.write.rows - start);
     WriteParams write = p.write;
@@ -166,22 +179,35 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     write.positions = advanced(p.write.positions, start);
     write.slots = advanced(p.write.slots, start);
     write.live.commit_lens = advanced(p.write.live.commit_lens, start / per_request);
-    const bool gather = write.live.commit_lens.data != nullptr && rows > kGatherRows && per_request <= kGatherBlock;
-    if (gather) {
-      gather_kernel<<<1, kGatherThreads, 0, stream>>>(write.live, rows / per_request, order, count);
-      cuda_check_launch("inject_kv");
+
+    gemm::GemmParams fc;
+    if (chunks.gather) {
+      GatherParams gather;
+      for (int i = 0; i < p.num_taps; ++i) {
+        gather.taps[i] = p.taps[i] + start * p.tap_stride[i];
+        gather.tap_stride[i] = p.tap_stride[i];
+      }
+      gather.num_taps = p.num_taps;
+      gather.hidden = static_cast<int>(p.hidden);
+      gather.live = write.live;
+      gather.batch = static_cast<int>(rows / per_request);
+      gather.rows = gathered;
+      gather.order = order;
+      gather.count = count;
+      launch_gather(gather, stream);
       write.order = order;
       write.live.commit_lens = IntView{count, 0, 0, true};  // one request: rows 0..count - 1 are live
       write.live.rows_per_request = rows;
+      fc.a[0] = gathered;
+      fc.a_stride[0] = p.num_taps * p.hidden;
+    } else {
+      fc.num_sources = p.num_taps;
+      for (int i = 0; i < p.num_taps; ++i) {
+        fc.a[i] = p.taps[i] + start * p.tap_stride[i];
+        fc.a_stride[i] = p.tap_stride[i];
+      }
     }
-    const int64_t expected_live = gather ? (rows + 1) / 2 : 0;
-
-    gemm::GemmParams fc;
-    fc.num_sources = p.num_taps;
-    for (int i = 0; i < p.num_taps; ++i) {
-      fc.a[i] = p.taps[i] + start * p.tap_stride[i];
-      fc.a_stride[i] = p.tap_stride[i];
-    }
+    const int64_t expected_live = chunks.gather ? (rows + 1) / 2 : 0;
     fc.w = p.fc_weight;
     fc.c = fused;
     fc.c_stride = p.hidden;
@@ -189,9 +215,8 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     fc.n = p.hidden;
     fc.k = p.num_taps * p.hidden;
     fc.live = write.live;
-    fc.a_rows = write.order;
     fc.expected_live = expected_live;
-    fc.early_start = gather;
+    fc.early_start = chunks.gather;
     gemm::launch_gemm_bf16(fc, stream);
 
     norm::RmsNormParams norm;
@@ -220,6 +245,12 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     project.live = write.live;
     project.expected_live = expected_live;
     project.early_start = true;
+#if DFLASH_WITH_SM90
+    if (kFusedEpilogue && rows > kGatherRows && takes_whole_heads(write) &&
+        sm90::inject::launch_project(project, write, stream)) {
+      continue;
+    }
+#endif
     gemm::launch_gemm_bf16(project, stream);
 
     launch_write(write, stream);

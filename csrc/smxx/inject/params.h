@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "common/int_view.h"
 #include "common/live_rows.h"
@@ -20,10 +21,11 @@ constexpr int kMaxLayers = 16;
 constexpr int kMaxTaps = 8;
 constexpr int kMaxHeadDim = 256;
 
-// Elements of the workspace: a header, then for each row of a chunk f or x [H], k|v [L * 2 * Hkv * D], and the token
-// that the row stands for (int32).
+// Elements of the workspace: a header, then for each row of a chunk f or x [H] and k|v [L * 2 * Hkv * D]; where live
+// rows are gathered, also their taps [K * H], and the token that the row stands for (int32).
 constexpr int64_t kHeaderElements = 8;
 constexpr int64_t kOrderElements = 2;
+constexpr int64_t kGatherRows = 64;  // more rows than this are gathered; up to here all are one tile anyway
 
 // One layer's K or V cache [S, Hkv, D]; D is contiguous, strides in elements.
 struct CacheView {
@@ -64,10 +66,40 @@ struct InjectParams {
   const uint16_t* hidden_norm = nullptr;  // [H]
   const uint16_t* kv_weight = nullptr;    // [L * 2 * Hkv * D, H]
   const uint16_t* kv_bias = nullptr;      // [L * 2 * Hkv * D]; nullptr: none
-  uint16_t* workspace = nullptr;          // room for the header and chunk_rows rows
-  int64_t chunk_rows = 0;                 // rows that go through the GEMMs at once; whole requests with commit_lens
-  WriteParams write;                      // kv left empty
+  uint16_t* workspace = nullptr;
+  int64_t workspace_elements = 0;
+  WriteParams write;  // kv left empty
 };
+
+// Rows of a chunk, or 0 where the workspace does not hold one request.
+struct Chunks {
+  bool gather;
+  int64_t rows;
+};
+
+inline Chunks plan_chunks(const InjectParams& p) {
+  const int64_t elements = p.workspace_elements - kHeaderElements, request = p.write.live.rows_per_request;
+  const int64_t plain = p.hidden + int64_t{2} * p.write.layers * p.write.kv_heads * p.write.head_dim;
+  const int64_t gathered = plain + p.num_taps * p.hidden + kOrderElements;
+  if (p.write.live.commit_lens.data != nullptr && p.write.rows > kGatherRows && elements / gathered >= request) {
+    return {true, elements / gathered / request * request};
+  }
+  return {false, elements / plain / request * request};
+}
+
+// Heads that head.cuh can finish: rotated whole, in caches whose rows begin at multiples of 16 bytes.
+inline bool takes_whole_heads(const WriteParams& p) {
+  if ((p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256) || p.rotary_dim != p.head_dim) return false;
+  if (p.max_positions > INT32_MAX) return false;
+  const auto aligned = [](const void* data, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; };
+  if (!aligned(p.cos_sin, 8) || p.cos_sin_stride % 2 != 0 || !aligned(p.k_norm, 4)) return false;
+  for (int layer = 0; layer < p.layers; ++layer) {
+    for (const CacheView& cache : {p.k[layer], p.v[layer]}) {
+      if (!aligned(cache.data, 16) || cache.slot_stride % 8 != 0 || cache.head_stride % 8 != 0) return false;
+    }
+  }
+  return true;
+}
 
 enum class Fault : int { kNone, kCommitLen, kSlot, kPosition };
 

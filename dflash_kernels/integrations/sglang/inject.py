@@ -83,6 +83,7 @@ class InjectSeam(Seam):
             first.head_dim,
             self.dtype,
             self.fc_weight.device,
+            num_taps=self.num_taps,
         )
 
     def _reload(self) -> None:
