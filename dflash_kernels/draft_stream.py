@@ -1,4 +1,4 @@
-"""Packed layer weights and the schedule of `draft_forward_packed` (csrc/smxx/draft/stream.cu)."""
+"""Packed layer weights and the schedule of `draft_forward_packed` (csrc/smxx/draft/stream.cuh)."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ MUTATIONS = [
         id="the GEMM adds up before all have written",
     ),
     pytest.param(
-        "smxx/draft/stream.cu",
+        "smxx/draft/stream.cuh",
         "copy_async_wait<0>()",
         "copy_async_wait<1>()",
         "draft_packed-packed_matches",

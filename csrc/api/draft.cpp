@@ -478,7 +478,7 @@ void run_cuda(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor&
     report_fault(in.op, index, check_indices(index, p.workspace, stream));
   }
   if (in.packed) {
-    launch_stream_draft_forward(stream_params(p, *in.packed), p.sizes.head_dim, stream);
+    launch_stream_draft_forward(stream_params(p, *in.packed), p.sizes.head_dim, stream::WeightFormat::kBf16, stream);
   } else {
     launch_draft_forward(p, stream);
   }

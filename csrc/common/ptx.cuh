@@ -15,6 +15,14 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// ---- shared memory -----------------------------------------------------------------------------------------------
+
+// The launch's dynamic shared memory.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
+  return dynamic_shared_bytes;
+}
+
 // ---- asynchronous copies ---------------------------------------------------------------------------------------
 
 // global -> shared, 16 bytes, bypassing L1. bytes = 0 reads nothing and writes zeros.

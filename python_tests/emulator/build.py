@@ -83,9 +83,10 @@ def build(folder: Path, changes: Mapping[str, tuple[str, str]] | None = None) ->
     """The library, built in `folder`; objects and the library are used again where nothing has changed.
 
     Args:
-        changes: csrc-relative file -> (text, replacement), to see a test fail.
+        changes: csrc-relative file -> (text, replacement), to see a test fail. Of a header, only what includes it by
+            itself sees the change.
     """
-    changes = dict(changes or {})
+    changes = changes or {}
     include = Path(torch.__file__).parent / "include"
     cuda = toolkit()
     assert cuda, missing()
@@ -104,12 +105,26 @@ def build(folder: Path, changes: Mapping[str, tuple[str, str]] | None = None) ->
     sources += [(path, ["-include", "cuda_runtime.h"]) for path in sorted(CSRC.glob("smxx/*/*.cu"))]
     sources += [(path, []) for path in [*sorted(CSRC.glob("cpu/*.cpp")), HERE / "emulator.cpp"]]
 
+    def changed(text: str, name: str) -> str:
+        old, new = changes[name]
+        assert old in text, f"{name} has no {old!r}"
+        return text.replace(old, new)
+
+    headers = [name for name in changes if not name.endswith((".cu", ".cpp"))]
+    used = set()
+
     def compile_one(item: tuple[Path, list[str]]) -> Path:
         path, options = item
         text = path.read_text()
-        if change := changes.pop(str(path.relative_to(CSRC)) if path.is_relative_to(CSRC) else "", None):
-            assert change[0] in text, f"{path.name} has no {change[0]!r}"
-            text = text.replace(*change)
+        name = str(path.relative_to(CSRC)) if path.is_relative_to(CSRC) else ""
+        if name in changes:
+            used.add(name)
+            text = changed(text, name)
+        for header in headers:
+            line = f'#include "{header}"'
+            if line in text:
+                used.add(header)
+                text = text.replace(line, changed((CSRC / header).read_text(), header).replace("#pragma once", ""))
         if path.suffix == ".cu":
             text = f'#line 1 "{path}"\n' + translate(text)
         key = state.copy()
@@ -127,7 +142,7 @@ def build(folder: Path, changes: Mapping[str, tuple[str, str]] | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         objects = list(pool.map(compile_one, sources))
-    assert not changes, f"no such source: {list(changes)}"
+    assert used == set(changes), f"no such source: {set(changes) - used}"
     names = hashlib.sha256(" ".join(made.name for made in objects).encode()).hexdigest()[:16]
     library = folder / f"emulated-{names}.so"
     if not library.exists():

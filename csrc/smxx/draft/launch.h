@@ -12,7 +12,8 @@ namespace dflash::draft {
 void launch_draft_forward(const DraftParams& params, cudaStream_t stream);
 
 // The whole pass as one cooperative launch of params.stream.blocks blocks; head_dim is 64 or 128.
-void launch_stream_draft_forward(const StreamDraftParams& params, int64_t head_dim, cudaStream_t stream);
+void launch_stream_draft_forward(const StreamDraftParams& params, int64_t head_dim, stream::WeightFormat format,
+                                 cudaStream_t stream);
 
 void launch_embed(const EmbedParams& params, cudaStream_t stream);
 void launch_rotate(const RotateParams& params, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// Plain parameters of draft_forward for at most 64 rows as one kernel over packed weights; see stream.cu.
+// Plain parameters of draft_forward for at most 64 rows as one kernel over packed weights; see stream.cuh.
 #pragma once
 
 #include <algorithm>

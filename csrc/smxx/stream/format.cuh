@@ -13,9 +13,15 @@
 
 namespace dflash::stream {
 
+// When the scales of codes enter the sums, as scale * sum: at the end of a unit, whose tiles are all of the same rows,
+// or in every step, whose 64 columns never lie in two groups.
+enum class Scales { kNone, kOfRows, kOfGroups };
+
 // 128 x 64 bf16: [m16 8][half 2][s 2][lane 32][register 4], registers as in the fragment: rows l / 4 and l / 4 + 8.
 struct Bf16 {
   static constexpr int kSteps = 1;  // of 64 columns in a tile
+  static constexpr int kBytes = kTileBytes;
+  static constexpr Scales kScales = Scales::kNone;
 
   static __device__ __forceinline__ void load(const unsigned char* tile, int /*step*/, int part, int half, int lane,
                                               uint32_t (&a)[2][2][4]) {

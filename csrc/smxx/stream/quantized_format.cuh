@@ -1,14 +1,12 @@
 // Quantised weights in tiles, in the terms of format.cuh: a tile is 16 KB of codes, followed by its scales, so that one
 // bulk copy brings both. A lane finds the codes of a step's fragments in 16 consecutive bytes (fp8: of each m16), and
 // the scales of its four rows, 32 part + 16 i + 8 e + l / 4, side by side as scale[i][e].
-//
-// A step's products are summed apart from the rest and enter the sum as scale * part: 4 bits in every step, whose 64
-// columns never lie in two groups; fp8 once at the end of a unit, whose tiles are all of the same rows.
 #pragma once
 
 #include <cstdint>
 
 #include "common/dequant.cuh"
+#include "smxx/stream/format.cuh"
 #include "smxx/stream/schedule.h"
 
 namespace dflash::stream {
@@ -16,6 +14,7 @@ namespace dflash::stream {
 // 128 x 128 e4m3: [step 2][m16 8][half 2][lane 32][s 2][8 codes] | float scale[part 4][row of 8][i 2][e 2].
 struct Fp8 {
   static constexpr int kSteps = 2;
+  static constexpr Scales kScales = Scales::kOfRows;
   static constexpr int kScaleBytes = kTileRows * 4;
   static constexpr int kBytes = kTileBytes + kScaleBytes;
 
@@ -47,6 +46,7 @@ template <int kGroup, void (*dequantize)(uint32_t, uint32_t (&)[4])>
 struct FourBit {
   static_assert(kGroup == 64 || kGroup == 128, "a group is one or two steps");
   static constexpr int kSteps = 4;
+  static constexpr Scales kScales = Scales::kOfGroups;
   static constexpr int kScaleBytes = kTileRows * 2 * (64 * kSteps / kGroup);
   static constexpr int kBytes = kTileBytes + kScaleBytes;
 
@@ -74,5 +74,24 @@ template <int kGroup>
 using Int4 = FourBit<kGroup, dequantize_int4>;
 template <int kGroup>
 using E2m1 = FourBit<kGroup, dequantize_e2m1>;
+
+// function(Format{}) for the format's policy.
+template <typename Function>
+void with_format(WeightFormat format, Function&& function) {
+  switch (format) {
+    case WeightFormat::kBf16:
+      return function(Bf16{});
+    case WeightFormat::kFp8:
+      return function(Fp8{});
+    case WeightFormat::kInt4Of64:
+      return function(Int4<64>{});
+    case WeightFormat::kInt4Of128:
+      return function(Int4<128>{});
+    case WeightFormat::kE2m1Of64:
+      return function(E2m1<64>{});
+    case WeightFormat::kE2m1Of128:
+      return function(E2m1<128>{});
+  }
+}
 
 }  // namespace dflash::stream

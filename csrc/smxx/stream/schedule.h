@@ -9,9 +9,12 @@
 namespace dflash::stream {
 
 constexpr int kTileRows = 128;     // rows of W in a tile
-constexpr int kTileBytes = 16384;  // of a tile, whatever the format of its weights
-constexpr int kMaxTokens = 64;     // columns of the product
-constexpr int kFirstCounter = 2;   // 0 and 1 are the number of blocks that ever started, 64 bits
+constexpr int kTileBytes = 16384;  // of a tile's weights, whatever their format; scales come behind them
+// Of a tile's weights: bf16, e4m3 with a scale for each row, 4 bits with one for each group of 64 or 128 in a row.
+enum class WeightFormat { kBf16, kFp8, kInt4Of64, kInt4Of128, kE2m1Of64, kE2m1Of128 };
+
+constexpr int kMaxTokens = 64;    // columns of the product
+constexpr int kFirstCounter = 2;  // 0 and 1 are the number of blocks that ever started, 64 bits
 
 // What one block does next: `tiles` tiles of one row tile of W, along K. 64 bytes, 16 int32.
 //

@@ -79,9 +79,10 @@ struct Control {
 template <typename Policy>
 struct Layout {
   static constexpr int kFixed = kTokenBuffers * kTokenBufferBytes + kBlockBytes + int(sizeof(Control<Policy>));
-  static constexpr int kFree = (kMaxSharedBytes - kFixed) / kTileBytes;
+  static constexpr int kTile = Policy::Format::kBytes;
+  static constexpr int kFree = (kMaxSharedBytes - kFixed) / kTile;
   static constexpr int kStages = kFree < kMostStages ? kFree : kMostStages;
-  static constexpr int kTokens = kStages * kTileBytes;
+  static constexpr int kTokens = kStages * kTile;
   static constexpr int kBlock = kTokens + kTokenBuffers * kTokenBufferBytes;
   static constexpr int kControl = kBlock + kBlockBytes;
   static constexpr int kBytes = kControl + int(sizeof(Control<Policy>));
@@ -108,7 +109,7 @@ class Stream {
   using Params = typename Policy::Params;
   using Format = typename Policy::Format;
   using Memory = Layout<Policy>;
-  static constexpr int kStages = Memory::kStages;
+  static constexpr int kStages = Memory::kStages, kTile = Memory::kTile;
 
   // All kThreads threads of all blocks.
   static __device__ __forceinline__ void run(const Params& p, unsigned char* shared) {
@@ -217,13 +218,13 @@ class Stream {
     for (int i = 0;; ++i) {
       const Unit u = unit(i);
       if (u.tiles < 0) break;
-      const unsigned char* from = p_.stream.weights + static_cast<int64_t>(u.weight_tile) * kTileBytes;
-      for (int tile = 0; tile < u.tiles; ++tile, from += kTileBytes) {
+      const unsigned char* from = p_.stream.weights + static_cast<int64_t>(u.weight_tile) * kTile;
+      for (int tile = 0; tile < u.tiles; ++tile, from += kTile) {
         if (started == kStages && !joined && !join()) return;
         mbarrier_wait(&control_.weights_empty[ring.at], ring.parity);
         if (lane == 0) {
-          mbarrier_arrive_expect(&control_.weights_full[ring.at], kTileBytes);
-          copy_bulk(weights_ + ring.at * kTileBytes, from, kTileBytes, &control_.weights_full[ring.at], policy);
+          mbarrier_arrive_expect(&control_.weights_full[ring.at], kTile);
+          copy_bulk(weights_ + ring.at * kTile, from, kTile, &control_.weights_full[ring.at], policy);
         }
         __syncwarp();
         ring.advance();
@@ -300,12 +301,13 @@ class Stream {
   __device__ __forceinline__ void consume(int tokens) {
     constexpr int kColumns = 8 * kTiles;
     constexpr int kSteps = kMaxTokens / kColumns;
-    const int thread = threadIdx.x, lane = thread % 32, part = thread / 32 % 4, half = thread / 128;
+    constexpr int kUnrolled = kTiles == 8 ? 1 : Format::kSteps;  // 64 sums leave no registers for two steps
     Ring<kStages> weights(0);
     Ring<kTokenBuffers> buffers(0);
     for (int i = 0;; ++i) {
       const int tiles = unit(i).tiles;
       if (tiles < 0) break;
+      const int thread = opaque(threadIdx.x), lane = thread % 32, part = thread / 32 % 4, half = thread / 128;
       if (tiles == 0) {
         const Unit u = unit(i);
         const auto wait = [&] {
@@ -313,7 +315,7 @@ class Stream {
           if (thread == 0) wait_for_counter(u.wait, u.wait_target);
           named_barrier(kConsumerBarrier, kConsumers);
         };
-        Policy::job(p_, control_.policy, u, block_, tokens_, tokens, opaque(thread), wait);
+        Policy::job(p_, control_.policy, u, block_, tokens_, tokens, thread, wait);
         end_unit(u);
         continue;
       }
@@ -322,20 +324,32 @@ class Stream {
       int step = 0;  // of the buffer of tokens
       for (int tile = 0; tile < tiles; ++tile) {
         mbarrier_wait(&control_.weights_full[weights.at], weights.parity);
-#pragma unroll
+#pragma unroll kUnrolled
         for (int s = 0; s < Format::kSteps; ++s) {
           if (step == 0) mbarrier_wait(&control_.tokens_full[buffers.at], buffers.parity);
           uint32_t a[2][2][4];
-          Format::load(weights_ + weights.at * kTileBytes, s, part, half, lane, a);
+          [[maybe_unused]] float scale[2][2];
+          Format::load(weights_ + weights.at * kTile, s, part, half, lane, a);
+          if constexpr (Format::kScales == Scales::kOfGroups) {
+            Format::load_scale(weights_ + weights.at * kTile, s, part, lane, scale);
+          }
           const unsigned char* x = tokens_ + buffers.at * kTokenBufferBytes + step * (kColumns * 128) +
                                    half * (kColumns * 64) + (lane ^ half * 4) * 16;
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) {
             const uint4 b = *reinterpret_cast<const uint4*>(x + j * 512);
+            [[maybe_unused]] float codes[2][4] = {};
+            constexpr bool kApart = Format::kScales == Scales::kOfGroups;
 #pragma unroll
-            for (int m = 0; m < 2; ++m) mma_m16n8k16(sums[m][j], a[m][0], b.x, b.y);
+            for (int m = 0; m < 2; ++m) mma_m16n8k16(kApart ? codes[m] : sums[m][j], a[m][0], b.x, b.y);
 #pragma unroll
-            for (int m = 0; m < 2; ++m) mma_m16n8k16(sums[m][j], a[m][1], b.z, b.w);
+            for (int m = 0; m < 2; ++m) mma_m16n8k16(kApart ? codes[m] : sums[m][j], a[m][1], b.z, b.w);
+            if constexpr (kApart) {
+#pragma unroll
+              for (int m = 0; m < 2; ++m)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[m][j][e] += scale[m][e / 2] * codes[m][e];
+            }
           }
           const bool last = tile == tiles - 1 && s == Format::kSteps - 1;
           if (++step == kSteps || last) {
@@ -343,6 +357,18 @@ class Stream {
             if (lane == 0) mbarrier_arrive(&control_.tokens_empty[buffers.at]);
             buffers.advance();
             step = 0;
+          }
+        }
+        if constexpr (Format::kScales == Scales::kOfRows) {
+          if (tile == tiles - 1) {
+            float scale[2][2];
+            Format::load_scale(weights_ + weights.at * kTile, 0, part, lane, scale);
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+#pragma unroll
+              for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[m][j][e] *= scale[m][e / 2];
           }
         }
         __syncwarp();

@@ -6,6 +6,7 @@
 namespace dflash {
 
 inline int opaque(int x) { return x; }
+inline unsigned char* dynamic_shared() { return emulator::dynamic_shared(); }
 
 inline void copy_async_16(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
 inline void copy_async_commit() { emulator::commit_copies(); }

@@ -27,6 +27,8 @@
 //   Q [64][D] | K [64][D] | V [64][D] bf16, 16-byte chunks of a row permuted (k_chunk, v_chunk) against bank conflicts.
 // Q and K are multiplied in the order of stream/format.cuh.
 // cp.async: K of tile i + 1 is under way while tile i is weighed, V of tile i + 1 while S of tile i + 1 is computed.
+#pragma once
+
 #include <cuda_bf16.h>
 
 #include <stdexcept>
@@ -73,10 +75,10 @@ __device__ __forceinline__ uint4 normed(const uint4& x, float scale, const uint4
   return make_uint4(pair(x.x, weight.x), pair(x.y, weight.y), pair(x.z, weight.z), pair(x.w, weight.w));
 }
 
-template <int D>
+template <int D, typename WeightFormat>
 struct Draft {
   using Params = StreamDraftParams;
-  using Format = stream::Bf16;
+  using Format = WeightFormat;
 
   struct Shared {
     float scales[kMaxTokens];  // of the loaders: rsqrt(mean x^2 + eps)
@@ -634,24 +636,22 @@ struct Draft {
   }
 };
 
-template <int D>
+template <int D, typename Format>
 __global__ void __launch_bounds__(stream::kThreads, 1)
     stream_draft_kernel(const __grid_constant__ StreamDraftParams p) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  stream::Stream<Draft<D>>::run(p, shared);
+  stream::Stream<Draft<D, Format>>::run(p, dynamic_shared());
 }
 
 }  // namespace
 
-void launch_stream_draft_forward(const StreamDraftParams& p, int64_t head_dim, cudaStream_t stream) {
-  if (p.batch == 0) return;
-  switch (head_dim) {
-    case 64:
-      return stream::launch_stream<Draft<64>>(stream_draft_kernel<64>, p, stream, "draft_forward");
-    case 128:
-      return stream::launch_stream<Draft<128>>(stream_draft_kernel<128>, p, stream, "draft_forward");
-    default:
-      throw std::runtime_error("dflash::draft_forward: no streaming kernel for head size " + std::to_string(head_dim));
+template <typename Format>
+void launch_stream_draft(const StreamDraftParams& p, int64_t head_dim, cudaStream_t stream) {
+  if (head_dim == 64) {
+    stream::launch_stream<Draft<64, Format>>(stream_draft_kernel<64, Format>, p, stream, "draft_forward");
+  } else if (head_dim == 128) {
+    stream::launch_stream<Draft<128, Format>>(stream_draft_kernel<128, Format>, p, stream, "draft_forward");
+  } else {
+    throw std::runtime_error("dflash::draft_forward: no streaming kernel for head size " + std::to_string(head_dim));
   }
 }
 
