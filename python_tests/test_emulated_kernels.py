@@ -90,12 +90,19 @@ CHECKS = [
         blocks(2, 8, 1, FP16, lazy=1),
         blocks(2, 32, 2049, BF16, lazy=1),
         blocks(12, 16, 83, BF16, lazy=-1),
-        blocks(5, 12, 20001, BF16, lazy=1),  # several units a row, rows of any alignment
+        blocks(5, 12, 20001, BF16, lazy=1),  # several slices a row, rows of any alignment
         blocks(3, 32, 9000, FP32, lazy=1),
-        blocks(70, 3, 300, FP16, lazy=1),  # more requests than a warp looks at
-        blocks(400, 2, 9, BF16, lazy=1),  # more units than a round deals out
-        blocks(400, 2, 9, BF16, lazy=0),  # several requests a CTA
+        blocks(257, 3, 301, FP16, lazy=1),  # more requests than a warp looks at
+        *(blocks(400, 2, 9, BF16, lazy=lazy) for lazy in (0, 1)),  # several rounds of the warps of a CTA
     ),
+    *calls(test_verify.test_ties_across_the_parts_of_a_row, *({"dtype": BF16, "lazy": lazy} for lazy in (0, 1))),
+    *calls(test_verify.test_every_place_to_stop, *({"block_size": size, "lazy": 1} for size in (1, 2, 32))),
+    *calls(
+        test_verify.test_long_rows_of_any_alignment,
+        *({"dtype": dtype, "lazy": lazy} for dtype in (FP16, FP32) for lazy in (0, 1)),
+    ),
+    *calls(test_verify.test_rows_of_millions, {"lazy": 0}),
+    *calls(test_verify.test_empty_batch),
     *calls(test_verify.test_many_units_match_reference, *({"dtype": t, "lazy": 1} for t in (BF16, FP32))),
     *calls(
         test_verify.test_row_strides_and_alignment,
@@ -237,37 +244,51 @@ MUTATIONS = [
     ),
     pytest.param(
         "smxx/verify/verify_block.cu",
-        "__syncthreads();",
-        "",
-        "verify-logits_match",
-        id="verify_block without barriers",
+        "__syncwarp();  // the slot is free",
+        "// the slot is free",
+        "verify-logits_match or verify-long_rows",
+        id="verify_block copies over what a lane has yet to read",
     ),
     pytest.param(
         "smxx/verify/verify_block.cu",
-        "copy_async_wait<kStages - 1>();",
-        "copy_async_wait<kStages>();",
+        "mbarrier_wait(barrier, parity);",
+        "",
         "verify-logits_match",
         id="verify_block does not wait for its copies",
     ),
     pytest.param(
-        "smxx/verify/verify_block_lazy.cu",
-        "    __syncthreads();\n    if (reads) {",
-        "    if (reads) {",
+        "smxx/verify/verify_block.cu",
+        "kCountBits, static_cast<unsigned>(block_size)",
+        "kCountBits, 1u",
         "verify-logits_match",
-        id="verify_block, lazy, reports before all have read",
+        id="verify_block accepts before all rows are there",
     ),
     pytest.param(
-        "smxx/verify/verify_block_lazy.cu",
+        "smxx/verify/verify_block.cu",
         "p.workspace.words[i] = 0;",
         ";",
         "verify-logits_match",
         id="verify_block, lazy, leaves words behind",
     ),
     pytest.param(
-        "smxx/verify/verify_block_lazy.cu",
-        "return ends != 0 && (complete & up_to_first) == up_to_first;",
-        "return ends != 0;",
+        "smxx/verify/verify_block.cu",
+        "packed, slices.count_bits, parts",
+        "packed, slices.count_bits, 2",
         "verify-many_units or verify-logits_match",
+        id="verify_block takes two slices for the whole row",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block.cu",
+        "if (atomicCAS(word, 0ull, mine) == 0) return false;",
+        "return atomicExch(word, mine), false;",
+        "verify-logits_match or verify-many_units",
+        id="verify_block puts a part back over another",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block.cu",
+        "return (state & kEnds) != 0 && (rows(state) & (rows(state) + 1)) == 0;",
+        "return (state & kEnds) != 0;",
+        "verify-many_units or verify-logits_match or verify-every_place",
         id="verify_block, lazy, decides before the rows ahead are complete",
     ),
     pytest.param(

@@ -101,7 +101,10 @@ def test_batch_order_does_not_matter(device: str, rng: torch.Generator) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("batch", "block_size", "vocab"),
-    [(1, 16, 4099), (3, 7, 5), (2, 8, 1), (5, 10, 1027), (64, 16, 83), (2, 32, 2049), (1, 1, 769), (40, 16, 5125)],
+    [
+        *((1, 16, 4099), (3, 7, 5), (2, 8, 1), (5, 10, 1027), (64, 16, 83), (2, 32, 2049), (1, 1, 769), (40, 16, 5125)),
+        *((257, 1, 301), (257, 3, 1031), (1, 32, 20001)),
+    ],
 )
 def test_logits_match_reference(
     device: str, rng: torch.Generator, batch: int, block_size: int, vocab: int, dtype: torch.dtype, lazy: int
@@ -140,6 +143,64 @@ def test_many_units_match_reference(device: str, rng: torch.Generator, dtype: to
         assert not workspace.any()
 
 
+@pytest.mark.parametrize("lazy", [0, 1])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_ties_across_the_parts_of_a_row(device: str, rng: torch.Generator, dtype: torch.dtype, lazy: int) -> None:
+    """From `first` on all elements are equal, so every later part of the row ties; `first` stands at any border."""
+    batch, block_size, vocab = 6, 32, 24001
+    first = torch.randint(0, vocab // 64, (batch, block_size), generator=rng) * 64
+    first += torch.randint(-1, 2, first.shape, generator=rng)
+    first = first.clamp(0, vocab - 1)
+    first[0, :4] = torch.tensor([0, vocab - 1, vocab - 2, 1])
+    logits = (torch.arange(vocab) >= first[..., None]).to(dtype)
+    candidates = agreeing_candidates(first, rng)
+    candidates[:2, 1:] = first[:2, :-1]  # all accepted
+    prefix = torch.arange(batch)
+    result = ops.verify_block(candidates.to(device), logits.to(device), prefix.to(device), lazy=lazy)
+    assert_same(result, reference.verify_block(candidates, first, prefix))
+
+
+@pytest.mark.parametrize("lazy", [0, 1])
+def test_rows_of_millions(device: str, lazy: int) -> None:
+    """So many slices a row that their number and an index do not fit in 32 bits."""
+    vocab = (1 << 22) + 3
+    logits = torch.zeros(1, 2, vocab, dtype=torch.float16, device=device)
+    logits[0, 0, vocab - 1] = logits[0, 1, 3 << 20] = logits[0, 1, 1 << 22] = 1.0
+    candidates = torch.tensor([[0, vocab - 1]], device=device)
+    workspace, out = ops.verify_workspace(1, 2, device), poisoned(1, 2, device)
+    for _ in range(2):
+        ops.verify_block(candidates, logits, candidates[:, 0], lazy=lazy, out=out, workspace=workspace)
+        assert out.out_tokens.tolist() == [[vocab - 1, 3 << 20]]
+        assert out.accept_lens.tolist() == [1]
+        assert not workspace.any()
+
+
+@pytest.mark.parametrize("lazy", [0, 1])
+@pytest.mark.parametrize("block_size", [1, 2, 16, 32])
+def test_every_place_to_stop(device: str, rng: torch.Generator, block_size: int, lazy: int) -> None:
+    """One request for each length of the accepted prefix, in any order; what lies behind the mismatch agrees or not."""
+    vocab = 9001
+    top1 = torch.randint(0, vocab, (block_size, block_size), generator=rng)
+    logits = torch.zeros(block_size, block_size, vocab, dtype=torch.bfloat16).scatter_(2, top1[..., None], 1.0)
+    candidates = torch.zeros(block_size, block_size, dtype=torch.int64)
+    candidates[:, 1:] = top1[:, :-1]
+    lengths = torch.randperm(block_size, generator=rng)
+    for b, length in enumerate(lengths.tolist()):
+        if length < block_size - 1:
+            candidates[b, length + 1] = (candidates[b, length + 1] + 1) % vocab
+        if b % 2:
+            candidates[b, length + 2 :] = 0
+            logits[b, length + 1 :] = NAN
+    prefix = torch.arange(block_size)
+    out, workspace = poisoned(block_size, block_size, device), ops.verify_workspace(block_size, block_size, device)
+    for _ in range(2):
+        arguments = (candidates.to(device), logits.to(device), prefix.to(device))
+        ops.verify_block(*arguments, lazy=lazy, out=out, workspace=workspace)
+        assert torch.equal(out.accept_lens.cpu().long(), lengths)
+        assert_same(out, reference.verify_block(candidates, top1, prefix))
+        assert not workspace.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lazy", [0, 1])
 def test_workspace_serves_any_order_of_calls(rng: torch.Generator, lazy: int) -> None:
@@ -170,6 +231,25 @@ def test_row_strides_and_alignment(device: str, rng: torch.Generator, dtype: tor
         on_device = storage.to(device)[:, :8, start : 2090 - start]
         result = ops.verify_block(candidates.to(device), on_device, prefix.to(device), lazy=lazy)
         assert_same(result, reference.verify_block(candidates, view, prefix))
+
+
+@pytest.mark.parametrize("lazy", [0, 1])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_long_rows_of_any_alignment(device: str, rng: torch.Generator, dtype: torch.dtype, lazy: int) -> None:
+    """An odd stride: every row of a block starts elsewhere. The peak is in the head, the tail or at any border."""
+    batch, block_size, vocab = 3, 17, 16391
+    storage = (torch.randn(batch, block_size, vocab + 2, generator=rng) * 2).round().to(dtype)
+    view = storage[..., 1 : vocab + 1]
+    places = torch.randint(0, vocab, (batch, block_size), generator=rng)
+    places[0] = torch.arange(block_size)
+    places[1] = vocab - 1 - torch.arange(block_size)
+    view.scatter_(2, places[..., None], 99.0)
+    candidates = agreeing_candidates(places, rng)
+    candidates[:2, 1:] = places[:2, :-1]
+    prefix = torch.arange(batch)
+    on_device = storage.to(device)[..., 1 : vocab + 1]
+    result = ops.verify_block(candidates.to(device), on_device, prefix.to(device), lazy=lazy)
+    assert_same(result, reference.verify_block(candidates, places, prefix))
 
 
 @pytest.mark.parametrize("lazy", [0, 1])

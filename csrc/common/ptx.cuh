@@ -50,6 +50,17 @@ __device__ __forceinline__ unsigned long long atomic_add_release(unsigned long l
   return old;
 }
 
+// A byte that other CTAs write: never from L1; in no order with anything else.
+__device__ __forceinline__ uint8_t load_relaxed(const uint8_t* place) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u8 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
+  return static_cast<uint8_t>(value);
+}
+
+__device__ __forceinline__ void store_relaxed(uint8_t* place, uint8_t value) {
+  asm volatile("st.relaxed.gpu.global.u8 [%0], %1;" ::"l"(place), "r"(static_cast<uint32_t>(value)) : "memory");
+}
+
 // Acquire and release; __threadfence() would be sequentially consistent, which nobody here needs.
 __device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 

@@ -464,6 +464,10 @@ void spin() {
   suspend();
 }
 
+void pause() {
+  if (machine().order == Order::kRandom && machine().coin()) suspend();
+}
+
 void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
   if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) fail("an mbarrier that is not aligned to 8 bytes");
   MBarrier& s = state(barrier);

@@ -49,16 +49,4 @@ __device__ __forceinline__ void write_outputs(const Outputs& out, const IntView&
   write_outputs(out, load_request(candidates, prefix_lens, block_size, b, lane), block_size, b, lane, accepted);
 }
 
-// Called by one warp: the request's words are zero again, for the next call.
-__device__ __forceinline__ void clear_workspace(const Workspace& workspace, int64_t b, int lane) {
-  if (lane < workspace.block_size) {
-    workspace.row(b, lane)[0] = 0;
-    workspace.row(b, lane)[1] = 0;
-  }
-  if (lane == 0) {
-    *workspace.arrivals(b) = 0;
-    *workspace.stop(b) = 0;
-  }
-}
-
 }  // namespace dflash::verify

@@ -8,7 +8,6 @@
 namespace dflash::verify {
 
 void launch_verify_block(const BlockParams& params, cudaStream_t stream);
-void launch_verify_block_lazy(const BlockParams& params, cudaStream_t stream);  // from logits; called by the above
 void launch_verify_block_sampled(const SampledParams& params, cudaStream_t stream);
 void launch_argmax_logits(const ArgmaxParams& params, cudaStream_t stream);
 void launch_merge_vocab_shards(const MergeParams& params, cudaStream_t stream);

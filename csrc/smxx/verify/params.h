@@ -33,20 +33,21 @@ struct Outputs {
   int64_t* new_seq_lens = nullptr;  // [B]
 };
 
-// Device scratch of verify_block from logits: B * (2 T + 2) words, zero before the call and zero after it. CTAs of a
-// request meet here; the last one to arrive does the accept step. verify_block_lazy.cu gives the words meanings of its
-// own.
+// Device scratch of verify_block from logits and argmax_logits: B * (2 T + 2) words, zero before the call and zero
+// after it.
 struct Workspace {
   uint64_t* words = nullptr;
   int64_t batch = 0;
   int block_size = 0;
 
   static DFLASH_HOST_DEVICE int64_t size(int64_t batch, int64_t block_size) { return batch * (2 * block_size + 2); }
-  // Units of the request that have arrived.
-  DFLASH_HOST_DEVICE unsigned long long* arrivals(int64_t b) const { return word(b); }
-  // T - j for the smallest j known to end the accepted prefix; 0: none known.
-  DFLASH_HOST_DEVICE unsigned long long* stop(int64_t b) const { return word(batch + b); }
-  // Two words for each row.
+  // Lazily, in the first B words: blocks of the grid that have left; a byte for each request, T - j for a row j that is
+  // known to end the accepted prefix, 0 if none is.
+  DFLASH_HOST_DEVICE uint32_t* blocks_left() const { return reinterpret_cast<uint32_t*>(words); }
+  DFLASH_HOST_DEVICE uint8_t* known_end(int64_t b) const { return reinterpret_cast<uint8_t*>(words) + 4 + b; }
+  // What is known of the rows of a request.
+  DFLASH_HOST_DEVICE unsigned long long* state(int64_t b) const { return word(batch + b); }
+  // Two words for each row: what is known of it; the second one for rows of millions only.
   DFLASH_HOST_DEVICE unsigned long long* row(int64_t b, int j) const {
     return word(2 * batch + 2 * (b * block_size + j));
   }

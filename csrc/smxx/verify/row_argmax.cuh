@@ -29,12 +29,12 @@ struct Row {
     return reinterpret_cast<const uint4*>(data + head) + i;
   }
 
-  // argmax_key of what no vector holds, over threads 0..7: the head (kHead) or the tail; at least `key`.
-  template <bool kHead>
-  __device__ __forceinline__ uint64_t with_scalars(uint64_t key, int vocab_size, int thread) const {
-    const int i = kHead ? thread : head + vectors * Element<kType>::kPerVector + thread;
-    if (i >= (kHead ? head : vocab_size)) return key;
-    return max(key, argmax_key(Element<kType>::value(data[i]), static_cast<uint32_t>(i)));
+  // The element in no vector that a lane takes: of the head (lanes 0..7) or the tail (8..15), where these are wanted;
+  // -1: none.
+  __device__ __forceinline__ int scalar(int vocab_size, int lane, bool of_head, bool of_tail) const {
+    if (of_head && lane < head) return lane;
+    const int i = head + vectors * Element<kType>::kPerVector + lane - 8;
+    return of_tail && lane >= 8 && i < vocab_size ? i : -1;
   }
 };
 

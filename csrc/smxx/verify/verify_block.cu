@@ -3,30 +3,44 @@
 //   top1[j] = argmax_v logits[b, j, v]        (torch.argmax's order, first index among equals)
 //   accept_len = the longest prefix with top1[j] == candidates[b, j + 1];  bonus = top1[accept_len]
 //
-// Here: from top-1 ids, and from logits when all rows are read. verify_block_lazy.cu: from logits, only the rows that
-// matter; launch_logits chooses.
+// From top-1 ids, and from logits: all rows, or lazily, rows behind a request's first mismatch left out once it is
+// known.
 //
-// Floors. From logits: B*T*V elements read once, nothing else of size: 4.9 MB for one block of 16 rows of V = 151936 in
-// bfloat16, 1.6 us at a measured read bandwidth of 3.1 TB/s; 50 us for 32 blocks. About two instructions an element in
-// the loop, a third of what an SM issues in the time its bytes take. What is left is a fixed cost a call, about 4 us:
-// the launch, the way to memory and back, and at the end one maximum, one arrival and one look at the rows' words, each
-// a trip to L2. From top-1 ids: some hundred bytes a request; the floor is the launch.
+// Floors. All rows: B*T*V elements read once, nothing else of size: 4.9 MB for one block of 16 rows of V = 151936 in
+// bfloat16, 1.6 us at a measured read bandwidth of 3.1 TB/s; 50 us for 32 blocks. Lazily, 6.5 tokens of 16 committed on
+// average: 208 of 512 rows, 20 us. About two instructions an element, a quarter of what an SM issues in the time its
+// bytes take. What is left is a fixed cost a call, some 5 us: the launch, the way to memory and back, and at the end
+// one maximum, one arrival and one look at the rows' words, each a trip to L2. From top-1 ids: some hundred bytes a
+// request; the floor is the launch.
 //
-// Partition. A row is cut into tiles of 4 KB, a 16-byte vector a thread; all tiles of all rows, in order, are dealt out
-// in equal spans to CTAs that stay, two an SM. So a CTA reads the end of one row, whole rows, the beginning of another;
-// one block alone is 4 to 5 tiles a CTA.
+// Partition. A row is cut into equal slices of at most 7 KB, if possible so many that they divide the number of SMs or
+// are a multiple of it: 44 for V = 151936 in bfloat16 and 132 SMs. All slices of all rows, in order, are units 0, 1, 2,
+// ..; unit n belongs to block n % gridDim, one block an SM. So block c has the same slice of every third row: all
+// blocks get the same number of bytes, also of the rows that a lazy pass leaves over, without a word between them. What
+// is read at one time is one front that moves through memory; its order is request by request for all rows, so that
+// requests end one after another, and lazily row 0 of all requests, then row 1, ..
 //
-// Pipeline. A thread copies its own vectors to its own places in shared memory and reads nobody else's: a ring of
-// kStages tiles (128 KB an SM in flight) without a barrier, which runs on across the ends of rows. At the end of each
-// part of a row: warp maxima, one barrier, and warp 0 joins the eight of them while the other warps go on.
+// Pipeline. A warp owns a slot of shared memory, as large as a slice, and an mbarrier: it copies a unit there in bulk,
+// reduces it alone, starts the copy of its next unit and only then reports. Warps meet nowhere: they take the block's
+// units off a counter in shared memory, the first ones by their number. Eight slots keep some 48 KB under way, which is
+// what the memory's full rate takes; more would only queue, and everything else an SM asks of memory, the reports,
+// would queue behind it (with 128 KB under way an atomic takes ten times as long).
 //
-// CTAs meet in the workspace: atomicMax of argmax_key joins the parts of a row (a maximum of integers: no order of
-// arrival changes it); one arrival a CTA and request, which releases those maxima, tells the last of the request's
-// CTAs; it accepts, and clears the words.
+// Reports. A release or a fence waits for the copies that its SM has under way, so there is none. A word carries all
+// that is known of a row, the largest key so far and the number of slices that it is of, and is joined by exchange: a
+// warp takes the word (leaving zero), adds its own part and puts it back if the word is still zero, or else takes
+// again. Who holds all parts goes on with the row's argmax; no order between two words matters, and the word is left
+// zero. The rows of a request meet in the same way in a word of the request, and who holds enough of them writes the
+// outputs. Results do not depend on the order of arrival. All words are zero between calls.
+//
+// Lazily a mismatch is also published in a byte of the request; every warp reads it for its next 32 units while it
+// reduces, so that what is dead costs nothing but that look. What dead rows leave in their words is cleared by the last
+// block to leave; here is the one fence, when nothing is under way.
 #include <algorithm>
 #include <limits>
 
 #include "common/cuda_check.h"
+#include "common/divisor.h"
 #include "common/order_key.h"
 #include "common/ptx.cuh"
 #include "smxx/verify/finish.cuh"
@@ -38,132 +52,343 @@
 namespace dflash::verify {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kCtasPerSm = 2;
-constexpr int kStages = 16;
-constexpr int kRingBytes = kStages * kThreads * static_cast<int>(sizeof(uint4));
-static_assert(kCtasPerSm * (kRingBytes + 2048) <= 228 * 1024, "the CTAs of an SM share its memory");
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kSliceBytes = 7168;  // at most
+static_assert(kSliceBytes % 128 == 0);
 
-// Bytes of logits from which verify_block_lazy.cu is taken unasked. By measurement (H100, T 16, V 151936, 6.5 of 16
-// committed) it is slower than a full read at B 8 and at B 32, 156 MB: never, so far.
+// Bytes of logits from which rows are left out unasked: never, until this way of doing it is measured. (The one before,
+// by a cursor a request and a barrier a unit, was slower than reading all rows at B 8 and at B 32, 156 MB.)
 constexpr int64_t kLazyBytes = std::numeric_limits<int64_t>::max();
 
 constexpr int kTop1Threads = 128;
 constexpr int kMergeThreads = 128;
 
-// `tiles` a row; CTA c has `share` of them in all, one more if c < `longer`.
-struct Cut {
-  int tiles;
-  int share;
-  int longer;
+struct Slices {
+  uint32_t units;   // of all rows
+  int vectors;      // of a slice; the last of a row may have fewer
+  Divisor per_row;  // slices
+  Divisor inner;    // all rows: T; lazily: B
+  // Of the word of a row: count_bits for the number of slices, 32 - count_bits for an index. 0: no such split is
+  // enough.
+  int count_bits;
+};
 
-  __device__ int begin(int cta) const { return cta * share + min(cta, longer); }
-  // The CTA that has tile n.
-  __device__ int cta_of(int n) const {
-    const int in_longer = longer * (share + 1);
-    return n < in_longer ? n / (share + 1) : longer + (n - in_longer) / share;
+struct Unit {
+  int row;  // kNone: there is none
+  int slice;
+};
+constexpr int kNone = -1;
+
+// Unit k of this block.
+__device__ __forceinline__ Unit unit_of(const Slices& slices, unsigned k) {
+  const uint32_t n = blockIdx.x + gridDim.x * k;
+  if (n >= slices.units) return Unit{kNone, 0};
+  const uint32_t row = slices.per_row.divide(n);
+  return Unit{static_cast<int>(row), static_cast<int>(n - row * slices.per_row.value)};
+}
+
+// Reads the units of this block. job.row(n): row n, a Row; job.report(n, key): the argmax_key of a slice of row n, the
+// same in all lanes of a warp. If Job::kSkips, job.needed(n) tells whether row n still matters.
+template <LogitType kType, typename Job>
+__device__ __forceinline__ void read_units(const Slices& slices, int vocab_size, const Job& job) {
+  extern __shared__ uint4 ring[];
+  __shared__ uint64_t landed[kWarps];
+  __shared__ unsigned next;  // unit of this block
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint4* const slot = ring + warp * slices.vectors;
+  uint64_t* const barrier = landed + warp;
+  const uint64_t policy = evict_first_policy();
+
+  const auto copy = [&](const Unit& unit) {
+    if (lane != 0 || unit.row == kNone) return;
+    const Row<kType> row = job.row(unit.row);
+    const int first = unit.slice * slices.vectors, count = min(slices.vectors, row.vectors - first);
+    if (count <= 0) return;
+    const auto bytes = static_cast<uint32_t>(count) * static_cast<uint32_t>(sizeof(uint4));
+    mbarrier_arrive_expect(barrier, bytes);
+    copy_bulk(slot, row.vector(first), bytes, barrier, policy);
+  };
+  const auto take = [&] {
+    unsigned k = 0;
+    if (lane == 0) k = atomicAdd(&next, 1u);
+    return __shfl_sync(kFullWarp, k, 0);
+  };
+  // Whether unit k + lane is worth reading. There is no end to what lies behind the last one.
+  const auto look = [&](unsigned k) {
+    if constexpr (Job::kSkips) {
+      const Unit unit = unit_of(slices, k + static_cast<unsigned>(lane));
+      return unit.row == kNone || job.needed(unit.row);
+    }
+    return true;
+  };
+
+  if (lane == 0) {
+    mbarrier_init(barrier, 1);
+    mbarrier_init_fence();
+  }
+  if (threadIdx.x == 0) next = kWarps;
+  __syncwarp();
+  Unit now = unit_of(slices, static_cast<unsigned>(warp));
+  copy(now);
+  __syncthreads();  // `next` is there
+
+  uint32_t parity = 0;
+#pragma unroll 1
+  while (now.row != kNone) {
+    const Row<kType> row = job.row(now.row);
+    const int first = now.slice * slices.vectors, count = min(slices.vectors, row.vectors - first);
+    const bool is_last = now.slice + 1 == static_cast<int>(slices.per_row.value);
+    const int scalar = row.scalar(vocab_size, lane, now.slice == 0, is_last);
+    float scalar_value = 0.0f;
+    if (scalar >= 0) scalar_value = Element<kType>::value(row.data[scalar]);
+    if (count > 0) {
+      mbarrier_wait(barrier, parity);
+      parity ^= 1;
+    }
+    unsigned k = take();
+    bool wanted = look(k);
+
+    Best<kType> best;
+    best.start(first + lane);
+#pragma unroll 4
+    for (int i = lane; i < count; i += 32) best.take(slot[i], first + i);
+    __syncwarp();  // the slot is free
+
+    if constexpr (Job::kSkips) {
+      while (true) {
+        const unsigned needed = __ballot_sync(kFullWarp, wanted);  // bit i: unit k + i
+        if ((needed & 1) != 0) break;
+        // For the whole block: nobody has to look at the dead ones again.
+        const unsigned from = k, dead = needed == 0 ? 32 : static_cast<unsigned>(__ffs(needed)) - 1;
+        if (lane == 0) atomicMax(&next, from + dead);
+        k = take();
+        if (k - from < 32 && (needed >> (k - from) & 1) != 0) break;
+        wanted = look(k);
+      }
+    }
+    const Unit following = unit_of(slices, k);
+    copy(following);
+
+    uint64_t key = lane < count ? best.key(row.head) : 0;
+    if (scalar >= 0) key = max(key, argmax_key(scalar_value, static_cast<uint32_t>(scalar)));
+    job.report(now.row, warp_max(key));
+    now = following;
+  }
+}
+
+// Called by lane 0 of a warp: adds `mine` to what others have left in `word`. True if it is complete with that: then
+// `mine` is all of it, and the word is zero; else it waits there for the next.
+template <typename Merge, typename IsComplete>
+__device__ __forceinline__ bool join(unsigned long long* word, unsigned long long& mine, Merge merge,
+                                     IsComplete is_complete) {
+  while (true) {
+    const unsigned long long others = atomicExch(word, 0ull);
+    if (others != 0) mine = merge(mine, others);
+    if (is_complete(mine)) return true;
+    if (atomicCAS(word, 0ull, mine) == 0) return false;
+  }
+}
+
+// The same of keys above a count of `count_bits`: complete with `parts` of them, `key` is then the largest.
+__device__ __forceinline__ bool join_counted(unsigned long long* word, uint64_t& key, int count_bits, unsigned parts) {
+  const unsigned long long counts = (1ull << count_bits) - 1;
+  unsigned long long mine = key << count_bits | 1;
+  const auto merge = [&](unsigned long long a, unsigned long long b) {
+    return (max(a, b) & ~counts) | ((a & counts) + (b & counts));
+  };
+  const bool complete = join(word, mine, merge, [&](unsigned long long x) { return (x & counts) == parts; });
+  key = mine >> count_bits;
+  return complete;
+}
+
+// Called by a warp with the argmax_key of one slice of a row, the same in all lanes: true in all lanes with the last
+// one to arrive, and `index` is the row's argmax. `words`: the row's two.
+__device__ __forceinline__ bool join_row(unsigned long long* words, uint64_t key, const Slices& slices,
+                                         uint32_t& index) {
+  const unsigned parts = slices.per_row.value;
+  index = argmax_index(key);
+  if (parts == 1) return true;
+  bool complete = false;
+  if (threadIdx.x % 32 == 0) {
+    if (slices.count_bits > 0) {
+      const int index_bits = 32 - slices.count_bits;
+      const uint32_t indices = (1u << index_bits) - 1;
+      uint64_t packed = static_cast<uint64_t>(argmax_order_key(key)) << index_bits | (~index & indices);
+      complete = join_counted(words, packed, slices.count_bits, parts);
+      index = ~static_cast<uint32_t>(packed) & indices;
+    } else {  // rows of some millions
+      atomicMax(words, static_cast<unsigned long long>(key));
+      complete = atomic_add_release(words + 1, 1) == parts - 1;
+      if (complete) {
+        fence_device();
+        index = argmax_index(__ldcg(words));
+        words[0] = words[1] = 0;
+      }
+    }
+  }
+  complete = __shfl_sync(kFullWarp, complete, 0);
+  index = __shfl_sync(kFullWarp, index, 0);
+  return complete;
+}
+
+// The draft token that row j is compared with, as load_request gives it to lane j.
+__device__ __forceinline__ int64_t load_guess(const BlockParams& p, int b, int j) {
+  return j < p.block_size - 1 ? p.candidates.at(b, j + 1) : 0;
+}
+
+// Rows in the order of requests. A request's word: T - j and the target's token of the first row j that ends the
+// prefix, above the number of rows.
+template <LogitType kType>
+struct ReadAll {
+  static constexpr bool kSkips = false;
+  static constexpr int kTokenBits = 31, kCountBits = 6;
+  static_assert(kMaxBlockSize < 1 << kCountBits);
+  const BlockParams& p;
+  const Slices& slices;
+
+  __device__ __forceinline__ int request(int n) const {
+    return static_cast<int>(slices.inner.divide(static_cast<uint32_t>(n)));
+  }
+
+  __device__ __forceinline__ Row<kType> row(int n) const {
+    const int b = request(n);
+    return Row<kType>(p.logits, b, n - b * p.block_size, p.vocab_size);
+  }
+
+  __device__ __forceinline__ void report(int n, uint64_t key) const {
+    const int lane = threadIdx.x % 32, block_size = p.block_size, b = request(n), j = n - b * block_size;
+    const int64_t guess = load_guess(p, b, j);
+    uint32_t index;
+    if (!join_row(p.workspace.row(b, j), key, slices, index)) return;
+    const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
+    const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
+    uint64_t first = ends ? static_cast<uint64_t>(block_size - j) << kTokenBits | index : 0;
+    bool complete = false;
+    if (lane == 0) {
+      complete = join_counted(p.workspace.state(b), first, kCountBits, static_cast<unsigned>(block_size));
+    }
+    if (!__shfl_sync(kFullWarp, complete, 0)) return;
+    first = __shfl_sync(kFullWarp, first, 0);
+    const auto token = static_cast<int64_t>(first & ((1u << kTokenBits) - 1));
+    const Accepted accepted{block_size - static_cast<int>(first >> kTokenBits), token};
+    write_outputs(p.out, request, block_size, b, lane, accepted);
   }
 };
 
-// Reads this CTA's span. row_at(n): row n, a Row. part(n, key, ends): called by warp 0 with the argmax_key of a part of
-// row n, the same in all lanes; `ends`: the last part of this CTA.
-template <LogitType kType, typename RowAt, typename Part>
-__device__ __forceinline__ void read_span(const Cut& cut, int vocab_size, RowAt row_at, Part part) {
-  extern __shared__ uint4 ring[];
-  __shared__ uint64_t warp_best[2][kWarps];  // of even and odd parts
-  const int thread = threadIdx.x;
-  const int begin = cut.begin(blockIdx.x), end = cut.begin(blockIdx.x + 1);
+template <LogitType kType>
+__global__ void __launch_bounds__(kThreads, 1)
+    verify_logits_kernel(const __grid_constant__ BlockParams p, const __grid_constant__ Slices slices) {
+  read_units<kType>(slices, p.vocab_size, ReadAll<kType>{p, slices});
+}
 
-  int n = begin / cut.tiles, tile = begin % cut.tiles;  // what is read next
-  Row<kType> row = row_at(n);
-  int copies = begin, copy_n = n, copy_tile = tile;  // what is copied next
-  Row<kType> copy_row = row;
-  const auto copy = [&](int stage) {
-    if (copies < end) {
-      const int i = copy_tile * kThreads + thread;
-      if (i < copy_row.vectors) copy_async_16(ring + stage * kThreads + thread, copy_row.vector(i), 16);
-      if (++copies < end && ++copy_tile == cut.tiles) {
-        copy_tile = 0;
-        copy_row = row_at(++copy_n);
-      }
-    }
-    copy_async_commit();
-  };
-#pragma unroll 1
-  for (int stage = 0; stage < kStages; ++stage) copy(stage);
+// ---- lazily ------------------------------------------------------------------------------------------------------
 
-  Best<kType> best;
-  int stage = 0, parity = 0, first = tile * kThreads + thread;  // `first` vector of this part
-  best.start(first);
-#pragma unroll 1
-  for (int i = begin; i < end; ++i) {
-    copy_async_wait<kStages - 1>();
-    const int vector = tile * kThreads + thread;
-    if (vector < row.vectors) best.take(ring[stage * kThreads + thread], vector);
-    copy(stage);
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-    ++tile;
-    const bool row_ends = tile == cut.tiles, ends = i + 1 == end;
-    if (!row_ends && !ends) continue;
-    uint64_t key = first < row.vectors ? best.key(row.head) : 0;
-    if (first == thread) key = row.template with_scalars<true>(key, vocab_size, thread);
-    if (row_ends) key = row.template with_scalars<false>(key, vocab_size, thread);
-    key = warp_max(key);
-    if (thread % 32 == 0) warp_best[parity][thread / 32] = key;
-    __syncthreads();
-    if (thread < 32) part(n, warp_max(thread < kWarps ? warp_best[parity][thread] : 0), ends);
-    if (ends) break;
-    parity ^= 1;
-    tile = 0;
-    row = row_at(++n);
-    first = thread;
-    best.start(first);
+// What is known of a request's rows, in its word. Low half: bit j: row j is complete. kEnds: one of them ends the
+// prefix (it mismatches, or is the last); the first such row is the highest bit then, what is behind it is left out,
+// and the high half holds the target's token there.
+struct State {
+  static constexpr unsigned long long kEnds = 1ull << 63;
+
+  static __device__ __forceinline__ unsigned rows(unsigned long long state) { return static_cast<unsigned>(state); }
+  static __device__ __forceinline__ int end(unsigned long long state) { return 31 - __clz(rows(state)); }
+  static __device__ __forceinline__ int64_t token(unsigned long long state) {
+    return static_cast<int64_t>((state & ~kEnds) >> 32);
   }
-}
+  static __device__ __forceinline__ unsigned long long of_row(int j, bool ends, uint32_t token) {
+    return 1ull << j | (ends ? kEnds | static_cast<unsigned long long>(token) << 32 : 0);
+  }
+  static __device__ __forceinline__ unsigned long long merge(unsigned long long a, unsigned long long b) {
+    const unsigned both = rows(a) | rows(b);
+    if (((a | b) & kEnds) == 0) return both;
+    const bool is_a = (a & kEnds) != 0 && ((b & kEnds) == 0 || end(a) < end(b));
+    const unsigned long long first = is_a ? a : b;
+    const unsigned up_to_end = 2u * (1u << end(first)) - 1u;
+    return (first >> 32 << 32) | (both & up_to_end);
+  }
+  // All rows up to the one that ends the prefix.
+  static __device__ __forceinline__ bool is_complete(unsigned long long state) {
+    return (state & kEnds) != 0 && (rows(state) & (rows(state) + 1)) == 0;
+  }
+};
 
-// Called by warp 0 once its parts of rows [first_row, first_row + rows) are in the workspace by lane 0's hand: true in
-// all lanes for the last CTA that has a part of them. Then the other CTAs' words may be read.
-__device__ __forceinline__ bool arrive(unsigned long long* arrivals, const Cut& cut, int first_row, int rows) {
-  const int first_tile = first_row * cut.tiles;
-  const int others = cut.cta_of(first_tile + rows * cut.tiles - 1) - cut.cta_of(first_tile);
-  bool last = false;
-  if (threadIdx.x == 0) last = atomic_add_release(arrivals, 1) == static_cast<unsigned long long>(others);
-  last = __shfl_sync(kFullWarp, last, 0);
-  if (last) fence_device();
-  return last;
-}
-
+// Row 0 of all requests, then row 1, and so on.
 template <LogitType kType>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) verify_logits_kernel(BlockParams p, Cut cut) {
-  const int lane = threadIdx.x, block_size = p.block_size;
-  const auto row_at = [&](int n) { return Row<kType>(p.logits, n / block_size, n % block_size, p.vocab_size); };
-  read_span<kType>(cut, p.vocab_size, row_at, [&](int n, uint64_t key, bool ends) {
-    const int b = n / block_size, j = n % block_size;
-    if (lane == 0) atomicMax(p.workspace.row(b, j), static_cast<unsigned long long>(key));
-    if (j < block_size - 1 && !ends) return;
+struct ReadNeeded {
+  static constexpr bool kSkips = true;
+  const BlockParams& p;
+  const Slices& slices;
+
+  __device__ __forceinline__ int position(int n) const {
+    return static_cast<int>(slices.inner.divide(static_cast<uint32_t>(n)));
+  }
+  __device__ __forceinline__ int request(int n, int j) const { return n - j * static_cast<int>(slices.inner.value); }
+
+  __device__ __forceinline__ Row<kType> row(int n) const {
+    const int j = position(n);
+    return Row<kType>(p.logits, request(n, j), j, p.vocab_size);
+  }
+
+  __device__ __forceinline__ bool needed(int n) const {
+    const int j = position(n);
+    return p.block_size - j >= load_relaxed(p.workspace.known_end(request(n, j)));
+  }
+
+  __device__ __forceinline__ void report(int n, uint64_t key) const {
+    const int lane = threadIdx.x % 32, block_size = p.block_size, j = position(n), b = request(n, j);
+    const int64_t guess = load_guess(p, b, j);
+    uint32_t index;
+    if (!join_row(p.workspace.row(b, j), key, slices, index)) return;
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
-    if (!arrive(p.workspace.arrivals(b), cut, b * block_size, block_size)) return;
-    const int64_t target = lane < block_size ? argmax_index(__ldcg(p.workspace.row(b, lane))) : 0;
-    const Accepted accepted = accept_warp(request, block_size, lane, target);
-    write_outputs(p.out, request, block_size, b, lane, accepted);
-    clear_workspace(p.workspace, b, lane);
-  });
-}
+    const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
+    unsigned long long state = State::of_row(j, ends, index);
+    bool complete = false;
+    if (lane == 0) {
+      // A later row may take the place of an earlier one: all units up to the later one have been taken by then.
+      if (ends) store_relaxed(p.workspace.known_end(b), static_cast<uint8_t>(block_size - j));
+      complete = join(p.workspace.state(b), state, State::merge, State::is_complete);
+    }
+    if (!__shfl_sync(kFullWarp, complete, 0)) return;
+    state = __shfl_sync(kFullWarp, state, 0);
+    write_outputs(p.out, request, block_size, b, lane, Accepted{State::end(state), State::token(state)});
+  }
+};
 
 template <LogitType kType>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) argmax_logits_kernel(ArgmaxParams p, Cut cut) {
-  const auto row_at = [&](int n) { return Row<kType>(p.logits, n, 0, p.vocab_size); };
-  read_span<kType>(cut, p.vocab_size, row_at, [&](int n, uint64_t key, bool) {
-    unsigned long long* word = p.workspace.row(n, 0);
-    if (threadIdx.x == 0) atomicMax(word, static_cast<unsigned long long>(key));
-    if (!arrive(p.workspace.arrivals(n), cut, n, 1) || threadIdx.x != 0) return;
-    const uint32_t index = argmax_index(__ldcg(word));
+__global__ void __launch_bounds__(kThreads, 1)
+    verify_lazy_kernel(const __grid_constant__ BlockParams p, const __grid_constant__ Slices slices) {
+  __shared__ bool last;
+  read_units<kType>(slices, p.vocab_size, ReadNeeded<kType>{p, slices});
+  __syncthreads();
+  if (threadIdx.x == 0) last = add_acquire_release(p.workspace.blocks_left(), 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  const int64_t words = Workspace::size(p.batch, p.block_size);
+  for (int64_t i = threadIdx.x; i < words; i += kThreads) p.workspace.words[i] = 0;
+}
+
+// ---- vocabulary shards -------------------------------------------------------------------------------------------
+
+template <LogitType kType>
+struct ReadShard {
+  static constexpr bool kSkips = false;
+  const ArgmaxParams& p;
+  const Slices& slices;
+
+  __device__ __forceinline__ Row<kType> row(int n) const { return Row<kType>(p.logits, n, 0, p.vocab_size); }
+
+  __device__ __forceinline__ void report(int n, uint64_t key) const {
+    uint32_t index;
+    if (!join_row(p.workspace.row(n, 0), key, slices, index) || threadIdx.x % 32 != 0) return;
     p.ids[n] = p.vocab_start + index;
-    p.values[n] = Element<kType>::value(row_at(n).data[index]);
-    *word = 0;
-    *p.workspace.arrivals(n) = 0;
-  });
+    p.values[n] = Element<kType>::value(row(n).data[index]);
+  }
+};
+
+template <LogitType kType>
+__global__ void __launch_bounds__(kThreads, 1)
+    argmax_logits_kernel(const __grid_constant__ ArgmaxParams p, const __grid_constant__ Slices slices) {
+  read_units<kType>(slices, p.vocab_size, ReadShard<kType>{p, slices});
 }
 
 // One warp a request.
@@ -184,16 +409,37 @@ __global__ void __launch_bounds__(kMergeThreads) merge_vocab_shards_kernel(Merge
 
 unsigned blocks_for(int64_t items, int per_block) { return static_cast<unsigned>((items + per_block - 1) / per_block); }
 
-// Launches kernel(params, cut) on `rows` rows of p.logits.
+// How `rows` rows of `vocab_size` elements, `per_vector` of them in 16 bytes, are cut for `sms` blocks.
+Slices cut_rows(int64_t rows, int64_t inner, int64_t vocab_size, int64_t per_vector, int64_t sms) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  int index_bits = 0;
+  while ((vocab_size - 1) >> index_bits != 0) ++index_bits;
+  const int64_t most_counted = (int64_t{1} << (32 - index_bits)) - 1;
+  const int64_t vectors_of_row = std::max<int64_t>(vocab_size / per_vector, 1);
+  const int64_t fewest = ceil_div(vectors_of_row, kSliceBytes / 16);
+  int64_t count = fewest;  // fits, as rows * count does in 31 bits: kMaxTiles
+  for (int64_t even = fewest; even <= 2 * fewest && even <= most_counted && rows * even <= kMaxTiles; ++even) {
+    if (sms % even != 0 && even % sms != 0) continue;
+    count = even;
+    break;
+  }
+  const int64_t vectors = ceil_div(ceil_div(vectors_of_row, count), 8) * 8;  // lines of 128 bytes
+  count = ceil_div(vectors_of_row, vectors);
+  return Slices{static_cast<uint32_t>(rows * count), static_cast<int>(vectors), Divisor(count), Divisor(inner),
+                count <= most_counted ? 32 - index_bits : 0};
+}
+
+// Launches kernel(params, slices) on `rows` rows of p.logits.
 template <LogitType kType, typename Params>
-void launch_rows(void (*kernel)(Params, Cut), const Params& p, int64_t rows, const char* op, cudaStream_t stream) {
-  constexpr int kElements = kThreads * Element<kType>::kPerVector;
-  static_assert(kElements >= kTileElements);
-  const int tiles = (p.vocab_size - 1) / kElements + 1;
-  const auto all = static_cast<int>(rows * tiles);  // fits: kMaxTiles
-  const int ctas = std::min(all, kCtasPerSm * sm_count(op));
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes), op);
-  kernel<<<static_cast<unsigned>(ctas), kThreads, kRingBytes, stream>>>(p, Cut{tiles, all / ctas, all % ctas});
+void launch_rows(void (*kernel)(Params, Slices), const Params& p, int64_t rows, int64_t inner, const char* op,
+                 cudaStream_t stream) {
+  constexpr int kPerVector = Element<kType>::kPerVector, kBytes = static_cast<int>(sizeof(uint4));
+  static_assert(kSliceBytes / kBytes * kPerVector >= kTileElements);
+  const int sms = sm_count(op);
+  const Slices slices = cut_rows(rows, inner, p.vocab_size, kPerVector, sms);
+  const int shared_bytes = kWarps * slices.vectors * kBytes;
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), op);
+  kernel<<<std::min(slices.units, static_cast<uint32_t>(sms)), kThreads, shared_bytes, stream>>>(p, slices);
 }
 
 template <LogitType kType>
@@ -201,9 +447,9 @@ void launch_logits(const BlockParams& p, cudaStream_t stream) {
   const int64_t rows = p.batch * p.block_size;
   const int64_t bytes = rows * p.vocab_size * static_cast<int64_t>(sizeof(typename Element<kType>::Bits));
   if (p.lazy == Lazy::kOn || (p.lazy == Lazy::kAuto && bytes >= kLazyBytes)) {
-    launch_verify_block_lazy(p, stream);
+    launch_rows<kType>(verify_lazy_kernel<kType>, p, rows, p.batch, "verify_block", stream);
   } else {
-    launch_rows<kType>(verify_logits_kernel<kType>, p, rows, "verify_block", stream);
+    launch_rows<kType>(verify_logits_kernel<kType>, p, rows, p.block_size, "verify_block", stream);
   }
 }
 
@@ -221,7 +467,7 @@ void launch_verify_block(const BlockParams& p, cudaStream_t stream) {
 void launch_argmax_logits(const ArgmaxParams& p, cudaStream_t stream) {
   dispatch_logit_type(p.logits.type, [&](auto type) {
     constexpr LogitType kType = decltype(type)::value;
-    launch_rows<kType>(argmax_logits_kernel<kType>, p, p.rows, "argmax_logits", stream);
+    launch_rows<kType>(argmax_logits_kernel<kType>, p, p.rows, 1, "argmax_logits", stream);
   });
   cuda_check_launch("argmax_logits");
 }

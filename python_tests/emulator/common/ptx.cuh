@@ -18,6 +18,8 @@ void copy_async_wait() {
 inline unsigned long long atomic_add_release(unsigned long long* counter, unsigned long long value) {
   return atomicAdd(counter, value);
 }
+inline uint8_t load_relaxed(const uint8_t* place) { return __ldg(place); }
+inline void store_relaxed(uint8_t* place, uint8_t value) { *place = value; }
 inline void fence_device() {}
 
 inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::mbarrier_init(barrier, arrivals); }
