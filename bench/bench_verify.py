@@ -8,6 +8,8 @@ Baselines, each in the same process; those that cannot be had here are left out:
 * sampled: `torch` with `torch.topk` (k is the same for all requests here, which the op does not need to know), the same
   with a full sort, and the two chains that SGLang launches with sgl-kernel, where that is installed and runs; the row
   names the fastest of them.
+
+Rows "read, .." are not of an op: launches that only read as many bytes as `verify_block` does from logits.
 """
 
 from __future__ import annotations
@@ -164,6 +166,30 @@ def _logits_case(shape: DrafterShape, batch: int, dtype: torch.dtype, lazy: int)
         "read",
         make,
     )
+
+
+def _readers(words: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Launches that only read `words` (float32), by name."""
+    rows = words.view(-1, words.size(-1))
+    out = torch.empty(rows.size(0), device=words.device)
+    readers: dict[str, Callable[[], object]] = {"torch amax": lambda: torch.amax(rows, dim=1, out=out)}
+    try:
+        from bench.triton_read import reader
+    except ImportError:
+        return readers
+    return readers | {f"triton {block // 256} KB": reader(words, block) for block in (1024, 4096)}
+
+
+def _read_case(shape: DrafterShape, batch: int, name: str) -> Case:
+    """A launch that only reads as many bytes as `verify_block` does: what one launch can reach at that size."""
+
+    def make(device: torch.device) -> Calls:
+        words = torch.randn(batch, shape.T, shape.V // 2, device=device)
+        return Calls(_readers(words)[name], {})
+
+    rows = batch * shape.T
+    label = f"B{batch} T{shape.T} V{shape.V}"
+    return Case(SUITE, f"read, {name}", label, "bf16", _regime(rows), rows * shape.V * 2, 0, "read", make)
 
 
 def _sampled_finish(
@@ -364,6 +390,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield _top1_case(shape, batch)
     for batch in (1, 8, 32):
         yield _logits_case(shape, batch, torch.bfloat16, 0)
+        for name in _readers(torch.empty(1, 2, device=device)):
+            yield _read_case(shape, batch, name)
     yield _logits_case(shape, 32, torch.bfloat16, 1)
     for batch in (1, 32) if quick else (1, 8, 32):
         yield _sampled_case(shape, batch, "token")

@@ -69,8 +69,8 @@ void commit_copies();
 void wait_for_copies(int pending);
 
 void named_barrier(int id, unsigned threads);
-void spin();  // before a look at memory that another thread will change: others run; fails if only such threads are
-              // left
+void spin();   // before a look at memory that another thread will change: others run; fails if only such threads are
+               // left
 void pause();  // others may run, in random order
 void mbarrier_init(uint64_t* barrier, unsigned arrivals);
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes);
