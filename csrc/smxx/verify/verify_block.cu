@@ -9,9 +9,9 @@
 // Floors. All rows: B*T*V elements read once, nothing else of size: 4.9 MB for one block of 16 rows of V = 151936 in
 // bfloat16, 1.6 us at a measured read bandwidth of 3.1 TB/s; 50 us for 32 blocks. Lazily, 6.5 tokens of 16 committed on
 // average: 208 of 512 rows, 20 us. About two instructions an element, a quarter of what an SM issues in the time its
-// bytes take. What is left is a fixed cost a call, some 5 us: the launch, the way to memory and back, and at the end
-// one maximum, one arrival and one look at the rows' words, each a trip to L2. From top-1 ids: some hundred bytes a
-// request; the floor is the launch.
+// bytes take. What is left is a fixed cost a call, some 4 us: the launch, the way to memory and back, and at the end
+// the last slice's reduction and two trips to L2, for the row's word and the request's. From top-1 ids: some hundred
+// bytes a request; the floor is the launch.
 //
 // Partition. A row is cut into equal slices of at most 7 KB, if possible so many that they divide the number of SMs or
 // are a multiple of it: 44 for V = 151936 in bfloat16 and 132 SMs. All slices of all rows, in order, are units 0, 1, 2,
@@ -35,7 +35,8 @@
 //
 // Lazily a mismatch is also published in a byte of the request; every warp reads it for its next 32 units while it
 // reduces, so that what is dead costs nothing but that look. What dead rows leave in their words is cleared by the last
-// block to leave; here is the one fence, when nothing is under way.
+// block to leave; here is the one fence, when nothing is under way. (Rows of millions of elements need more bits than a
+// word has: they are joined by a maximum and a released count.)
 #include <algorithm>
 #include <limits>
 
@@ -48,6 +49,7 @@
 #include "smxx/verify/merge.h"
 #include "smxx/verify/row_argmax.cuh"
 #include "smxx/verify/row_reader.cuh"
+#include "smxx/verify/trace.cuh"
 
 namespace dflash::verify {
 namespace {
@@ -91,7 +93,7 @@ __device__ __forceinline__ Unit unit_of(const Slices& slices, unsigned k) {
 // Reads the units of this block. job.row(n): row n, a Row; job.report(n, key): the argmax_key of a slice of row n, the
 // same in all lanes of a warp. If Job::kSkips, job.needed(n) tells whether row n still matters.
 template <LogitType kType, typename Job>
-__device__ __forceinline__ void read_units(const Slices& slices, int vocab_size, const Job& job) {
+__device__ __forceinline__ void read_units(const Slices& slices, int vocab_size, const Job& job, Trace& trace) {
   extern __shared__ uint4 ring[];
   __shared__ uint64_t landed[kWarps];
   __shared__ unsigned next;  // unit of this block
@@ -146,6 +148,7 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
       mbarrier_wait(barrier, parity);
       parity ^= 1;
     }
+    trace.mark(Event::kLanded, now.row);
     unsigned k = take();
     bool wanted = look(k);
 
@@ -154,6 +157,7 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
 #pragma unroll 4
     for (int i = lane; i < count; i += 32) best.take(slot[i], first + i);
     __syncwarp();  // the slot is free
+    trace.mark(Event::kReduced, now.row);
 
     if constexpr (Job::kSkips) {
       while (true) {
@@ -169,10 +173,12 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     }
     const Unit following = unit_of(slices, k);
     copy(following);
+    trace.mark(Event::kCopied, following.row);
 
     uint64_t key = lane < count ? best.key(row.head) : 0;
     if (scalar >= 0) key = max(key, argmax_key(scalar_value, static_cast<uint32_t>(scalar)));
     job.report(now.row, warp_max(key));
+    trace.mark(Event::kReported, now.row);
     now = following;
   }
 }
@@ -246,6 +252,7 @@ struct ReadAll {
   static_assert(kMaxBlockSize < 1 << kCountBits);
   const BlockParams& p;
   const Slices& slices;
+  Trace& trace;
 
   __device__ __forceinline__ int request(int n) const {
     return static_cast<int>(slices.inner.divide(static_cast<uint32_t>(n)));
@@ -261,6 +268,7 @@ struct ReadAll {
     const int64_t guess = load_guess(p, b, j);
     uint32_t index;
     if (!join_row(p.workspace.row(b, j), key, slices, index)) return;
+    trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
     const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
     uint64_t first = ends ? static_cast<uint64_t>(block_size - j) << kTokenBits | index : 0;
@@ -273,13 +281,17 @@ struct ReadAll {
     const auto token = static_cast<int64_t>(first & ((1u << kTokenBits) - 1));
     const Accepted accepted{block_size - static_cast<int>(first >> kTokenBits), token};
     write_outputs(p.out, request, block_size, b, lane, accepted);
+    trace.mark(Event::kRequest, n);
   }
 };
 
 template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1)
     verify_logits_kernel(const __grid_constant__ BlockParams p, const __grid_constant__ Slices slices) {
-  read_units<kType>(slices, p.vocab_size, ReadAll<kType>{p, slices});
+  Trace trace;
+  trace.mark(Event::kStart);
+  read_units<kType>(slices, p.vocab_size, ReadAll<kType>{p, slices, trace}, trace);
+  trace.mark(Event::kEnd);
 }
 
 // ---- lazily ------------------------------------------------------------------------------------------------------
@@ -318,6 +330,7 @@ struct ReadNeeded {
   static constexpr bool kSkips = true;
   const BlockParams& p;
   const Slices& slices;
+  Trace& trace;
 
   __device__ __forceinline__ int position(int n) const {
     return static_cast<int>(slices.inner.divide(static_cast<uint32_t>(n)));
@@ -339,6 +352,7 @@ struct ReadNeeded {
     const int64_t guess = load_guess(p, b, j);
     uint32_t index;
     if (!join_row(p.workspace.row(b, j), key, slices, index)) return;
+    trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
     const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
     unsigned long long state = State::of_row(j, ends, index);
@@ -351,6 +365,7 @@ struct ReadNeeded {
     if (!__shfl_sync(kFullWarp, complete, 0)) return;
     state = __shfl_sync(kFullWarp, state, 0);
     write_outputs(p.out, request, block_size, b, lane, Accepted{State::end(state), State::token(state)});
+    trace.mark(Event::kRequest, n);
   }
 };
 
@@ -358,13 +373,17 @@ template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1)
     verify_lazy_kernel(const __grid_constant__ BlockParams p, const __grid_constant__ Slices slices) {
   __shared__ bool last;
-  read_units<kType>(slices, p.vocab_size, ReadNeeded<kType>{p, slices});
+  Trace trace;
+  trace.mark(Event::kStart);
+  read_units<kType>(slices, p.vocab_size, ReadNeeded<kType>{p, slices, trace}, trace);
   __syncthreads();
   if (threadIdx.x == 0) last = add_acquire_release(p.workspace.blocks_left(), 1) == gridDim.x - 1;
   __syncthreads();
-  if (!last) return;
-  const int64_t words = Workspace::size(p.batch, p.block_size);
-  for (int64_t i = threadIdx.x; i < words; i += kThreads) p.workspace.words[i] = 0;
+  if (last) {
+    const int64_t words = Workspace::size(p.batch, p.block_size);
+    for (int64_t i = threadIdx.x; i < words; i += kThreads) p.workspace.words[i] = 0;
+  }
+  trace.mark(Event::kEnd);
 }
 
 // ---- vocabulary shards -------------------------------------------------------------------------------------------
@@ -388,7 +407,8 @@ struct ReadShard {
 template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1)
     argmax_logits_kernel(const __grid_constant__ ArgmaxParams p, const __grid_constant__ Slices slices) {
-  read_units<kType>(slices, p.vocab_size, ReadShard<kType>{p, slices});
+  Trace trace;
+  read_units<kType>(slices, p.vocab_size, ReadShard<kType>{p, slices}, trace);
 }
 
 // One warp a request.
@@ -478,3 +498,16 @@ void launch_merge_vocab_shards(const MergeParams& p, cudaStream_t stream) {
 }
 
 }  // namespace dflash::verify
+
+#ifdef DFLASH_TRACE
+static_assert(dflash::verify::kWarps <= dflash::verify::kTracedWarps);
+
+// Moves the stamps to `host`, as many bytes as there are (0: too few given), and forgets them.
+extern "C" __attribute__((visibility("default"))) size_t dflash_verify_trace(void* host, size_t bytes) {
+  void* stamps = nullptr;
+  constexpr size_t kBytes = sizeof(dflash::verify::trace_stamps);
+  if (bytes < kBytes || cudaGetSymbolAddress(&stamps, dflash::verify::trace_stamps) != cudaSuccess) return 0;
+  if (cudaMemcpy(host, stamps, kBytes, cudaMemcpyDeviceToHost) != cudaSuccess) return 0;
+  return cudaMemset(stamps, 0, kBytes) == cudaSuccess ? kBytes : 0;
+}
+#endif

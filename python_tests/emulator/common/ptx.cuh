@@ -6,6 +6,10 @@
 namespace dflash {
 
 inline int opaque(int x) { return x; }
+inline unsigned long long global_timer() {
+  static unsigned long long reads = 0;
+  return ++reads;
+}
 inline unsigned char* dynamic_shared() { return emulator::dynamic_shared(); }
 
 inline void copy_async_16(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
