@@ -279,6 +279,13 @@ MUTATIONS = [
     ),
     pytest.param(
         "smxx/verify/verify_block.cu",
+        "static_cast<unsigned>(__ffs(needed)) - 1;",
+        "static_cast<unsigned>(__ffs(needed));",
+        "verify-many_units or verify-every_place or verify-logits_match",
+        id="verify_block, lazy, leaves out a needed slice behind dead ones",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block.cu",
         "if (atomicCAS(word, 0ull, mine) == 0) return false;",
         "return atomicExch(word, mine), false;",
         "verify-logits_match or verify-many_units",

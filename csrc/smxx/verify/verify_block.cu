@@ -82,6 +82,20 @@ struct Unit {
 };
 constexpr int kNone = -1;
 
+// What is copied of a unit.
+struct Span {
+  const uint4* from;
+  uint32_t bytes;
+};
+
+// A row is wanted as long as *byte is at most `most`; nullptr: always.
+struct Watch {
+  const uint8_t* byte;
+  int most;
+
+  __device__ __forceinline__ bool is_wanted() const { return byte == nullptr || load_relaxed(byte) <= most; }
+};
+
 // Unit k of this block.
 __device__ __forceinline__ Unit unit_of(const Slices& slices, unsigned k) {
   const uint32_t n = blockIdx.x + gridDim.x * k;
@@ -91,7 +105,7 @@ __device__ __forceinline__ Unit unit_of(const Slices& slices, unsigned k) {
 }
 
 // Reads the units of this block. job.row(n): row n, a Row; job.report(n, key): the argmax_key of a slice of row n, the
-// same in all lanes of a warp. If Job::kSkips, job.needed(n) tells whether row n still matters.
+// same in all lanes of a warp. If Job::kSkips, job.watch(n) tells how to see whether row n still matters.
 template <LogitType kType, typename Job>
 __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size, const Job& job, Trace& trace) {
   extern __shared__ uint4 ring[];
@@ -102,27 +116,29 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
   uint64_t* const barrier = landed + warp;
   const uint64_t policy = evict_first_policy();
 
-  const auto copy = [&](const Unit& unit) {
-    if (lane != 0 || unit.row == kNone) return;
+  const auto span_of = [&](const Unit& unit) {
+    if (unit.row == kNone) return Span{nullptr, 0};
     const Row<kType> row = job.row(unit.row);
-    const int first = unit.slice * slices.vectors, count = min(slices.vectors, row.vectors - first);
-    if (count <= 0) return;
-    const auto bytes = static_cast<uint32_t>(count) * static_cast<uint32_t>(sizeof(uint4));
-    mbarrier_arrive_expect(barrier, bytes);
-    copy_bulk(slot, row.vector(first), bytes, barrier, policy);
+    const int first = unit.slice * slices.vectors, count = max(min(slices.vectors, row.vectors - first), 0);
+    return Span{row.vector(first), static_cast<uint32_t>(count) * static_cast<uint32_t>(sizeof(uint4))};
+  };
+  const auto copy = [&](const Span& span) {
+    if (lane != 0 || span.bytes == 0) return;
+    mbarrier_arrive_expect(barrier, span.bytes);
+    copy_bulk(slot, span.from, span.bytes, barrier, policy);
   };
   const auto take = [&] {
     unsigned k = 0;
     if (lane == 0) k = atomicAdd(&next, 1u);
     return __shfl_sync(kFullWarp, k, 0);
   };
-  // Whether unit k + lane is worth reading. There is no end to what lies behind the last one.
-  const auto look = [&](unsigned k) {
+  // How to see whether unit k + lane is worth reading. There is no end to what lies behind the last one.
+  const auto watch = [&](unsigned k) {
     if constexpr (Job::kSkips) {
       const Unit unit = unit_of(slices, k + static_cast<unsigned>(lane));
-      return unit.row == kNone || job.needed(unit.row);
+      if (unit.row != kNone) return job.watch(unit.row);
     }
-    return true;
+    return Watch{nullptr, 0};
   };
 
   if (lane == 0) {
@@ -132,7 +148,7 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
   if (threadIdx.x == 0) next = kWarps;
   __syncwarp();
   Unit now = unit_of(slices, static_cast<unsigned>(warp));
-  copy(now);
+  copy(span_of(now));
   __syncthreads();  // `next` is there
 
   uint32_t parity = 0;
@@ -144,13 +160,17 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     const int scalar = row.scalar(vocab_size, lane, now.slice == 0, is_last);
     float scalar_value = 0.0f;
     if (scalar >= 0) scalar_value = Element<kType>::value(row.data[scalar]);
+    // Worked out while the data is on its way, so that the slot stays empty for a short time only.
+    unsigned k = take();
+    Unit following = unit_of(slices, k);
+    Span span = span_of(following);
+    const Watch watched = watch(k);
     if (count > 0) {
       mbarrier_wait(barrier, parity);
       parity ^= 1;
     }
     trace.mark(Event::kLanded, now.row);
-    unsigned k = take();
-    bool wanted = look(k);
+    bool wanted = watched.is_wanted();
 
     Best<kType> best;
     best.start(first + lane);
@@ -167,12 +187,13 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
         const unsigned from = k, dead = needed == 0 ? 32 : static_cast<unsigned>(__ffs(needed)) - 1;
         if (lane == 0) atomicMax(&next, from + dead);
         k = take();
+        following = unit_of(slices, k);
+        span = span_of(following);
         if (k - from < 32 && (needed >> (k - from) & 1) != 0) break;
-        wanted = look(k);
+        wanted = watch(k).is_wanted();
       }
     }
-    const Unit following = unit_of(slices, k);
-    copy(following);
+    copy(span);
     trace.mark(Event::kCopied, following.row);
 
     uint64_t key = lane < count ? best.key(row.head) : 0;
@@ -342,9 +363,9 @@ struct ReadNeeded {
     return Row<kType>(p.logits, request(n, j), j, p.vocab_size);
   }
 
-  __device__ __forceinline__ bool needed(int n) const {
+  __device__ __forceinline__ Watch watch(int n) const {
     const int j = position(n);
-    return p.block_size - j >= load_relaxed(p.workspace.known_end(request(n, j)));
+    return Watch{p.workspace.known_end(request(n, j)), p.block_size - j};
   }
 
   __device__ __forceinline__ void report(int n, uint64_t key) const {
@@ -358,7 +379,8 @@ struct ReadNeeded {
     unsigned long long state = State::of_row(j, ends, index);
     bool complete = false;
     if (lane == 0) {
-      // A later row may take the place of an earlier one: all units up to the later one have been taken by then.
+      // A later row may take the place of an earlier one. All units up to the later one have been taken by then: of
+      // those between, the few that are not looked up yet may be read in vain.
       if (ends) store_relaxed(p.workspace.known_end(b), static_cast<uint8_t>(block_size - j));
       complete = join(p.workspace.state(b), state, State::merge, State::is_complete);
     }
