@@ -263,6 +263,8 @@ def info_module(source: Source) -> types.ModuleType:
 
     def take(tree_cache: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         count = args[-1]
+        if hasattr(tree_cache, "take"):
+            return tree_cache.take(count)
         start = tree_cache.taken
         tree_cache.taken += count
         return torch.arange(start, start + count, dtype=torch.int32)
@@ -298,8 +300,8 @@ def info_module(source: Source) -> types.ModuleType:
     return module
 
 
-def worker_module(source: Source) -> types.ModuleType:
-    """`dflash_worker_v2` with the real methods that seams replace or are called from, and nothing else."""
+def worker_module(source: Source, more: tuple[str, ...] = ()) -> types.ModuleType:
+    """`dflash_worker_v2` with the real methods that seams replace or are called from, and nothing else but ``more``."""
     members = (
         APPEND,
         "_append_target_hidden_sequential",
@@ -308,6 +310,8 @@ def worker_module(source: Source) -> types.ModuleType:
         "_ensure_accept_bonus_buffers",
         "forward_batch_generation",
         "_accept_block",
+        "_ensure_draft_block_buffers",
+        *more,
     )
     module = make_module(
         WORKER_MODULE,
@@ -355,7 +359,9 @@ def parts(source: Source, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         shard_indices=types.SimpleNamespace(num_added_elements=0, num_org_elements=V, org_vocab_start_index=0),
     )
     embed = VocabParallelEmbedding(V, H).to(dtype)
-    target = types.SimpleNamespace(model=types.SimpleNamespace(lm_head=head, get_input_embeddings=lambda: embed))
+    model = torch.nn.Module()
+    model.lm_head, model.get_input_embeddings = head, lambda: embed
+    target = types.SimpleNamespace(model=model)
     target.model_config = types.SimpleNamespace(context_len=40)
     target.device, target.tp_rank = torch.device("cpu"), 0
     target.req_to_token_pool = types.SimpleNamespace(req_to_token=torch.zeros(6, 40, dtype=torch.int32))
@@ -497,7 +503,13 @@ def test_another_plugins_worker_is_left_alone(engine: types.ModuleType, monkeypa
 
 
 def test_all_seams_are_active_on_a_plain_drafter(engine: types.ModuleType, source: Source) -> None:
-    assert set(table(make_worker(engine, parts(source))).values()) == {"active"}
+    states = table(make_worker(engine, parts(source)))
+    # These three need a target with graphs; the whole steps in test_sglang_steps.py have one.
+    assert states.pop("logits").startswith("stock 0 logits processors")
+    assert states.pop("inputs").startswith("stock a worker without") and states.pop("metadata").startswith(
+        "stock no graphs"
+    )
+    assert set(states.values()) == {"active"}
 
 
 @pytest.mark.parametrize(
@@ -708,8 +720,9 @@ def test_failing_replacement_falls_back_once_and_for_all(
     getattr(worker, APPEND)(**injection(2, torch.float32, rng))
     assert (given["draft_model_runner"].token_to_kv_pool.k_buffer[0] != -7).any()
     assert table(worker)["inject"] == "stock failed: no such kernel"
-    worker._dflash_seams.check()
+    worker._dflash_seams.end_step()
 
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", "inject")
     monkeypatch.setenv("DFLASH_KERNELS_STRICT", "1")
     worker = make_worker(engine, parts(source))
     monkeypatch.setattr(
@@ -731,10 +744,10 @@ def test_seams_are_switched_between_steps(
     given = parts(source)
     given["draft_model"].quantizable = True
     worker = make_worker(engine, given)
-    monkeypatch.setattr(engine.DFlashWorkerV2, "forward_batch_generation", lambda self: None)
+    monkeypatch.setattr(engine.DFlashWorkerV2, "forward_batch_generation", lambda self, batch: None)
 
     def active() -> set[str]:
-        worker.forward_batch_generation()
+        worker.forward_batch_generation(None)
         return {name for name, state in table(worker).items() if state.startswith("active")}
 
     assert active() == {"accept", "prepare", "head"}  # no file yet
@@ -914,6 +927,7 @@ def test_other_draft_samplers_are_declined(
     assert table(make_worker(engine, given))["head"] == "stock SGLang keeps the draft head eager"
     with pytest.raises(Declined, match="draft sampler _DominoDraftSampler"):
         plugin.HeadSeam().replace(type("_DominoDraftSampler", (), {})())
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", "head")
     monkeypatch.setenv("DFLASH_KERNELS_STRICT", "1")
     with pytest.raises(Refused, match="seam head declined: SGLang keeps the draft head eager"):
         make_worker(engine, {**given, "draft_model": build_drafter(source, torch.float32)})

@@ -28,11 +28,24 @@ def parameters_of(node: ast.AST | None) -> list[Parameter]:
     return [p for p in found if p.name != "self"]
 
 
+# Targets that a version has rewritten, so that the seam stays stock there.
+CHANGED = {
+    ("0.5.23", "LogitsProcessor._copy_logits_to_buffer"): "unknown parameter softcap",
+    ("0.5.23", "LogitsProcessor._compute_lm_head"): "unknown parameter out",
+    ("0.5.23", "FlashAttentionBackend._apply_cuda_graph_metadata"): "no parameter seq_lens_sum",
+}
+
+
 @pytest.mark.parametrize("target", [t for seam in SEAMS for t in seam.targets], ids=lambda t: t.qualname)
 def test_target_is_there_with_the_expected_signature(source: Source, target: Target) -> None:
     node = source.find(target.module, target.qualname)
     assert node is not None, f"sglang {source.version} has no {target.module}.{target.qualname}"
-    target.check(parameters_of(node))
+    declined = CHANGED.get((source.version, target.qualname))
+    if declined is None:
+        target.check(parameters_of(node))
+    else:
+        with pytest.raises(Declined, match=declined):
+            target.check(parameters_of(node))
 
 
 @pytest.mark.parametrize("seam", [s for s in SEAMS if issubclass(s, FunctionSeam)], ids=lambda s: s.name)

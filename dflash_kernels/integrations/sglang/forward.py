@@ -123,6 +123,7 @@ class ForwardSeam(Seam):
             follow_loading(model, self._repack)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
         self.out = torch.empty(batch * self.block_size, hidden, dtype=self.dtype, device=device)
+        self.captured_sizes: set[int] = set()  # batch sizes whose graphs hold this pass
         stock = model.forward
 
         # The graph runner looks for `input_embeds` in the signature.
@@ -133,13 +134,21 @@ class ForwardSeam(Seam):
             input_embeds: torch.Tensor | None = None,
             **rest: Any,
         ) -> Any:
+            output = None
             if self.active and input_embeds is not None and self._fits(input_ids, forward_batch):
                 try:
-                    return self._output(self.run(input_ids, positions, forward_batch))
+                    output = self._output(self.run(input_ids, positions, forward_batch))
                 except Exception as error:
                     self.failed(error)
+                    # Seam `inputs` may have left the embedding to this pass.
+                    input_embeds = torch.nn.functional.embedding(input_ids, self.embed)
                     if self.settings.strict:
                         raise Refused(f"dflash-kernels: seam {self.name} failed: {error}") from error
+            if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+                change = self.captured_sizes.discard if output is None else self.captured_sizes.add
+                change(int(forward_batch.batch_size))
+            if output is not None:
+                return output
             return stock(input_ids, positions, forward_batch, input_embeds, **rest)
 
         model.forward = forward

@@ -20,13 +20,26 @@ from dflash_kernels.integrations.sglang.accept import AcceptSeam
 from dflash_kernels.integrations.sglang.forward import ForwardSeam
 from dflash_kernels.integrations.sglang.head import HeadSeam
 from dflash_kernels.integrations.sglang.inject import InjectSeam
+from dflash_kernels.integrations.sglang.inputs import InputsSeam
+from dflash_kernels.integrations.sglang.logits import LogitsSeam
+from dflash_kernels.integrations.sglang.metadata import MetadataSeam
 from dflash_kernels.integrations.sglang.prepare import PrepareSeam
 from dflash_kernels.integrations.sglang.reserve import ReserveSeam
 from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Refused, Seam, logger
 from dflash_kernels.integrations.sglang.settings import Settings, read_settings
 
 HOOK_TARGET = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
-SEAMS: tuple[type[Seam], ...] = (InjectSeam, AcceptSeam, PrepareSeam, HeadSeam, ForwardSeam, ReserveSeam)
+SEAMS: tuple[type[Seam], ...] = (
+    InjectSeam,
+    AcceptSeam,
+    LogitsSeam,
+    PrepareSeam,
+    InputsSeam,
+    MetadataSeam,
+    HeadSeam,
+    ForwardSeam,
+    ReserveSeam,
+)
 
 _current: dict[type, Seams] = {}  # of each of our worker classes, the seams of its next worker
 
@@ -112,6 +125,21 @@ class Seams:
 
         self.each(bind)
 
+    def captured(self, worker: Any) -> None:
+        self.each(lambda seam: seam.captured(worker))
+
+    def start_step(self, batch: Any) -> None:
+        self.follow_switch()
+        for seam in self._open:
+            seam.start_step(batch)
+
+    def end_step(self) -> None:
+        """Raise what a replacement raised inside a function whose errors SGLang swallows."""
+        for seam in self._open:
+            seam.end_step()
+            if seam.error is not None:
+                raise Refused(f"dflash-kernels: seam {seam.name} failed: {seam.error}") from seam.error
+
     def follow_switch(self) -> None:
         """Use the seams that the switch file names, if it has changed."""
         if not self.settings.switch:
@@ -129,12 +157,6 @@ class Seams:
                 seam.active = seam.name in named
                 seam.reason = "" if seam.active else "switched off"
         logger.warning("%s", self.table())
-
-    def check(self) -> None:
-        """Raise what a replacement raised inside a function whose errors SGLang swallows."""
-        for seam in self._open:
-            if seam.error is not None:
-                raise Refused(f"dflash-kernels: seam {seam.name} failed: {seam.error}") from seam.error
 
     def table(self) -> str:
         """One line a seam: its name, active or stock, why."""
@@ -188,6 +210,7 @@ def _subclass(base: type) -> type:
             head = self._dflash_seams["head"]
             if head.active and not _has_our_sampler(self):
                 self._dflash_seams.decline(head, "no draft graph was captured with a sampler")
+            self._dflash_seams.captured(self)
             if getattr(self.model_runner, "tp_rank", 0) == 0:
                 logger.warning("%s", self._dflash_seams.table())
             return result
@@ -213,10 +236,10 @@ def _subclass(base: type) -> type:
                     inject.failed(error)
             super()._append_target_hidden_to_draft_kv_by_loc(**kwargs)
 
-        def forward_batch_generation(self, *args: Any, **kwargs: Any) -> Any:
-            self._dflash_seams.follow_switch()
-            result = super().forward_batch_generation(*args, **kwargs)
-            self._dflash_seams.check()
+        def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            self._dflash_seams.start_step(batch)
+            result = super().forward_batch_generation(batch, *args, **kwargs)
+            self._dflash_seams.end_step()
             return result
 
     DFlashKernelsWorker.__qualname__ = DFlashKernelsWorker.__name__ = f"DFlashKernels{base.__name__}"

@@ -69,7 +69,8 @@ class Seam:
     """One place where the worker runs this package's kernels instead of its own.
 
     ``prepare`` runs when the worker has been built (the models are loaded, no pool exists yet), ``bind`` before the
-    CUDA graphs are captured (the pools exist). Both raise `Declined` to stay stock.
+    drafter's CUDA graphs are captured (the pools and the target's graphs exist), ``captured`` after it. All raise
+    `Declined` to stay stock.
     """
 
     name: ClassVar[str]
@@ -95,6 +96,15 @@ class Seam:
 
     def bind(self, worker: Any) -> None:
         """Check the pools, build the rest."""
+
+    def captured(self, worker: Any) -> None:
+        """The graphs are captured: what needs them."""
+
+    def start_step(self, batch: Any) -> None:
+        """Before a step of the worker; never raises."""
+
+    def end_step(self) -> None:
+        """After it."""
 
     def failed(self, error: BaseException) -> None:
         """The replacement raised: back to stock for good, or (strict) stop at the end of the step.
