@@ -9,7 +9,8 @@ Baselines, with versions in the name, all captured in graphs; the best of them i
 Beside it, `eager`: SGLang's steps launched one by one from the host, as the engine does (torch's where SGLang is not
 installed). Taps are one concatenated tensor for all, as SGLang's target graph leaves them. Baselines compute every row
 of a block; the op skips the rows that were not committed. Rows named `commit 6.5` have 6 or 7 of T rows committed,
-requests in turn; `prefill` has no lengths; the others have all.
+requests in turn; `prefill` has no lengths; the others have all. `fc 1/R` is the work of one of R ranks that share fc by
+output rows, without the all-gather between the two halves; its baselines hold all of fc, as engines do.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def _compiled(function: Callable[..., object]) -> Callable[..., object]:
     return torch.compile(function)
 
 
-def _case(shape: DrafterShape, batch: int, commit: float, prefill: bool = False) -> Case:
-    """`commit` rows of T committed on average; `prefill`: batch * T rows without lengths."""
+def _case(shape: DrafterShape, batch: int, commit: float, prefill: bool = False, ranks: int = 1) -> Case:
+    """`commit` rows of T committed on average; `prefill`: batch * T rows without lengths; `ranks` that share fc."""
     rows = batch * shape.T
     commits = [int(commit) + (1 if b % 2 == 0 and commit % 1 else 0) for b in range(batch)]
     live = rows if prefill else sum(commits)
@@ -111,6 +112,17 @@ def _case(shape: DrafterShape, batch: int, commit: float, prefill: bool = False)
                 k_caches, v_caches, workspace, EPS, plan,
             )  # fmt: skip
 
+        shard, gathered = fc_weight[: shape.H // ranks], draw(ranks, rows, shape.H // ranks)
+
+        def ours_sharded() -> None:
+            ops.inject_kv_fuse(taps, shard, commit_lens, gathered[0], workspace, EPS)
+            ops.inject_kv_project(
+                gathered, hidden_norm, kv_weight, None, k_norm, cos_sin, positions, slots, commit_lens,
+                k_caches, v_caches, workspace, EPS,
+            )  # fmt: skip
+
+        mine = ours if ranks == 1 else ours_sharded
+
         def chain(norm: Callable[..., torch.Tensor], write: Callable[..., object]) -> None:
             fused = norm(F.linear(hidden, fc_weight), hidden_norm)
             kv = F.linear(fused, flat_kv_weight)
@@ -119,11 +131,11 @@ def _case(shape: DrafterShape, batch: int, commit: float, prefill: bool = False)
         torch_eager = f"torch eager {torch.__version__}"
         baselines = {torch_eager: lambda: chain(_norm, _write)}
         if device.type != "cuda":
-            return Calls(ours, baselines)
+            return Calls(mine, baselines)
         baselines[f"torch compile {torch.__version__}"] = lambda: chain(_compiled(_norm), _compiled(_write))
         found = _sglang()
         if found is None:
-            return Calls(ours, baselines, {torch_eager: baselines[torch_eager]})
+            return Calls(mine, baselines, {torch_eager: baselines[torch_eager]})
         name, norm_and_rotate, store = found
         projected = torch.empty(rows, shape.L * width, device=device, dtype=torch.bfloat16)
         k_scratch, v_scratch = torch.empty(2, shape.L, rows, shape.Hkv, shape.D, device=device, dtype=torch.bfloat16)
@@ -140,19 +152,21 @@ def _case(shape: DrafterShape, batch: int, commit: float, prefill: bool = False)
                 store(k_scratch[layer], v_scratch[layer], slots, k_caches[layer], v_caches[layer])
 
         baselines[name] = engine
-        return Calls(ours, baselines, {f"{name} eager": engine})
+        return Calls(mine, baselines, {f"{name} eager": engine})
 
+    share = f" fc 1/{ranks}" if ranks > 1 else ""
+    weights = shape.K * shape.H * shape.H // ranks + shape.L * 2 * shape.Hkv * shape.D * shape.H
     detail = f"prefill {rows}" if prefill else f"B{batch} T{shape.T}"
     if not prefill and commit != shape.T:
         detail += f" commit {commit:g}"
     return Case(
         suite=SUITE,
         op="inject_kv",
-        shape=f"{shape.name} {detail} L{shape.L} K{shape.K} H{shape.H} {shape.Hkv}x{shape.D}",
+        shape=f"{shape.name} {detail}{share} L{shape.L} K{shape.K} H{shape.H} {shape.Hkv}x{shape.D}",
         dtype="bf16",
         regime="latency" if rows <= 64 else "throughput",
-        bytes=2 * (shape.inject_weights + live * (shape.K * shape.H + shape.kv_token)),
-        flops=2 * live * shape.inject_weights,
+        bytes=2 * (weights + live * (shape.K * shape.H + shape.kv_token)),
+        flops=2 * live * weights,
         stream="read",
         make=make,
     )
@@ -163,11 +177,13 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if device.type != "cuda":
         yield _case(TINY, 2, TINY.T)
         yield _case(TINY, 2, 3)
+        yield _case(TINY, 2, 3, ranks=2)
         return
     for batch in (1, 4, 32, 64):
         yield _case(QWEN3_8B, batch, 6.5)
     yield _case(QWEN3_8B, 4096 // QWEN3_8B.T, QWEN3_8B.T, prefill=True)
     yield _case(QWEN35_397B_TP8, 1, 6.5)
+    yield _case(QWEN35_397B_TP8, 1, 6.5, ranks=8)
     if quick:
         return
     for batch in (1, 4, 32):

@@ -174,6 +174,21 @@ CHECKS = [
         {"shape": {"batch": 14, "block": 7, "dim": 128, "heads": 1, "norm": False}, "index": torch.int32},
         {"shape": {"batch": 70, "block": 1, "dim": 256, "heads": 1, "num_taps": 1}, "index": torch.int64},
     ),
+    *calls(
+        test_inject.test_options_match_reference,
+        {"shape": {}, "options": test_inject.OPTIONS[3]},
+        {"shape": {"batch": 11, "dim": 64}, "options": test_inject.OPTIONS[0]},
+        {"shape": {"batch": 11, "dim": 64}, "options": test_inject.OPTIONS[3]},
+        {"shape": {"batch": 2, "block": 3, "dim": 256, "heads": 1, "num_taps": 1}, "options": test_inject.OPTIONS[4]},
+    ),
+    *calls(test_inject.test_options_pass_a_plan_by),
+    *calls(test_inject.test_codes_of_every_bf16_value),
+    *calls(
+        test_inject.test_shards_equal_the_whole,
+        {"shape": {"hidden": 128, "heads": 4}, "ranks": 4},
+        {"shape": {"batch": 11, "hidden": 64, "heads": 2, "dim": 64, "tap_norm": True, "fp8": "scales"}, "ranks": 8},
+        {"shape": {"batch": 11, "hidden": 64, "heads": 2, "layers": 1}, "ranks": 1},
+    ),
     *calls(test_inject.test_rounding_is_exact_where_every_product_is),
     *calls(test_inject.test_dead_rows_are_not_read),
     *calls(
@@ -241,6 +256,13 @@ MUTATIONS = [
         "if (b < p.batch) first_of[b] = through - sum;",
         "inject-many_requests",
         id="live tokens of earlier warps are forgotten",
+    ),
+    pytest.param(
+        "smxx/norm/rmsnorm.cu",
+        "i / part_pairs * (p.part_stride / 2)",
+        "i / part_pairs * (p.x_stride / 2)",
+        "inject-shards_equal",
+        id="parts of a row lie side by side",
     ),
     pytest.param(
         "smxx/verify/verify_block.cu",

@@ -9,7 +9,15 @@ import pytest
 import torch
 from conftest import on_device
 
-from dflash_kernels.ops import InjectPlan, inject_kv, inject_kv_plan, inject_kv_workspace
+from dflash_kernels.ops import (
+    InjectPlan,
+    inject_kv,
+    inject_kv_fuse,
+    inject_kv_plan,
+    inject_kv_project,
+    inject_kv_sharded,
+    inject_kv_workspace,
+)
 from dflash_kernels.reference.inject import context_kv, live_rows
 
 POISON = -7.0
@@ -31,6 +39,10 @@ class Inputs:
     v_caches: list[torch.Tensor]
     workspace: torch.Tensor
     eps: float = 1e-6
+    tap_norm: torch.Tensor | None = None
+    value_scale: float = 1.0
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
     plan: InjectPlan | None = None
 
     def with_plan(self, blocks: int | None = None) -> Inputs:
@@ -45,12 +57,17 @@ class Inputs:
     def reference(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return context_kv(
             self.taps, self.fc_weight, self.hidden_norm, self.kv_weight, self.kv_bias, self.k_norm, self.cos_sin,
-            self.positions, self.k_caches[0].shape[2], self.eps, dtype,
+            self.positions, self.k_caches[0].shape[2], self.eps, dtype, self.tap_norm, self.value_scale,
         )  # fmt: skip
 
+    @property
+    def is_fp8(self) -> bool:
+        return self.k_caches[0].dtype == torch.float8_e4m3fn
+
     def caches(self) -> torch.Tensor:
-        """All caches, [2, L, S, Hkv, D]."""
-        return torch.stack([torch.stack(self.k_caches), torch.stack(self.v_caches)])
+        """All caches, [2, L, S, Hkv, D]; e4m3 as uint8."""
+        views = [c.view(torch.uint8) if self.is_fp8 else c for c in self.k_caches + self.v_caches]
+        return torch.stack(views).unflatten(0, (2, -1))
 
 
 def rope_table(positions: int, rotary_dim: int) -> torch.Tensor:
@@ -75,8 +92,13 @@ def make(
     norm: bool = True,
     sliced: bool = True,
     commit: list[int] | None = None,
+    tap_norm: bool = False,
+    value_scale: float = 1.0,
+    fp8: str = "",
 ) -> Inputs:
+    """`fp8`: "" (caches of `dtype`), "codes" (e4m3 without scales) or "scales"."""
     rows = batch * block
+    cache_dtype = torch.float8_e4m3fn if fp8 else dtype
 
     def draw(*shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
         return (torch.randn(*shape, generator=rng) * scale + shift).to(dtype).to(device)
@@ -95,9 +117,13 @@ def make(
         positions=torch.randint(0, 64, (rows,), generator=rng).to(index).to(device),
         slots=torch.randperm(pool, generator=rng)[:rows].to(index).to(device),
         commit_lens=None if commit is None else torch.tensor(commit, dtype=index, device=device),
-        k_caches=[torch.full((pool, heads, dim), POISON, dtype=dtype, device=device) for _ in range(layers)],
-        v_caches=[torch.full((pool, heads, dim), POISON, dtype=dtype, device=device) for _ in range(layers)],
+        k_caches=[torch.full((pool, heads, dim), POISON, dtype=cache_dtype, device=device) for _ in range(layers)],
+        v_caches=[torch.full((pool, heads, dim), POISON, dtype=cache_dtype, device=device) for _ in range(layers)],
         workspace=inject_kv_workspace(rows, hidden, layers, heads, dim, dtype, device, num_taps=num_taps),
+        tap_norm=draw(num_taps, hidden, scale=0.1, shift=1.0) if tap_norm else None,
+        value_scale=value_scale,
+        k_scale=(torch.rand(layers, generator=rng) * 0.1 + 0.02).to(device) if fp8 == "scales" else None,
+        v_scale=(torch.rand(layers, generator=rng) * 0.1 + 0.001).to(device) if fp8 == "scales" else None,
     )
 
 
@@ -108,17 +134,33 @@ def check_against_reference(inputs: Inputs) -> None:
     after = inputs.caches()
     rows = live_rows(len(inputs.slots), inputs.commit_lens)
     slots = inputs.slots[rows].long()
-    for out, exact, rounded in zip(
-        after, inputs.reference(torch.float32), inputs.reference(inputs.fc_weight.dtype), strict=True
+    for out, exact, rounded, scale in zip(
+        after,
+        inputs.reference(torch.float32),
+        inputs.reference(inputs.fc_weight.dtype),
+        (inputs.k_scale, inputs.v_scale),
+        strict=True,
     ):
-        written, exact, rounded = out[:, slots].float(), exact[:, rows], rounded[:, rows].float()
-        if rows:
+        written, exact, rounded = out[:, slots], exact[:, rows], rounded[:, rows].float()
+        if rows and inputs.is_fp8:
+            check_codes(written, exact, (rounded - exact).abs().max(), scale)
+        elif rows:
+            written = written.float()
             one_rounding = exact.abs().max() * 2.0**-8 if out.dtype == torch.bfloat16 else 1e-5
             allowed = 2 * (rounded - exact).abs().max() + one_rounding
             assert (written - exact).abs().max() <= allowed
     untouched = torch.ones(after.shape[2], dtype=torch.bool, device=slots.device)
     untouched[slots] = False
     assert torch.equal(after[:, :, untouched], before[:, :, untouched])
+
+
+def check_codes(codes: torch.Tensor, exact: torch.Tensor, error: torch.Tensor, scale: torch.Tensor | None) -> None:
+    """Codes [L, N, Hkv, D] stand for exact / scale within e4m3's rounding, saturated, and for no NaN."""
+    factor = 1.0 if scale is None else 1.0 / scale[:, None, None, None]
+    wanted = exact * factor
+    values = codes.view(torch.float8_e4m3fn).float()
+    allowed = wanted.abs() * 2.0**-4 + 2.0**-10 + (2 * error + exact.abs() * 2.0**-8) * factor * 1.07
+    assert ((values - wanted.clamp(-448, 448)).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
@@ -146,6 +188,200 @@ def test_matches_reference(device: str, rng: torch.Generator, shape: dict[str, i
     batch, block = shape.get("batch", 3), shape.get("block", 8)
     commit = torch.randint(0, block + 1, (batch,), generator=rng).tolist()
     check_against_reference(make(rng, device, index=index, commit=commit, **shape))
+
+
+OPTIONS = [
+    {"tap_norm": True},
+    {"value_scale": 0.625},
+    {"fp8": "codes"},
+    {"fp8": "scales", "value_scale": -3.0},
+    {"fp8": "scales", "tap_norm": True, "bias": False, "norm": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"batch": 11, "dim": 64},
+        {"batch": 11, "block": 7, "dim": 128, "heads": 1, "hidden": 136},
+        {"batch": 9, "block": 8, "dim": 18, "rotary_dim": 6, "hidden": 72, "heads": 3},
+        {"batch": 2, "block": 3, "dim": 256, "heads": 1, "num_taps": 1},
+    ],
+    ids=str,
+)
+def test_options_match_reference(
+    device: str, rng: torch.Generator, shape: dict[str, int], options: dict[str, object]
+) -> None:
+    batch, block = shape.get("batch", 3), shape.get("block", 8)
+    for commit in (None, torch.randint(0, block + 1, (batch,), generator=rng).tolist()):
+        check_against_reference(make(rng, device, commit=commit, **shape, **options))
+
+
+def test_options_pass_a_plan_by(device: str, rng: torch.Generator) -> None:
+    """The packed weights are not read: they may hold anything."""
+    for options in OPTIONS:
+        inputs = make(rng, device, commit=[3, 8, 0], **options).with_plan(2)
+        inputs.plan.tiles.fill_(float("nan"))
+        check_against_reference(inputs)
+
+
+def test_codes_of_every_bf16_value(device: str, rng: torch.Generator) -> None:
+    """V is copied here, so that its code is known: to the nearest, ties to even, saturating; as uint8 too."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.bfloat16).float()
+    values = values[values.abs() <= 1000.0]
+    values = values[: len(values) // 64 * 64].view(-1, 64)
+    inputs = make(
+        rng, device, batch=len(values), block=1, num_taps=1, layers=1, heads=1, dim=64, hidden=64, bias=False,
+        norm=False, fp8="codes",
+    )  # fmt: skip
+    inputs.v_scale = torch.tensor([2.0], device=device)
+    eye = torch.eye(64, dtype=torch.bfloat16, device=device)
+    inputs.fc_weight, inputs.kv_weight = eye, torch.cat([eye, eye])[None]
+    inputs.taps = [values.bfloat16().to(device)]
+    # x = w(f * scale * hidden_norm): with an eps that outweighs the squares, scale is 2^-20 exactly.
+    inputs.eps, inputs.hidden_norm = 2.0**40, torch.full((64,), 2.0**20, dtype=torch.bfloat16, device=device)
+    caches = inputs.v_caches
+    inputs.k_caches = [c.view(torch.uint8) for c in inputs.k_caches]
+    inputs.v_caches = [c.view(torch.uint8) for c in inputs.v_caches]
+    inputs.run()
+    expected = (values / 2).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    written = caches[0][inputs.slots.long().to(device), 0].float().cpu()
+    assert torch.equal(written, expected)
+
+
+# ---- fc sharded by output rows --------------------------------------------------------------------------------------
+
+
+def run_sharded(inputs: Inputs, ranks: int, kv_ranks: int) -> list[torch.Tensor]:
+    """Every rank's call after the other: R = `ranks` shards of fc, `kv_ranks` of the KV heads. Their `fused`."""
+    rows, hidden = len(inputs.slots), inputs.fc_weight.shape[0]
+    layers, heads, dim = len(inputs.k_caches), inputs.k_caches[0].shape[1], inputs.k_caches[0].shape[2]
+    width, per_rank = hidden // ranks, heads // kv_ranks
+    parts = [inputs.fc_weight.new_full((rows, width), float("nan")) for _ in range(ranks)]
+    for rank in range(ranks):
+        inject_kv_fuse(
+            inputs.taps, inputs.fc_weight[rank * width : (rank + 1) * width].contiguous(), inputs.commit_lens,
+            parts[rank], inputs.workspace, inputs.eps, inputs.tap_norm,
+        )  # fmt: skip
+    whole = torch.stack(parts)
+    weight = inputs.kv_weight.view(layers, 2, heads, dim, hidden)
+    bias = None if inputs.kv_bias is None else inputs.kv_bias.view(layers, 2, heads, dim)
+    for rank in range(kv_ranks):
+        mine = slice(rank * per_rank, (rank + 1) * per_rank)
+
+        def gather(fused: torch.Tensor, rank: int = rank) -> torch.Tensor:
+            assert torch.equal(fused.isnan(), parts[rank % ranks].isnan())
+            return whole
+
+        share = weight[:, :, mine].reshape(layers, 2 * per_rank * dim, hidden).contiguous()
+        inject_kv_sharded(
+            inputs.taps, inputs.fc_weight[rank % ranks * width :][:width].contiguous(), inputs.hidden_norm, share,
+            None if bias is None else bias[:, :, mine].reshape(layers, -1).contiguous(), inputs.k_norm,
+            inputs.cos_sin, inputs.positions, inputs.slots, inputs.commit_lens,
+            [c[:, mine] for c in inputs.k_caches], [c[:, mine] for c in inputs.v_caches], inputs.workspace, inputs.eps,
+            torch.full_like(parts[0], float("nan")), gather, inputs.tap_norm, inputs.value_scale, inputs.k_scale,
+            inputs.v_scale,
+        )  # fmt: skip
+    return parts
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden": 128, "heads": 4},
+        {"batch": 11, "hidden": 64, "heads": 8, "dim": 64, "layers": 1},
+        {"batch": 12, "hidden": 192, "heads": 2, "dim": 64, "tap_norm": True, "fp8": "scales", "value_scale": 2.0},
+    ],
+    ids=str,
+)
+def test_shards_equal_the_whole(device: str, rng: torch.Generator, ranks: int, shape: dict[str, int]) -> None:
+    batch = shape.get("batch", 3)
+    for commit in (None, torch.randint(0, 9, (batch,), generator=rng).tolist(), [0] * batch):
+        inputs = make(rng, device, commit=commit, **shape)
+        dead = torch.ones(batch * 8, dtype=torch.bool, device=device)
+        dead[live_rows(batch * 8, inputs.commit_lens)] = False
+        fused: list[torch.Tensor] = []
+        sharded = ShardedInputs(**vars(inputs), ranks=ranks, kv_ranks=min(ranks, shape["heads"]), fused=fused)
+        check_against_reference(sharded)
+        for part in fused:
+            assert part[dead].isnan().all() and not part[~dead].isnan().any()
+
+
+@dataclass
+class ShardedInputs(Inputs):
+    ranks: int = 1
+    kv_ranks: int = 1
+    fused: list[torch.Tensor] | None = None
+
+    def run(self) -> None:
+        self.workspace.fill_(float("nan"))
+        self.fused += run_sharded(self, self.ranks, self.kv_ranks)
+
+
+@pytest.mark.parametrize(("batch", "commit"), [(3, [2, 8, 5]), (9, [8] * 9)])
+def test_sharded_opcheck(device: str, rng: torch.Generator, batch: int, commit: list[int]) -> None:
+    i = make(rng, device, batch=batch, commit=commit)
+    fused = torch.zeros(len(i.slots), 32, dtype=torch.bfloat16, device=device)
+    halves = torch.zeros(2, len(i.slots), 32, dtype=torch.bfloat16, device=device)
+    ops = torch.ops.dflash
+    torch.library.opcheck(
+        ops.inject_kv_fuse.default,
+        (i.taps, i.fc_weight[:32].contiguous(), i.commit_lens, fused, i.workspace, i.eps),
+    )
+    torch.library.opcheck(
+        ops.inject_kv_project.default,
+        (halves, i.hidden_norm, i.kv_weight, i.kv_bias, i.k_norm, i.cos_sin, i.positions, i.slots, i.commit_lens,
+         i.k_caches, i.v_caches, i.workspace, i.eps),
+    )  # fmt: skip
+
+
+def test_sharded_no_rows(device: str, rng: torch.Generator) -> None:
+    for commit in (None, []):
+        inputs = make(rng, device, batch=0, commit=commit)
+        run_sharded(inputs, 2, 2)
+        assert (inputs.caches() == POISON).all()
+
+
+def test_sharded_errors(device: str, rng: torch.Generator) -> None:
+    i = make(rng, device, commit=[8, 8, 8])
+    fused = torch.zeros(24, 32, dtype=torch.bfloat16, device=device)
+    half = i.fc_weight[:32].contiguous()
+
+    def fuse(message: str, **changes: object) -> None:
+        given = {"taps": i.taps, "fc_weight": half, "commit_lens": i.commit_lens, "fused": fused,
+                 "workspace": i.workspace, "eps": 1e-6, **changes}  # fmt: skip
+        with pytest.raises(ValueError, match=r"^dflash::inject_kv: " + message):
+            inject_kv_fuse(**given)
+
+    fuse(r"fused must have shape \[24, 32\], got \[23, 32\]", fused=fused[1:])
+    fuse(r"fc_weight must have shape \[\*, 192\], got \[32, 191\]", fc_weight=half[:, 1:])
+    fuse(r"fused must have dtype bfloat16, got float32", fused=fused.float())
+    fuse(r"tap_norm must have shape \[3, 64\], got \[2, 64\]", tap_norm=fused.new_zeros(2, 64))
+    fuse(
+        r"workspace must hold at least \d+ elements, got 8",
+        workspace=i.workspace[:8],
+        tap_norm=fused.new_zeros(3, 64),
+    )
+
+    def project(message: str, given: torch.Tensor, **changes: object) -> None:
+        with pytest.raises(ValueError, match=r"^dflash::inject_kv: " + message):
+            inject_kv_project(
+                given, i.hidden_norm, i.kv_weight, i.kv_bias, i.k_norm, i.cos_sin, i.positions, i.slots, i.commit_lens,
+                i.k_caches, i.v_caches, i.workspace, i.eps, **changes,
+            )  # fmt: skip
+
+    project(r"fused must have shape \[\*, \*, \*\], got \[24, 64\]", fused.new_zeros(24, 64))
+    project(r"fused.size\(0\) must be in 1..8, got 16", fused.new_zeros(16, 24, 4))
+    project(r"hidden_norm must have shape \[96\], got \[64\]", fused.new_zeros(3, 24, 32))
+    project(r"fused must be contiguous", fused.new_zeros(24, 2, 32).transpose(0, 1))
+    project(
+        r"k_scale must be None with caches of the weights' dtype", fused.new_zeros(2, 24, 32), k_scale=torch.ones(2)
+    )
+    assert (i.caches() == POISON).all()
 
 
 def test_float32_on_the_cpu(rng: torch.Generator) -> None:
@@ -361,6 +597,12 @@ def b16(*shape: int) -> torch.Tensor:
         ({"v_caches": [b16(51, 2, 32)]}, r"v_caches must hold as many layers as k_caches \(2\), got 1"),
         ({"v_caches": [b16(51, 2, 32), b16(50, 2, 32)]}, r"v_caches\[1\] must have shape \[51, 2, 32\]"),
         ({"k_caches": [b16(51, 2, 31)] * 2}, r"k_caches\[0\].size\(2\) must be even and in 2..256, got 31"),
+        ({"tap_norm": b16(3, 63)}, r"tap_norm must have shape \[3, 64\], got \[3, 63\]"),
+        ({"v_scale": torch.ones(2)}, r"v_scale must be None with caches of the weights' dtype, got a tensor"),
+        (
+            {"k_caches": [torch.zeros(51, 2, 32, dtype=torch.uint8)] * 2},
+            r"v_caches\[0\] must have dtype uint8, got bfloat16",
+        ),
         ({"workspace": b16(100)}, r"workspace must hold at least 2568 elements, got 100"),
     ],
 )

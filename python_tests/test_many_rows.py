@@ -60,6 +60,30 @@ def test_inject_matches_reference(rng: torch.Generator, shape: dict[str, int], c
     test_inject.check_against_reference(test_inject.make(rng, "cuda", commit=lens, **shape))
 
 
+@pytest.mark.parametrize("options", test_inject.OPTIONS, ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("commit", [True, False])
+def test_inject_options(rng: torch.Generator, options: dict[str, object], dim: int, commit: bool) -> None:
+    lens = torch.randint(0, 9, (50,), generator=rng).tolist() if commit else None
+    shape = {"batch": 50, "block": 8, "hidden": 576, "heads": 3, "dim": dim}
+    test_inject.check_against_reference(test_inject.make(rng, "cuda", commit=lens, **shape, **options))
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("commit", [True, False])
+@pytest.mark.parametrize("batch", [4, 70])
+def test_inject_shards(rng: torch.Generator, ranks: int, commit: bool, batch: int) -> None:
+    """Parts of fc that are no whole tile; f of dead rows is neither written nor read."""
+    lens = torch.randint(0, 17, (batch,), generator=rng).tolist() if commit else None
+    inputs = test_inject.make(rng, "cuda", batch=batch, block=16, hidden=2880, num_taps=2, heads=8, dim=64, commit=lens)
+    sharded = test_inject.ShardedInputs(**vars(inputs), ranks=ranks, kv_ranks=ranks, fused=[])
+    test_inject.check_against_reference(sharded)
+    dead = torch.ones(batch * 16, dtype=torch.bool, device="cuda")
+    dead[live_rows(batch * 16, inputs.commit_lens)] = False
+    for part in sharded.fused:
+        assert part[dead].isnan().all() and not part[~dead].isnan().any()
+
+
 @pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize("block", [8, 100])
 def test_dead_rows_are_not_used(rng: torch.Generator, block: int, dim: int) -> None:

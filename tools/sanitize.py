@@ -173,6 +173,12 @@ def call_inject(m: Maker) -> None:
         if rows <= 64:
             plan = ops.inject_kv_plan(args[1], args[3], dim)
             m.call(ops.inject_kv, *args, plan)
+        norms = {"tap_norm": m.normal(taps, hidden), "value_scale": 0.5}
+        m.call(ops.inject_kv, *args, **norms)
+        shards = 2 if hidden % 16 == 0 else 1
+        fused = m.normal(shards, rows, hidden // shards)
+        m.call(ops.inject_kv_fuse, args[0], args[1][: hidden // shards], args[9], fused[0], args[12], 1e-6)
+        m.call(ops.inject_kv_project, fused, *args[2:])
         if layers < 3:
             with debug_checks():
                 m.call(ops.inject_kv, *args)

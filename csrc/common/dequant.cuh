@@ -11,28 +11,25 @@
 
 #include <cstdint>
 
+#include "common/half_bits.h"
 #include "common/host_device.h"
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
-#else
-#include "common/half_bits.h"
 #endif
 
 namespace dflash {
 
-#if !defined(__CUDACC__)
-// The results that are needed here have few significant bits, so cutting is exact.
+// On the host. The results that are needed here have few significant bits, so cutting is exact.
 inline uint32_t bf16_pair(float low, float high) {
   uint32_t a, b;
   std::memcpy(&a, &low, sizeof(a));
   std::memcpy(&b, &high, sizeof(b));
   return a >> 16 | (b & 0xffff0000u);
 }
-#endif
 
 // Each half of a pair times (plus) the same half of another.
 DFLASH_HOST_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
   const __nv_bfloat162 product =
       __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
   return reinterpret_cast<const uint32_t&>(product);
@@ -42,7 +39,7 @@ DFLASH_HOST_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
 #endif
 }
 DFLASH_HOST_DEVICE uint32_t add_bf16x2(uint32_t a, uint32_t b) {
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
   const __nv_bfloat162 sum =
       __hadd2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
   return reinterpret_cast<const uint32_t&>(sum);

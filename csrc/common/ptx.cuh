@@ -30,6 +30,13 @@ __device__ __forceinline__ unsigned long long global_timer() {
   return time;
 }
 
+// e4m3 of two floats, the first in the low byte: to the nearest, ties to even; beyond +-448 saturates.
+__device__ __forceinline__ uint32_t e4m3_pair(float first, float second) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
 // ---- asynchronous copies ---------------------------------------------------------------------------------------
 
 // global -> shared, 16 bytes, bypassing L1. bytes = 0 reads nothing and writes zeros.

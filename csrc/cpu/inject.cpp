@@ -2,7 +2,6 @@
 #include "cpu/inject.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "common/half_bits.h"
 #include "common/order_key.h"
@@ -21,6 +20,34 @@ void store(float x, uint16_t* out) {
 }
 
 template <typename T>
+float round_to(float x) {
+  T stored;
+  store(x, &stored);
+  return to_float(stored);
+}
+
+// One head of a cache of T or, with p.is_fp8, of e4m3.
+template <typename T>
+struct HeadOut {
+  T* values;
+  uint8_t* codes;
+  float inverse;
+  HeadOut(const WriteParams& p, const CacheView& view, const float* scale, int64_t slot, int head, int layer)
+      : inverse(scale == nullptr ? 1.0f : 1.0f / scale[layer]) {
+    const int64_t at = slot * view.slot_stride + head * view.head_stride;
+    values = p.is_fp8 ? nullptr : static_cast<T*>(view.data) + at;
+    codes = p.is_fp8 ? static_cast<uint8_t*>(view.data) + at : nullptr;
+  }
+  void set(int i, float x) const {
+    if (codes != nullptr) {
+      codes[i] = float_to_e4m3(x * inverse);
+    } else {
+      store(x, values + i);
+    }
+  }
+};
+
+template <typename T>
 void write_kv(const WriteParams& p) {
   const int dim = p.head_dim, half = p.rotary_dim / 2;
   float x[kMaxHeadDim];
@@ -34,9 +61,8 @@ void write_kv(const WriteParams& p) {
         const T* k = static_cast<const T*>(p.kv) + ((row * p.layers + layer) * 2 * p.kv_heads + head) * dim;
         const T* v = k + p.kv_heads * dim;
         const CacheView &k_view = p.k[layer], &v_view = p.v[layer];
-        T* k_out = static_cast<T*>(k_view.data) + slot * k_view.slot_stride + head * k_view.head_stride;
-        T* v_out = static_cast<T*>(v_view.data) + slot * v_view.slot_stride + head * v_view.head_stride;
-        std::memcpy(v_out, v, sizeof(T) * dim);
+        const HeadOut<T> k_out(p, k_view, p.k_scale, slot, head, layer), v_out(p, v_view, p.v_scale, slot, head, layer);
+        for (int i = 0; i < dim; ++i) v_out.set(i, round_to<T>(to_float(v[i]) * p.value_scale));
         float sum = 0.0f;
         for (int i = 0; i < dim; ++i) {
           x[i] = to_float(k[i]);
@@ -48,10 +74,10 @@ void write_kv(const WriteParams& p) {
           for (int i = 0; i < dim; ++i) x[i] = x[i] * scale * to_float(weight[i]);
         }
         for (int i = 0; i < half; ++i) {
-          store(x[i] * cosines[i] - x[i + half] * sines[i], k_out + i);
-          store(x[i + half] * cosines[i] + x[i] * sines[i], k_out + i + half);
+          k_out.set(i, x[i] * cosines[i] - x[i + half] * sines[i]);
+          k_out.set(i + half, x[i + half] * cosines[i] + x[i] * sines[i]);
         }
-        for (int i = 2 * half; i < dim; ++i) store(x[i], k_out + i);
+        for (int i = 2 * half; i < dim; ++i) k_out.set(i, x[i]);
       }
     }
   }

@@ -6,7 +6,8 @@ namespace dflash::inject {
 
 enum class FloatType { kFloat32, kBFloat16 };
 
-// K-norm, RoPE and paged write of the live rows; p.kv, k_norm and the caches hold `type`. Values have been checked.
+// K-norm, RoPE and paged write of the live rows; p.kv, k_norm and the caches hold `type` (caches also e4m3). Values
+// have been checked.
 void write_kv_cpu(const WriteParams& p, FloatType type);
 
 }  // namespace dflash::inject

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from dflash_kernels.ops._errors import dflash_errors
 from dflash_kernels.stream import FIRST_COUNTER, TILE_ELEMENTS, TILE_K, TILE_ROWS, Schedule, pack_tiles, unpack_tiles
 
-__all__ = ["InjectPlan", "inject_kv", "inject_kv_plan", "inject_kv_workspace"]
+__all__ = [
+    "InjectPlan",
+    "inject_kv",
+    "inject_kv_fuse",
+    "inject_kv_plan",
+    "inject_kv_project",
+    "inject_kv_sharded",
+    "inject_kv_workspace",
+]
 
 _CHUNK_ROWS = 4096  # rows that a workspace is made for at most: a long prefill goes through in chunks
 
@@ -31,7 +39,7 @@ def inject_kv_workspace(
 
     More rows than that go through in chunks, so ``max_rows`` bounds the memory, not the call. With ``commit_lens``
     CUDA gathers the taps of the live rows of more than 64, and a row takes K * H elements more: ``num_taps`` = K where
-    such calls shall not go through in chunks.
+    such calls shall not go through in chunks, and where taps are normed.
 
     Returns:
         A vector of ``8 + min(num_rows, max_rows) * (H + L * 2 * Hkv * D [+ K * H + 2])`` elements, at least one row's,
@@ -142,16 +150,24 @@ def inject_kv(
     workspace: torch.Tensor,
     eps: float,
     plan: InjectPlan | None = None,
+    tap_norm: torch.Tensor | None = None,
+    value_scale: float = 1.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Fuse the tapped hidden states, project them to K and V of every drafter layer, and write the paged caches.
 
     For each live row n, in the weights' dtype w (bf16; fp32 too on the CPU), fp32 inside each ``w( )``::
 
-        f   = w([taps[0][n] | .. | taps[K-1][n]] @ fc_weight.T)
+        t_k = taps[k][n], or with tap_norm w(taps[k][n] * rsqrt(mean(taps[k][n]^2) + eps) * tap_norm[k])
+        f   = w([t_0 | .. | t_{K-1}] @ fc_weight.T)
         x   = w(f * rsqrt(mean(f^2) + eps) * hidden_norm)
         k|v = w(x @ kv_weight[l].T + kv_bias[l])                          each of the L layers
         k   = k * rsqrt(mean(k^2) + eps) * k_norm[l]                      per head, in fp32, not rounded
-        k_caches[l][slots[n]] = w(rope(k, positions[n]));  v_caches[l][slots[n]] = v
+        k_caches[l][slots[n]] = w(rope(k, positions[n]));  v_caches[l][slots[n]] = w(v * value_scale)
+
+    or, in caches of e4m3, ``e4m3(rope(k, positions[n]) / k_scale[l])`` and ``e4m3(w(v * value_scale) / v_scale[l])``,
+    saturating at 448,
 
     so context K rounds once after norm and rotation. ``rope`` turns the pairs (i, i + rotary_dim / 2) for
     i < rotary_dim / 2 and leaves elements from rotary_dim on as they are. Row n is live iff
@@ -166,10 +182,15 @@ def inject_kv(
         cos_sin: ``[P, rotary_dim]`` float32, cosines in the first half of a row, sines in the second.
         positions, slots: ``[N]`` int32 or int64. Slots of live rows are distinct; of equal ones, either may win.
         commit_lens: ``[B]`` int32 or int64, 0..T, or None.
-        k_caches, v_caches: L <= 16 tensors each ``[S, Hkv, D]``, D contiguous, D <= 256; written.
+        k_caches, v_caches: L <= 16 tensors each ``[S, Hkv, D]``, D contiguous, D <= 256; written. Of the weights'
+            dtype, or all float8_e4m3fn or uint8 that holds its codes.
         workspace: scratch, see :func:`inject_kv_workspace`; at least T rows of it.
         eps: of both norms.
-        plan: see :func:`inject_kv_plan`; with one, calls of up to 64 rows read its copy of the weights.
+        plan: see :func:`inject_kv_plan`; with one, calls of up to 64 rows read its copy of the weights, unless they ask
+            for one of what follows.
+        tap_norm: ``[K, H]``, contiguous: RMSNorm of each tap before fc; None: none.
+        value_scale: factor of V.
+        k_scale, v_scale: ``[L]`` float32, of caches of e4m3 only; None: 1.
 
     Raises:
         ValueError: wrong count, shape, dtype, device, stride or alignment; on the CPU (on CUDA only under
@@ -179,7 +200,9 @@ def inject_kv(
 
     Source: SGLang's materialisation of DFLASH context KV (fused_kv_materialize.py), rounding included.
     """
-    if plan is not None and positions.numel() <= MAX_PLAN_ROWS:
+    k_caches, v_caches = _codes(k_caches), _codes(v_caches)
+    plain = tap_norm is None and value_scale == 1.0 and (not k_caches or k_caches[0].dtype != torch.uint8)
+    if plan is not None and positions.numel() <= MAX_PLAN_ROWS and plain and k_scale is None and v_scale is None:
         torch.ops.dflash._inject_kv_stream(
             taps, plan.tiles, plan.units, hidden_norm, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
             k_caches, v_caches, plan.counters, plan.workspace, eps,
@@ -187,8 +210,144 @@ def inject_kv(
         return
     torch.ops.dflash.inject_kv(
         taps, fc_weight, hidden_norm, kv_weight, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
-        k_caches, v_caches, workspace, eps,
+        k_caches, v_caches, workspace, eps, tap_norm, value_scale, k_scale, v_scale,
     )  # fmt: skip
+
+
+def _codes(caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Caches of e4m3 as uint8, which is what the ops take."""
+    return [cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache for cache in caches]
+
+
+@dflash_errors
+def inject_kv_fuse(
+    taps: Sequence[torch.Tensor],
+    fc_weight: torch.Tensor,
+    commit_lens: torch.Tensor | None,
+    fused: torch.Tensor,
+    workspace: torch.Tensor,
+    eps: float,
+    tap_norm: torch.Tensor | None = None,
+) -> None:
+    """The first half of :func:`inject_kv` for an fc that is sharded by output rows: ``fused[n] = f`` of live rows n.
+
+    Args:
+        taps, commit_lens, tap_norm: as of :func:`inject_kv`.
+        fc_weight: ``[F, K * H]``, this rank's F rows of fc; on CUDA F a multiple of 8.
+        fused: ``[N, F]``, written; other rows are left as they are.
+        workspace: see :func:`inject_kv_workspace`; its ``num_taps`` count for this half, the rest need not.
+        eps: of the tap norms.
+
+    Raises:
+        ValueError: as of :func:`inject_kv`.
+    """
+    torch.ops.dflash.inject_kv_fuse(taps, fc_weight, commit_lens, fused, workspace, eps, tap_norm)
+
+
+@dflash_errors
+def inject_kv_project(
+    fused: torch.Tensor,
+    hidden_norm: torch.Tensor,
+    kv_weight: torch.Tensor,
+    kv_bias: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    commit_lens: torch.Tensor | None,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    workspace: torch.Tensor,
+    eps: float,
+    value_scale: float = 1.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """The second half of :func:`inject_kv`: from f, in the shards that the ranks made, to the caches.
+
+    Args:
+        fused: ``[R, N, H / R]``, contiguous, R in 1..8: what an all-gather of every rank's ``fused`` leaves. Rows that
+            are not live are not read. On CUDA H / R is a multiple of 8.
+        others: as of :func:`inject_kv`.
+
+    Raises:
+        ValueError: as of :func:`inject_kv`.
+    """
+    torch.ops.dflash.inject_kv_project(
+        fused, hidden_norm, kv_weight, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
+        _codes(k_caches), _codes(v_caches), workspace, eps, value_scale, k_scale, v_scale,
+    )  # fmt: skip
+
+
+def inject_kv_sharded(
+    taps: Sequence[torch.Tensor],
+    fc_weight: torch.Tensor,
+    hidden_norm: torch.Tensor,
+    kv_weight: torch.Tensor,
+    kv_bias: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    commit_lens: torch.Tensor | None,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    workspace: torch.Tensor,
+    eps: float,
+    fused: torch.Tensor,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    tap_norm: torch.Tensor | None = None,
+    value_scale: float = 1.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """:func:`inject_kv` on one of R ranks that hold H / R output rows of fc each, and their own KV heads.
+
+    A replicated fc costs every rank and step all of its bytes; sharded, 1 / R of them and an all-gather of N * H
+    elements. The norm is over all of H, so it comes after the gather.
+
+    Args:
+        fc_weight: ``[H / R, K * H]``.
+        fused: ``[N, H / R]`` scratch.
+        gather: called with ``fused``, on the current stream; returns ``[R, N, H / R]``, the ranks' in order, as
+            ``torch.distributed.all_gather_into_tensor`` fills it. Its result may be one tensor each time.
+        others: as of :func:`inject_kv`.
+
+    Raises:
+        ValueError: as of :func:`inject_kv`.
+    """
+    inject_kv_fuse(taps, fc_weight, commit_lens, fused, workspace, eps, tap_norm)
+    inject_kv_project(
+        gather(fused), hidden_norm, kv_weight, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
+        k_caches, v_caches, workspace, eps, value_scale, k_scale, v_scale,
+    )  # fmt: skip
+
+
+def _live_rows(rows: int, commit_lens: torch.Tensor | None) -> torch.Tensor | slice:
+    """What selects the live rows of a tensor."""
+    if commit_lens is None or commit_lens.numel() == 0:
+        return slice(None)
+    block = rows // commit_lens.numel()
+    return (torch.arange(block) < commit_lens[:, None]).flatten().nonzero().flatten()
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """In float32, rounded once, to the weight's dtype."""
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (x.float() * scale * weight.float()).to(weight.dtype)
+
+
+def _fuse(taps: list[torch.Tensor], fc_weight: torch.Tensor, eps: float, tap_norm: torch.Tensor | None) -> torch.Tensor:
+    if tap_norm is not None:
+        taps = [_rms_norm(tap, weight, eps) for tap, weight in zip(taps, tap_norm, strict=True)]
+    return F.linear(taps[0] if len(taps) == 1 else torch.cat(taps, dim=-1), fc_weight)
+
+
+def _project(
+    fused: torch.Tensor, hidden_norm: torch.Tensor, kv_weight: torch.Tensor, kv_bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    bias = None if kv_bias is None else kv_bias.flatten()
+    return F.linear(_rms_norm(fused, hidden_norm, eps), kv_weight.flatten(0, 1), bias)
 
 
 @torch.library.impl("dflash::inject_kv", "CPU")
@@ -207,27 +366,79 @@ def _inject_kv_cpu(
     v_caches: list[torch.Tensor],
     workspace: torch.Tensor,
     eps: float,
+    tap_norm: torch.Tensor | None = None,
+    value_scale: float = 1.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     torch.ops.dflash._inject_kv_check(
         taps, fc_weight, hidden_norm, kv_weight, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
-        k_caches, v_caches, workspace, eps,
+        k_caches, v_caches, workspace, eps, tap_norm, value_scale, k_scale, v_scale,
     )  # fmt: skip
-    if commit_lens is not None and commit_lens.numel() > 0:
-        block = positions.numel() // commit_lens.numel()
-        live = (torch.arange(block) < commit_lens[:, None]).flatten().nonzero().flatten()
-        taps = [tap[live] for tap in taps]
-        positions, slots = positions[live], slots[live]
+    live = _live_rows(positions.numel(), commit_lens)
+    positions, slots = positions[live], slots[live]
     if positions.numel() == 0:
         return
-    layers, width, hidden = kv_weight.shape
-    fused = F.linear(taps[0] if len(taps) == 1 else torch.cat(taps, dim=-1), fc_weight).float()
-    scale = torch.rsqrt(fused.square().mean(-1, keepdim=True) + eps)
-    normed = (fused * scale * hidden_norm.float()).to(fc_weight.dtype)
-    bias = None if kv_bias is None else kv_bias.flatten()
-    kv = F.linear(normed, kv_weight.view(layers * width, hidden), bias)
-    torch.ops.dflash._inject_kv_write(kv, k_norm, cos_sin, positions, slots, None, k_caches, v_caches, eps)
+    fused = _fuse([tap[live] for tap in taps], fc_weight, eps, tap_norm)
+    kv = _project(fused, hidden_norm, kv_weight, kv_bias, eps)
+    torch.ops.dflash._inject_kv_write(
+        kv, k_norm, cos_sin, positions, slots, None, k_caches, v_caches, eps, value_scale, k_scale, v_scale
+    )
 
 
+@torch.library.impl("dflash::inject_kv_fuse", "CPU")
+def _inject_kv_fuse_cpu(
+    taps: list[torch.Tensor],
+    fc_weight: torch.Tensor,
+    commit_lens: torch.Tensor | None,
+    fused: torch.Tensor,
+    workspace: torch.Tensor,
+    eps: float,
+    tap_norm: torch.Tensor | None = None,
+) -> None:
+    torch.ops.dflash._inject_kv_fuse_check(taps, fc_weight, commit_lens, fused, workspace, eps, tap_norm)
+    live = _live_rows(fused.shape[0], commit_lens)
+    taps = [tap[live] for tap in taps]
+    if taps[0].shape[0] > 0:
+        fused[live] = _fuse(taps, fc_weight, eps, tap_norm)
+
+
+@torch.library.impl("dflash::inject_kv_project", "CPU")
+def _inject_kv_project_cpu(
+    fused: torch.Tensor,
+    hidden_norm: torch.Tensor,
+    kv_weight: torch.Tensor,
+    kv_bias: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    commit_lens: torch.Tensor | None,
+    k_caches: list[torch.Tensor],
+    v_caches: list[torch.Tensor],
+    workspace: torch.Tensor,
+    eps: float,
+    value_scale: float = 1.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    torch.ops.dflash._inject_kv_project_check(
+        fused, hidden_norm, kv_weight, kv_bias, k_norm, cos_sin, positions, slots, commit_lens,
+        k_caches, v_caches, workspace, eps, value_scale, k_scale, v_scale,
+    )  # fmt: skip
+    live = _live_rows(positions.numel(), commit_lens)
+    positions, slots = positions[live], slots[live]
+    if positions.numel() == 0:
+        return
+    whole = fused[:, live].transpose(0, 1).flatten(1)
+    kv = _project(whole, hidden_norm, kv_weight, kv_bias, eps)
+    torch.ops.dflash._inject_kv_write(
+        kv, k_norm, cos_sin, positions, slots, None, k_caches, v_caches, eps, value_scale, k_scale, v_scale
+    )
+
+
+@torch.library.register_fake("dflash::inject_kv_project")
+@torch.library.register_fake("dflash::inject_kv_fuse")
 @torch.library.register_fake("dflash::inject_kv")
 def _inject_kv_fake(*args: object, **kwargs: object) -> None:
     return None

@@ -34,9 +34,14 @@ def context_kv(
     head_dim: int,
     eps: float,
     dtype: torch.dtype,
+    tap_norm: torch.Tensor | None = None,
+    value_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of every row, each ``[L, N, Hkv, D]``, computed and rounded in ``dtype`` throughout."""
-    x = torch.cat([tap.to(dtype) for tap in taps], dim=-1) @ fc_weight.to(dtype).T
+    sources = [tap.to(dtype) for tap in taps]
+    if tap_norm is not None:
+        sources = [rms_norm(tap, tap_norm[i].to(dtype), eps) for i, tap in enumerate(sources)]
+    x = torch.cat(sources, dim=-1) @ fc_weight.to(dtype).T
     x = rms_norm(x, hidden_norm.to(dtype), eps)
     keys, values = [], []
     for layer in range(kv_weight.shape[0]):
@@ -47,7 +52,7 @@ def context_kv(
         if k_norm is not None:
             k = rms_norm(k, k_norm[layer].to(dtype), eps)
         keys.append(rotate(k, cos_sin, positions))
-        values.append(v)
+        values.append(v * value_scale)
     return torch.stack(keys), torch.stack(values)
 
 

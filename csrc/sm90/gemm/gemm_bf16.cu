@@ -40,6 +40,7 @@ class Store {
     for (int half = 0; half < 2; ++half) {
       const int64_t row = row0_ + lane / 4 + 8 * half;
       const bool live = row < live_rows_;
+      uint16_t* const c = p_.c + (live && p_.c_rows != nullptr ? p_.c_rows[row] : row) * p_.c_stride;
       // C may be the residual, so that no load moves over a store: four groups' loads, then their stores.
       constexpr int kBatch = kGroups % 4 == 0 ? 4 : kGroups;
       static_assert(kGroups % kBatch == 0, "whole batches");
@@ -89,7 +90,7 @@ class Store {
               v[3] = rounded(sum(pair_of(v[3]), pair_of(residual[i].w)));
             }
           }
-          *reinterpret_cast<uint4*>(p_.c + row * p_.c_stride + column) = make_uint4(v[0], v[1], v[2], v[3]);
+          *reinterpret_cast<uint4*>(c + column) = make_uint4(v[0], v[1], v[2], v[3]);
         }
       }
     }

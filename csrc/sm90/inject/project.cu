@@ -4,8 +4,9 @@
 // Floor: that of the GEMM; what is saved is 2 * M * L * 2 * Hkv * D * 2 bytes through L2 and a launch.
 //
 // A tile's columns are whole heads (one to four of 128 or 64), a row of one lies in a quad of lanes: see
-// smxx/inject/head.cuh. Not heads of 256: 64 registers of a row's head beside 128 accumulators spill. With K in parts, part s finishes the heads n with n % splits == s. Row numbers, slots and
-// positions are looked up before the products, so that their latency does not show.
+// smxx/inject/head.cuh. Not heads of 256: 64 registers of a row's head beside 128 accumulators spill. With K in parts,
+// part s finishes the heads n with n % splits == s. Row numbers, slots and positions are looked up before the products,
+// so that their latency does not show.
 #include <cuda_bf16.h>
 
 #include "common/bf16_pairs.cuh"

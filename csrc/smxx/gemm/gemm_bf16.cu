@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(C::kThreads) gemm_bf16_kernel(const __grid_con
     for (int half = 0; half < 2; ++half) {
       const int64_t row = row0 + at.row(i, half);
       if (row >= p.m || !p.live.at(row)) continue;
+      uint16_t* const c = p.c + (p.c_rows == nullptr ? row : p.c_rows[row]) * p.c_stride;
 #pragma unroll
       for (int j = 0; j < C::kTilesN; j += kGated ? 2 : 1) {
         if (splits > 1 && unit_of<C>(i, j) % splits != split) continue;
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(C::kThreads) gemm_bf16_kernel(const __grid_con
             value = make_float2(value.x + gate_bias.x, value.y + gate_bias.y);
             up = make_float2(up.x + up_bias.x, up.y + up_bias.y);
           }
-          *reinterpret_cast<__nv_bfloat162*>(p.c + row * p.c_stride + column) = gated_pair(value, up);
+          *reinterpret_cast<__nv_bfloat162*>(c + column) = gated_pair(value, up);
         } else {
           const int64_t column = column0 + at.column(j);
           if (column >= p.n) continue;  // N is even: pairs never straddle the edge
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(C::kThreads) gemm_bf16_kernel(const __grid_con
             const float2 add = pair_of(residual[i][half][j]);
             out = __float22bfloat162_rn(make_float2(rounded.x + add.x, rounded.y + add.y));
           }
-          *reinterpret_cast<__nv_bfloat162*>(p.c + row * p.c_stride + column) = out;
+          *reinterpret_cast<__nv_bfloat162*>(c + column) = out;
         }
       }
     }

@@ -30,8 +30,9 @@ struct GemmParams {
   int64_t n = 0;  // even
   int64_t k = 0;  // all sources together; K / num_sources is a multiple of 8
   LiveRows live;  // dead rows are not stored and change no live one; of a tile with a live row they may be loaded
-  int64_t expected_live = 0;  // rows likely to be live, to choose tiles by; 0: all
-  bool gated = false;         // silu(first half of N) * second half; N / 2 is a multiple of 8, no residual
+  const int32_t* c_rows = nullptr;  // row of C that row m is stored to; nullptr: m itself
+  int64_t expected_live = 0;        // rows likely to be live, to choose tiles by; 0: all
+  bool gated = false;               // silu(first half of N) * second half; N / 2 is a multiple of 8, no residual
   // Programmatic dependent launch: the kernel starts while its predecessor on the stream still runs and fetches W, and
   // waits before it touches anything else. Only for W and bias written before that predecessor started.
   bool early_start = false;

@@ -1,5 +1,6 @@
 // One head of context K or V, as a quad of lanes holds it: K-norm, RoPE, and its row of the paged cache. Formula in
-// params.h. For heads of 64, 128 or 256 that are rotated whole, and caches whose rows begin at multiples of 16 bytes.
+// params.h. For heads of 64, 128 or 256 that are rotated whole, and caches whose rows begin at multiples of 8
+// elements.
 //
 // Lane q of the quad holds elements 8 j + 2 q + {0, 1}, j = 0 .. D / 8 - 1: the layout of mma.sync's and wgmma's
 // accumulators, so that a GEMM's epilogue can go on from there. The rotation pairs j with j + D / 16: both are the
@@ -7,6 +8,7 @@
 #pragma once
 
 #include "common/bf16_pairs.cuh"
+#include "common/ptx.cuh"
 #include "smxx/inject/params.h"
 
 namespace dflash::inject {
@@ -71,21 +73,44 @@ __device__ __forceinline__ void norm_and_rotate(const WriteParams& p, float2 (&x
   }
 }
 
-// x: rounded to bf16, biased; K is normed and rotated on the way.
+// What codes of e4m3 are multiplied with, inverted.
+__device__ __forceinline__ float inverse_scale(const WriteParams& p, int layer, bool is_value) {
+  const float* scales = is_value ? p.v_scale : p.k_scale;
+  return scales == nullptr ? 1.0f : 1.0f / scales[layer];
+}
+
+// x: rounded to bf16, biased; K is normed and rotated on the way, V scaled.
 template <int kDim>
 __device__ __forceinline__ void finish_head(const WriteParams& p, float2 (&x)[kDim / 8], const HeadPlace& head,
                                             const RowPlace& place) {
-  if (!head.is_value) norm_and_rotate<kDim>(p, x, head.layer, place);
+  if (!head.is_value) {
+    norm_and_rotate<kDim>(p, x, head.layer, place);
+  } else if (p.value_scale != 1.0f) {
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+      x[j] = pair_of(rounded(make_float2(x[j].x * p.value_scale, x[j].y * p.value_scale)));
+    }
+  }
   const CacheView& cache = head.is_value ? p.v[head.layer] : p.k[head.layer];
-  uint16_t* out = static_cast<uint16_t*>(cache.data) + place.slot * cache.slot_stride + head.head * cache.head_stride +
-                  8 * (threadIdx.x % 4);
+  const int64_t at = place.slot * cache.slot_stride + head.head * cache.head_stride + 8 * (threadIdx.x % 4);
+  const float inverse = p.is_fp8 ? inverse_scale(p, head.layer, head.is_value) : 1.0f;
 #pragma unroll
   for (int g = 0; g < kDim / 32; ++g) {
     uint32_t v[4];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) v[r] = rounded(x[4 * g + r]);
+    for (int r = 0; r < 4; ++r) {
+      const float2 value = x[4 * g + r];
+      v[r] = p.is_fp8 ? e4m3_pair(value.x * inverse, value.y * inverse) : rounded(value);
+    }
     transpose_4x4(v);
-    if (place.live()) *reinterpret_cast<uint4*>(out + 32 * g) = make_uint4(v[0], v[1], v[2], v[3]);
+    if (!place.live()) continue;
+    if (p.is_fp8) {
+      uint8_t* out = static_cast<uint8_t*>(cache.data) + at + 32 * g;
+      *reinterpret_cast<uint2*>(out) = make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
+    } else {
+      uint16_t* out = static_cast<uint16_t*>(cache.data) + at + 32 * g;
+      *reinterpret_cast<uint4*>(out) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
   }
 }
 

@@ -64,15 +64,24 @@ __global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constan
   const uint16_t* k = kv + ((row * p.layers + layer) * 2 * p.kv_heads + head) * dim;
   const uint16_t* v = k + p.kv_heads * dim;
   const CacheView k_view = p.k[layer], v_view = p.v[layer];
-  uint16_t* k_out = static_cast<uint16_t*>(k_view.data) + slot * k_view.slot_stride + head * k_view.head_stride;
-  uint16_t* v_out = static_cast<uint16_t*>(v_view.data) + slot * v_view.slot_stride + head * v_view.head_stride;
+  const int64_t k_at = slot * k_view.slot_stride + head * k_view.head_stride;
+  const int64_t v_at = slot * v_view.slot_stride + head * v_view.head_stride;
+  const auto store = [&](const CacheView& view, int64_t at, float value, float inverse) {
+    if (p.is_fp8) {
+      static_cast<uint8_t*>(view.data)[at] = static_cast<uint8_t>(e4m3_pair(value * inverse, 0.0f));
+    } else {
+      static_cast<uint16_t*>(view.data)[at] = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+    }
+  };
+  const float k_inverse = inverse_scale(p, layer, false), v_inverse = inverse_scale(p, layer, true);
 
   // Element-wise 16-bit accesses: caches and biases of any alignment, and D of any even size.
   float* x = normed[warp];
   float sum = 0.0f;
   for (int i = lane; i < dim; i += 32) {
     const float value = __bfloat162float(__ushort_as_bfloat16(k[i]));
-    v_out[i] = v[i];
+    const float scaled = __bfloat162float(__ushort_as_bfloat16(v[i])) * p.value_scale;
+    store(v_view, v_at + i, __bfloat162float(__float2bfloat16_rn(scaled)), v_inverse);
     x[i] = value;
     sum += value * value;
   }
@@ -93,7 +102,7 @@ __global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constan
     } else if (i < 2 * half) {
       out = x[i] * cosines[i - half] + x[i - half] * sines[i - half];
     }
-    k_out[i] = __bfloat16_as_ushort(__float2bfloat16_rn(out));
+    store(k_view, k_at + i, out, k_inverse);
   }
 }
 
@@ -160,16 +169,17 @@ IntView advanced(IntView view, int64_t count) {
 void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
   const int64_t kv_width = static_cast<int64_t>(p.write.layers) * 2 * p.write.kv_heads * p.write.head_dim;
   const int64_t per_request = p.write.live.rows_per_request;
+  const bool counted = p.write.live.commit_lens.data != nullptr;
   const Chunks chunks = plan_chunks(p);
   int64_t most_rows = kMaxChunkRows / per_request;
-  if (chunks.gather) most_rows = std::min<int64_t>(most_rows, kMaxGatherRequests);
+  if (chunks.gather && counted) most_rows = std::min<int64_t>(most_rows, kMaxGatherRequests);
   most_rows = std::max(most_rows, int64_t{1}) * per_request;
   const int64_t step = std::min(chunks.rows, most_rows);
   const int64_t chunk_rows = std::min(step, p.write.rows);
   auto* count = reinterpret_cast<int64_t*>(p.workspace);
   uint16_t* gathered = p.workspace + kHeaderElements;
-  uint16_t* fused = gathered + (chunks.gather ? chunk_rows * p.num_taps * p.hidden : 0);
-  uint16_t* kv = fused + chunk_rows * p.hidden;
+  uint16_t* fused = gathered + (chunks.gather ? chunk_rows * p.num_taps * p.tap_width : 0);
+  uint16_t* kv = fused + (p.fused == nullptr ? chunk_rows * p.hidden : 0);
   auto* order = reinterpret_cast<int32_t*>(kv + chunk_rows * kv_width);  // kv_width is even: 4-byte aligned
   for (int64_t start = 0; start < p.write.rows; start += step) {
     const int64_t rows = std::min(step, p.write.rows - start);
@@ -180,48 +190,67 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     write.slots = advanced(p.write.slots, start);
     write.live.commit_lens = advanced(p.write.live.commit_lens, start / per_request);
 
-    gemm::GemmParams fc;
+    const bool early_start = chunks.gather;  // of what follows the gathering
     if (chunks.gather) {
       GatherParams gather;
-      for (int i = 0; i < p.num_taps; ++i) {
-        gather.taps[i] = p.taps[i] + start * p.tap_stride[i];
-        gather.tap_stride[i] = p.tap_stride[i];
+      gather.num_taps = p.num_taps > 0 ? p.num_taps : p.num_shards;
+      for (int i = 0; i < gather.num_taps; ++i) {
+        gather.tap_stride[i] = p.num_taps > 0 ? p.tap_stride[i] : p.shard_stride;
+        gather.taps[i] = (p.num_taps > 0 ? p.taps[i] : p.shards[i]) + start * gather.tap_stride[i];
       }
-      gather.num_taps = p.num_taps;
-      gather.hidden = static_cast<int>(p.hidden);
+      gather.width = static_cast<int>(p.num_taps > 0 ? p.tap_width : p.hidden / p.num_shards);
+      gather.norm = p.tap_norm;
+      gather.eps = p.write.eps;
       gather.live = write.live;
-      gather.batch = static_cast<int>(rows / per_request);
-      gather.rows = gathered;
+      if (!counted) gather.live.rows_per_request = rows;
+      gather.batch = static_cast<int>(counted ? rows / per_request : 1);
+      gather.rows = p.num_taps > 0 ? gathered : fused;
       gather.order = order;
       gather.count = count;
       launch_gather(gather, stream);
-      write.order = order;
-      write.live.commit_lens = IntView{count, 0, 0, true};  // one request: rows 0..count - 1 are live
-      write.live.rows_per_request = rows;
-      fc.a[0] = gathered;
-      fc.a_stride[0] = p.num_taps * p.hidden;
-    } else {
-      fc.num_sources = p.num_taps;
-      for (int i = 0; i < p.num_taps; ++i) {
-        fc.a[i] = p.taps[i] + start * p.tap_stride[i];
-        fc.a_stride[i] = p.tap_stride[i];
+      if (counted) {
+        write.order = order;
+        write.live.commit_lens = IntView{count, 0, 0, true};  // one request: rows 0..count - 1 are live
+        write.live.rows_per_request = rows;
       }
     }
-    const int64_t expected_live = chunks.gather ? (rows + 1) / 2 : 0;
-    fc.w = p.fc_weight;
-    fc.c = fused;
-    fc.c_stride = p.hidden;
-    fc.m = rows;
-    fc.n = p.hidden;
-    fc.k = p.num_taps * p.hidden;
-    fc.live = write.live;
-    fc.expected_live = expected_live;
-    fc.early_start = chunks.gather;
-    gemm::launch_gemm_bf16(fc, stream);
+    const int64_t expected_live = chunks.gather && counted ? (rows + 1) / 2 : 0;
+
+    if (p.num_taps > 0) {
+      gemm::GemmParams fc;
+      if (chunks.gather) {
+        fc.a[0] = gathered;
+        fc.a_stride[0] = p.num_taps * p.tap_width;
+      } else {
+        fc.num_sources = p.num_taps;
+        for (int i = 0; i < p.num_taps; ++i) {
+          fc.a[i] = p.taps[i] + start * p.tap_stride[i];
+          fc.a_stride[i] = p.tap_stride[i];
+        }
+      }
+      fc.w = p.fc_weight;
+      fc.c = p.fused == nullptr ? fused : p.fused + start * p.fused_stride;
+      fc.c_stride = p.fused == nullptr ? p.hidden : p.fused_stride;
+      fc.c_rows = p.fused == nullptr ? nullptr : write.order;
+      fc.m = rows;
+      fc.n = p.hidden;
+      fc.k = p.num_taps * p.tap_width;
+      fc.live = write.live;
+      fc.expected_live = expected_live;
+      fc.early_start = early_start;
+      gemm::launch_gemm_bf16(fc, stream);
+      if (p.fused != nullptr) continue;
+    }
 
     norm::RmsNormParams norm;
     norm.x = fused;
     norm.x_stride = p.hidden;
+    if (p.num_taps == 0 && !chunks.gather) {
+      norm.x = p.shards[0] + start * p.shard_stride;
+      norm.x_stride = p.shard_stride;
+      norm.parts = p.num_shards;
+      norm.part_stride = p.num_shards > 1 ? p.shards[1] - p.shards[0] : 0;
+    }
     norm.weight = p.hidden_norm;
     norm.out = fused;
     norm.out_stride = p.hidden;
@@ -229,7 +258,7 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     norm.n = p.hidden;
     norm.eps = p.write.eps;
     norm.live = write.live;
-    norm.early_start = true;
+    norm.early_start = p.num_taps > 0 || early_start;
     norm::launch_rmsnorm(norm, stream);
 
     gemm::GemmParams project;

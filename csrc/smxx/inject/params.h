@@ -1,12 +1,17 @@
 // Plain parameters of inject_kv; filled by csrc/api/inject.cpp, read by the CPU and CUDA implementations.
 //
-//   f = bf16( [taps_0 | .. | taps_{K-1}] fc_weight^T )
+//   t_k = taps_k, or bf16( taps_k * rsqrt(mean(taps_k^2) + eps) * tap_norm_k )                            k = 0..K-1
+//   f = bf16( [t_0 | .. | t_{K-1}] fc_weight^T )
 //   x = bf16( f * rsqrt(mean(f^2) + eps) * hidden_norm )
 //   k_l | v_l = bf16( x kv_weight_l^T + kv_bias_l )                    l = 0..L-1, one GEMM with N = L * 2 * Hkv * D
 //   k = k_l * rsqrt(mean_D(k_l^2) + eps) * k_norm_l                    per head, fp32, not rounded
-//   k_caches[l][slots[n]] = bf16( rope(k, positions[n]) ),   v_caches[l][slots[n]] = v_l
+//   k_caches[l][slots[n]] = bf16( rope(k, positions[n]) ),   v_caches[l][slots[n]] = bf16( v_l * value_scale )
 //
+// or, in caches of e4m3, e4m3( rope(k, ..) / k_scale_l ) and e4m3( bf16( v_l * value_scale ) / v_scale_l ), saturating.
 // Inside the formulas fp32; "bf16" stands for the dtype of the weights (fp32 on the CPU rounds nothing).
+//
+// The first two lines alone (f goes to memory) and all but these (f comes from there, in shards of columns) are for fc
+// sharded by output rows.
 #pragma once
 
 #include <cstdint>
@@ -21,13 +26,13 @@ constexpr int kMaxLayers = 16;
 constexpr int kMaxTaps = 8;
 constexpr int kMaxHeadDim = 256;
 
-// Elements of the workspace: a header, then for each row of a chunk f or x [H] and k|v [L * 2 * Hkv * D]; where live
-// rows are gathered, also their taps [K * H], and the token that the row stands for (int32).
+// Elements of the workspace: a header, then for each row of a chunk f or x [H] and k|v [L * 2 * Hkv * D]; where rows
+// are gathered, also their taps [K * H], and the token that the row stands for (int32).
 constexpr int64_t kHeaderElements = 8;
 constexpr int64_t kOrderElements = 2;
 constexpr int64_t kGatherRows = 64;  // more rows than this are gathered; up to here all are one tile anyway
 
-// One layer's K or V cache [S, Hkv, D]; D is contiguous, strides in elements.
+// One layer's K or V cache [S, Hkv, D], of bf16 or e4m3; D is contiguous, strides in elements.
 struct CacheView {
   void* data = nullptr;
   int64_t slot_stride = 0;
@@ -53,41 +58,57 @@ struct WriteParams {
   LiveRows live;
   int64_t batch = 0;  // B; 0 without commit_lens
   float eps = 1e-6f;
+  float value_scale = 1.0f;
+  bool is_fp8 = false;             // the caches hold e4m3
+  const float* k_scale = nullptr;  // [L]; nullptr: 1
+  const float* v_scale = nullptr;
   CacheView k[kMaxLayers];
   CacheView v[kMaxLayers];
 };
 
 struct InjectParams {
-  const uint16_t* taps[kMaxTaps] = {};    // K x [N, H], bf16
-  int64_t tap_stride[kMaxTaps] = {};      // elements between rows
-  int num_taps = 0;                       // K
-  int64_t hidden = 0;                     // H
-  const uint16_t* fc_weight = nullptr;    // [H, K * H]
+  // fc; num_taps = 0: not done, f comes from `shards`.
+  const uint16_t* taps[kMaxTaps] = {};  // K x [N, W], bf16
+  int64_t tap_stride[kMaxTaps] = {};    // elements between rows
+  int num_taps = 0;                     // K
+  int64_t tap_width = 0;                // W
+  const uint16_t* tap_norm = nullptr;   // [K, W]; nullptr: taps are not normed
+  const uint16_t* fc_weight = nullptr;  // [H, K * W]
+  int64_t hidden = 0;                   // H
+  uint16_t* fused = nullptr;            // [N, H]: f of live rows goes here, and that is all; nullptr: all is done
+  int64_t fused_stride = 0;             // elements between rows
+  // The rest.
+  const uint16_t* shards[kMaxTaps] = {};  // R x [N, H / R], with num_taps = 0
+  int64_t shard_stride = 0;               // elements between rows
+  int num_shards = 0;                     // R
   const uint16_t* hidden_norm = nullptr;  // [H]
   const uint16_t* kv_weight = nullptr;    // [L * 2 * Hkv * D, H]
   const uint16_t* kv_bias = nullptr;      // [L * 2 * Hkv * D]; nullptr: none
   uint16_t* workspace = nullptr;
   int64_t workspace_elements = 0;
-  WriteParams write;  // kv left empty
+  WriteParams write;  // kv left empty; rows, live and eps count for fc too
 };
 
-// Rows of a chunk, or 0 where the workspace does not hold one request.
+// How rows go through. Gathered: live rows are listed and what they are made of (taps or shards) put together.
 struct Chunks {
-  bool gather;
-  int64_t rows;
+  bool gather = false;
+  int64_t rows = 0;      // at once, whole requests; 0 where the workspace does not hold one
+  int64_t elements = 0;  // of the workspace that one row takes
 };
 
 inline Chunks plan_chunks(const InjectParams& p) {
-  const int64_t elements = p.workspace_elements - kHeaderElements, request = p.write.live.rows_per_request;
-  const int64_t plain = p.hidden + int64_t{2} * p.write.layers * p.write.kv_heads * p.write.head_dim;
-  const int64_t gathered = plain + p.num_taps * p.hidden + kOrderElements;
-  if (p.write.live.commit_lens.data != nullptr && p.write.rows > kGatherRows && elements / gathered >= request) {
-    return {true, elements / gathered / request * request};
-  }
-  return {false, elements / plain / request * request};
+  const int64_t room = p.workspace_elements - kHeaderElements, request = p.write.live.rows_per_request;
+  const int64_t kv_width = int64_t{2} * p.write.layers * p.write.kv_heads * p.write.head_dim;
+  const int64_t plain = p.fused == nullptr ? p.hidden + kv_width : 0;
+  const int64_t gathered = plain + p.num_taps * p.tap_width + kOrderElements;
+  const bool must = p.num_taps > 0 && p.tap_norm != nullptr;
+  const bool may = p.write.live.commit_lens.data != nullptr && p.write.rows > kGatherRows;
+  if (must || (may && room >= gathered * request)) return {true, room / gathered / request * request, gathered};
+  if (plain == 0) return {false, p.write.rows, 0};
+  return {false, room / plain / request * request, plain};
 }
 
-// Heads that head.cuh can finish: rotated whole, in caches whose rows begin at multiples of 16 bytes.
+// Heads that head.cuh can finish: rotated whole, in caches whose rows begin at multiples of 8 elements.
 inline bool takes_whole_heads(const WriteParams& p) {
   if ((p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256) || p.rotary_dim != p.head_dim) return false;
   if (p.max_positions > INT32_MAX) return false;
@@ -95,7 +116,8 @@ inline bool takes_whole_heads(const WriteParams& p) {
   if (!aligned(p.cos_sin, 8) || p.cos_sin_stride % 2 != 0 || !aligned(p.k_norm, 4)) return false;
   for (int layer = 0; layer < p.layers; ++layer) {
     for (const CacheView& cache : {p.k[layer], p.v[layer]}) {
-      if (!aligned(cache.data, 16) || cache.slot_stride % 8 != 0 || cache.head_stride % 8 != 0) return false;
+      if (!aligned(cache.data, p.is_fp8 ? 8 : 16) || cache.slot_stride % 8 != 0 || cache.head_stride % 8 != 0)
+        return false;
     }
   }
   return true;

@@ -12,10 +12,12 @@
 namespace dflash::norm {
 
 struct RmsNormParams {
-  const uint16_t* x = nullptr;       // [M, N] bf16
+  const uint16_t* x = nullptr;       // [M, N] bf16, or [parts, M, N / parts]: column c of part c / (N / parts)
   int64_t x_stride = 0;              // elements between rows
+  int parts = 1;                     // N / parts is even
+  int64_t part_stride = 0;           // elements between parts
   const uint16_t* weight = nullptr;  // [N] bf16
-  uint16_t* out = nullptr;           // [M, N] bf16; may be x itself
+  uint16_t* out = nullptr;           // [M, N] bf16; may be x itself, of one part
   int64_t out_stride = 0;            // elements between rows
   int64_t m = 0;
   int64_t n = 0;  // even

@@ -18,11 +18,15 @@ __global__ void __launch_bounds__(kThreads) rmsnorm_kernel(const __grid_constant
   const auto* x = reinterpret_cast<const __nv_bfloat162*>(p.x + row * p.x_stride);
   const auto* weight = reinterpret_cast<const __nv_bfloat162*>(p.weight);
   auto* out = reinterpret_cast<__nv_bfloat162*>(p.out + row * p.out_stride);
-  const int pairs = static_cast<int>(p.n / 2);
+  const int pairs = static_cast<int>(p.n / 2), part_pairs = pairs / p.parts;
+  const auto load = [&](int i) {
+    if (p.parts == 1) return __bfloat1622float2(x[i]);
+    return __bfloat1622float2(x[i / part_pairs * (p.part_stride / 2) + i % part_pairs]);
+  };
 
   float sum = 0.0f;
   for (int i = threadIdx.x; i < pairs; i += kThreads) {
-    const float2 v = __bfloat1622float2(x[i]);
+    const float2 v = load(i);
     sum += v.x * v.x + v.y * v.y;
   }
 #pragma unroll
@@ -36,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) rmsnorm_kernel(const __grid_constant
 
   // In place is safe: a thread rewrites only the elements it reads.
   for (int i = threadIdx.x; i < pairs; i += kThreads) {
-    float2 v = __bfloat1622float2(x[i]);
+    float2 v = load(i);
     v.x *= scale;
     v.y *= scale;
     if (p.round_before_weight) v = __bfloat1622float2(__float22bfloat162_rn(v));

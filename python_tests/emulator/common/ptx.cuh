@@ -3,12 +3,17 @@
 
 #include <cuda_runtime.h>
 
+#include "common/half_bits.h"
+
 namespace dflash {
 
 inline int opaque(int x) { return x; }
 inline unsigned long long global_timer() {
   static unsigned long long reads = 0;
   return ++reads;
+}
+inline uint32_t e4m3_pair(float first, float second) {
+  return float_to_e4m3(first) | static_cast<uint32_t>(float_to_e4m3(second)) << 8;
 }
 inline unsigned char* dynamic_shared() { return emulator::dynamic_shared(); }
 
