@@ -77,6 +77,7 @@ def reduce_trace(path: Path) -> dict[str, Any]:
         "parts_us": {name: us / steps for name, us in micros.items()},
         "gpu_operations": len(inside) / steps,
         **_host_side([e for e in host if low <= e["ts"] < high], high - low, steps),
+        "gaps": _gaps([e for e in gpu if low <= e["ts"] <= high], steps),
         "kernels": [{"part": p, "name": n, "us": sum(d) / steps, "launches": len(d) / steps} for (p, n), d in top],
     }
 
@@ -129,6 +130,19 @@ def _exclusive(inside: list[dict[str, Any]], high: float) -> list[tuple[dict[str
     return [(e, shares.get(id(e), 0.0)) for e in inside]
 
 
+def _gaps(inside: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Where the GPU is idle: the kernels before and after, largest first."""
+    found: dict[tuple[str, str], list[float]] = {}
+    end, last = inside[0]["ts"], ""
+    for e in inside:
+        if e["ts"] > end:
+            found.setdefault((last, e["name"][:60]), []).append(e["ts"] - end)
+        if e["ts"] + e["dur"] > end:
+            end, last = e["ts"] + e["dur"], e["name"][:60]
+    largest = sorted(found.items(), key=lambda item: -sum(item[1]))[:20]
+    return [{"after": a, "before": b, "us": sum(g) / steps, "times": len(g) / steps} for (a, b), g in largest]
+
+
 def _host_side(host: list[dict[str, Any]], span: float, steps: int) -> dict[str, float]:
     """Launches and time of the thread that launches the graphs."""
     threads = Counter((e.get("pid"), e.get("tid")) for e in host if "GraphLaunch" in e["name"])
@@ -160,6 +174,16 @@ def table(report: dict[str, Any]) -> str:
         counts = [trace["host_launches"], trace["graph_launches"]]
         numbers = "".join(f"{v:>9.0f}" for v in values) + "".join(f"{v:>9.1f}" for v in counts)
         lines.append(f"  {trace['concurrency']:>4} {trace['seams'][:16]:<16}{numbers}")
+    return "\n".join(lines)
+
+
+def idle_table(report: dict[str, Any], count: int = 8) -> str:
+    """The largest gaps of every trace."""
+    lines = ["# idle, microseconds a step"]
+    for trace in traces_of(report):
+        for gap in trace.get("gaps", [])[:count]:
+            where = f"{gap['after'][:50]} .. {gap['before'][:50]}"
+            lines.append(f"  {trace['concurrency']:>4} {trace['seams'][:16]:<16}{gap['us']:>8.1f}  {where}")
     return "\n".join(lines)
 
 
@@ -236,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = argparse.Namespace(**vars(args), trace=args.concurrency, repeats=0, append=False)
         code, report = bench_sglang.measure(settings, command, args.order.split("/"))
     print("\n" + table(report))
+    print(idle_table(report))
     wanted = len(args.concurrency) * len(args.order.split("/"))
     if args.report is None and len(traces_of(report)) < wanted:
         code = 1

@@ -7,6 +7,7 @@ mode unless `DFLASH_KERNELS_STRICT=0`: an engine that comes up runs every seam t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import json
@@ -61,6 +62,7 @@ def environment(seams: str, work: Path, forced: float | None = None) -> dict[str
     env = {**os.environ, "PYTHONPATH": ":".join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     env["DFLASH_KERNELS_SEAMS"] = "none" if seams in (PLAIN, STOCK) else seams
     env.setdefault("DFLASH_KERNELS_STRICT", "1")
+    env.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")  # a leak ends the engine
     env.setdefault("DFLASH_KERNELS_SEAMS_FILE", str((work / "seams").resolve()))
     if forced is not None:
         # The recipe's plugin for 0.5.16; newer engines read the other variable.
@@ -114,7 +116,8 @@ def run_engine(
             _end(child)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
     table = [line for line in log.read_text(errors="replace").splitlines() if "  active" in line or "  stock " in line]
-    yield {"task": "exit", "code": code, "log": tail if code != 0 else "", "table": table}
+    retractions = log.read_text(errors="replace").count("Retract requests")
+    yield {"task": "exit", "code": code, "log": tail if code != 0 else "", "table": table, "retractions": retractions}
 
 
 def _end(child: subprocess.Popen[Any]) -> None:
@@ -182,6 +185,52 @@ def _gaps(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"gaps": found}
 
 
+def _faults(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Random arrivals for a while, some aborted: the texts that were completed, and how often what happened.
+
+    At the end the engine is left idle, when it checks its pools, and asked for one text more.
+    """
+    prompts, rng = json.loads(Path(task["prompts"]).read_text()), random.Random(task["seed"])
+    texts: list[tuple[int, list[int]]] = []
+    counts = {"arrivals": 0, "completed": 0, "aborted": 0, "steps": 0}
+
+    async def one(number: int, gate: asyncio.Semaphore) -> None:
+        async with gate:
+            prompt, patience = rng.randrange(len(prompts)), rng.uniform(0.0, task["patience"])
+            params = {"max_new_tokens": task["new_tokens"], "temperature": 0.0}
+            call = engine.async_generate(input_ids=prompts[prompt], sampling_params=params, rid=f"r{number:06d}-")
+            job = asyncio.ensure_future(call)
+            if rng.random() < task["aborts"]:
+                await asyncio.wait([job], timeout=patience)
+                if not job.done():
+                    engine.tokenizer_manager.abort_request(f"r{number:06d}-")
+            try:
+                out = await job
+            except ValueError:  # some aborts are reported so
+                counts["aborted"] += 1
+                return
+            counts["steps"] += out["meta_info"].get("spec_verify_ct", 0)
+            if (out["meta_info"].get("finish_reason") or {}).get("type") == "abort":
+                counts["aborted"] += 1
+            else:
+                counts["completed"] += 1
+                texts.append((prompt, out["output_ids"]))
+
+    async def all_of_them() -> None:
+        gate, jobs = asyncio.Semaphore(2 * task["concurrency"]), []
+        ends = time.monotonic() + task["seconds"]
+        while time.monotonic() < ends:
+            counts["arrivals"] += 1
+            jobs.append(asyncio.ensure_future(one(counts["arrivals"], gate)))
+            await asyncio.sleep(rng.expovariate(task["rate"]))
+        await asyncio.gather(*jobs)
+
+    engine.loop.run_until_complete(all_of_them())
+    time.sleep(task["idle"])
+    _generate(engine, prompts[:1], 8, False)
+    yield {"texts": texts, "counts": counts}
+
+
 def _step_time(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Milliseconds of a decode step: the difference of a long and a short run, so that the prompts cancel."""
     rng = random.Random(0)
@@ -228,7 +277,7 @@ def _trace(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield reduce_trace(max(written, key=lambda f: f.stat().st_size))
 
 
-TASKS = {"tokens": _tokens, "gaps": _gaps, "step": _step_time, "trace": _trace}
+TASKS = {"tokens": _tokens, "faults": _faults, "gaps": _gaps, "step": _step_time, "trace": _trace}
 
 
 def child(spec_path: str) -> int:

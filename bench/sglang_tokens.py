@@ -8,6 +8,10 @@ on the batch) is known. Where texts differ, the report has the position, both to
 likeliest tokens there and the difference of their logits: as logits of 16 and more are 0.125 apart in bfloat16, a gap
 of that size is a tie. The report is kept current; with the same --json, a later run does the engines that are missing.
 
+`faults` is one more engine, only where --engines names it: all seams, a KV pool too small for its requests (so that
+some are retracted), a prefix cache, prompts in chunks, random arrivals, some of them aborted. Its completed texts are
+compared with stock's at the largest concurrency, and the engine ends itself where its idle check finds a slot missing.
+
 Exit codes: 0 every engine ran and no plugin engine differs from stock more often than stock from itself; 1 otherwise;
 2 bad arguments or something missing.
 """
@@ -28,6 +32,8 @@ from bench.sglang_engine import PLAIN, STOCK, environment_facts, run_engine
 
 CONCURRENCIES = (1, 8, 32)
 SWITCHED = "switched"
+FAULTS = "faults"
+FAULT_IDLE = 5.0  # seconds, for the engine's check of its pools
 ROTATED = "rotated"
 
 
@@ -50,6 +56,13 @@ def compare(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> d
     return {"identical": len(ours) - len(differing), "prompts": len(ours), "differences": differing}
 
 
+def against_one(found: Sequence[tuple[int, list[int]]], stock: Sequence[list[int]] | None) -> dict[str, int]:
+    """How many of the texts (prompt, tokens) are those of stock, or of the first text of their prompt."""
+    first: dict[int, list[int]] = {} if stock is None else dict(enumerate(stock))
+    same = sum(first.setdefault(prompt, tokens) == tokens for prompt, tokens in found)
+    return {"identical": same, "texts": len(found)}
+
+
 def engine_arguments(models: Path, seams: str, concurrencies: Sequence[int]) -> dict[str, Any]:
     """Arguments of the engine for the demo pair."""
     most = max(concurrencies)
@@ -68,6 +81,13 @@ def engine_arguments(models: Path, seams: str, concurrencies: Sequence[int]) -> 
         "log_level": "warning",
         "random_seed": 1,
     }
+    if seams == FAULTS:
+        arguments.update(
+            disable_radix_cache=False,
+            chunked_prefill_size=64,
+            max_total_tokens=96 * most,
+            schedule_conservativeness=0.1,
+        )
     if seams != PLAIN:
         draft = {"speculative_algorithm": "DFLASH", "speculative_draft_model_path": str(models / "draft")}
         arguments.update(draft)
@@ -92,7 +112,7 @@ def summarise(report: dict[str, Any], texts: dict[str, Any]) -> bool:
     stock = report["engines"].get(STOCK, {}).get("passes", {})
     fine = True
     for engine, entry in report["engines"].items():
-        if engine in (STOCK, PLAIN, SWITCHED):
+        if engine in (STOCK, PLAIN, SWITCHED, FAULTS):
             continue
         for key, row in entry["passes"].items():
             concurrency = key.split("/")[0]
@@ -118,6 +138,16 @@ def common_beginnings(report: dict[str, Any], texts: dict[str, Any], prompts: li
 
 def tasks_of(engine: str, args: argparse.Namespace, prompts: Path, switchable: Sequence[str]) -> list[dict[str, Any]]:
     """What one engine is to do, in order."""
+    if engine == FAULTS:
+        task = {"task": "faults", "prompts": str(prompts.resolve()), "concurrency": max(args.concurrency), "seed": 1}
+        load = {
+            "seconds": args.fault_seconds,
+            "rate": args.fault_rate,
+            "aborts": 0.1,
+            "patience": 1.0,
+            "idle": FAULT_IDLE,
+        }
+        return [{**task, **load, "new_tokens": args.new_tokens}]
     common = {"task": "tokens", "prompts": str(prompts.resolve()), "new_tokens": args.new_tokens}
     repeats = max(2, args.repeat) if engine == STOCK else args.repeat
     passes: list[dict[str, Any]] = [{"pass": p} for p in range(repeats)]
@@ -181,19 +211,23 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             tasks.append({"task": "gaps", "texts": str((work / "differences.json").resolve())})
         report["engines"][engine] = {"passes": {}}
         texts.pop(engine, None)
-        seams = ",".join(switchable) if engine == SWITCHED else engine
-        arguments = engine_arguments(args.models.resolve(), seams, args.concurrency)
-        for result in run_engine(seams, arguments, tasks, work, left):
+        seams = {SWITCHED: ",".join(switchable), FAULTS: "all"}.get(engine, engine)
+        arguments = engine_arguments(args.models.resolve(), engine, args.concurrency)
+        for result in run_engine(seams, arguments, tasks, work / engine, left):
             entry = report["engines"][engine]
             if result["task"] == "start":
                 entry.update(start_seconds=result["seconds"], sglang=result["sglang"])
                 print(f"# {engine}: up in {result['seconds']:.0f} s", flush=True)
             elif result["task"] == "exit":
-                entry.update(code=result["code"], table=result["table"])
+                entry.update(code=result["code"], table=result["table"], retractions=result["retractions"])
                 if result["code"] != 0:
                     complete = False
                     entry["log"] = result["log"]
                     print(f"# {engine}: {result['code']}\n{result['log']}", flush=True)
+            elif result["task"] == "faults":
+                entry["faults"] = result["counts"]
+                entry["texts"] = against_one(result["texts"], texts.get(STOCK, {}).get(f"{max(args.concurrency)}/0"))
+                print(f"# faults: {result['counts']}, texts {entry['texts']}", flush=True)
             elif result["task"] == "gaps":
                 report["gaps"].update(result["gaps"])
             else:
@@ -242,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=96, metavar="N", help="at most, a prompt; default: 96")
     parser.add_argument("--concurrency", type=lambda s: [int(x) for x in s.split(",")], default=list(CONCURRENCIES))
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="passes of every engine; default: 1")
+    parser.add_argument("--fault-seconds", type=float, default=60.0, help="of arrivals in faults; default: 60")
+    parser.add_argument("--fault-rate", type=float, default=60.0, help="arrivals a second in faults; default: 60")
     parser.add_argument(
         "--engines", type=lambda s: s.split("/"), metavar="A/B", help="stock, plain, all, switched, seams"
     )

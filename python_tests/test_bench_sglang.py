@@ -18,7 +18,7 @@ from dflash_kernels.integrations.sglang.plugin import SEAMS
 
 # Counts in base `width`: a text depends on its prompt and, where asked, on the seams.
 FAKE = """
-import gzip, json, os, pathlib
+import asyncio, gzip, json, os, pathlib, types
 __version__ = "0.0"
 def seams():
     switch = pathlib.Path(os.environ["DFLASH_KERNELS_SEAMS_FILE"])
@@ -27,6 +27,10 @@ class Engine:
     profile = None
     def __init__(self, **arguments):
         self.speculative = "speculative_algorithm" in arguments
+        self.loop, self.aborted = asyncio.new_event_loop(), set()
+        self.tokenizer_manager = types.SimpleNamespace(abort_request=self.aborted.add)
+        if "max_total_tokens" in arguments:
+            print("KV cache pool is full. Retract requests.", flush=True)
         print("  inject  active", flush=True)
         if os.environ["DFLASH_KERNELS_SEAMS"] == os.environ.get("FAKE_BREAKS"):
             raise SystemExit("refused")
@@ -49,6 +53,12 @@ class Engine:
                 meta["output_top_logprobs"] = [pairs[:top_logprobs_num]]
             out.append({"output_ids": tokens, "meta_info": meta})
         return out
+    async def async_generate(self, input_ids, sampling_params, rid):
+        for _ in range(20):
+            await asyncio.sleep(0.002)
+            if rid in self.aborted:
+                return {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}}}
+        return {**self.generate([input_ids], sampling_params)[0]}
     def shutdown(self): pass
 """
 
@@ -90,10 +100,10 @@ def test_different_tokens_are_found_and_a_later_run_continues(fake: Path, monkey
     monkeypatch.setenv("FAKE_DIFFERS", "accept")
     code, _ = tokens(fake, "--engines", "stock")
     assert code == 0
-    started = (fake / "work" / "stock.log").stat().st_mtime_ns
+    started = (fake / "work" / "stock" / "stock.log").stat().st_mtime_ns
     code, report = tokens(fake, "--engines", "stock/accept/inject")
     assert code == 1 and not report["fine"]
-    assert (fake / "work" / "stock.log").stat().st_mtime_ns == started  # not run again
+    assert (fake / "work" / "stock" / "stock.log").stat().st_mtime_ns == started  # not run again
     # Prompts are taken from the sets in turn: [1], [5], [3], ..
     found = report["engines"]["accept"]["passes"]["1/0"]["against_stock"]["differences"]
     assert found == {"2": {"position": 8, "ours": 12, "theirs": 11}}
@@ -115,6 +125,20 @@ def test_one_engine_runs_its_seams_one_at_a_time(fake: Path, monkeypatch: pytest
         passes = report["engines"][seam]["passes"]
         assert set(passes) == {"1/0", "1/1", "8/0", "8/1"}
         assert all(row["against_stock"]["identical"] == (4 if seam == "accept" else 5) for row in passes.values())
+
+
+def test_faults_are_counted_and_completed_texts_compared(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five prompts one is other than stock's; a tenth of the requests are aborted, in time or not."""
+    monkeypatch.setattr(sglang_tokens, "FAULT_IDLE", 0.0)
+    more = ["--fault-seconds", "2", "--fault-rate", "100"]
+    code, report = tokens(fake, "--engines", "stock/faults", *more)
+    entry = report["engines"]["faults"]
+    assert code == 0 and entry["retractions"] == 1
+    counts = entry["faults"]
+    assert counts["arrivals"] == counts["completed"] + counts["aborted"] > 50 and counts["aborted"] > 0
+    assert entry["texts"] == {"identical": counts["completed"], "texts": counts["completed"]}
+    assert sglang_tokens.against_one([(0, [1]), (1, [2]), (0, [3])], [[1], [9]]) == {"identical": 1, "texts": 3}
+    assert sglang_tokens.against_one([(0, [1]), (0, [1]), (0, [3])], None) == {"identical": 2, "texts": 3}
 
 
 def test_an_engine_that_refuses_is_reported(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +238,8 @@ def test_trace_is_reduced_to_a_step(tmp_path: Path) -> None:
     assert found["parts_us"] == pytest.approx(parts)
     assert found["gpu_operations"] == 10 and found["host_launches"] == 6 and found["graph_launches"] == 2
     assert found["host_us"] == pytest.approx(70.0) and found["launching_us"] == pytest.approx(3.0)
+    gap = found["gaps"][0]
+    assert (gap["after"], gap["before"], gap["us"]) == ("Memcpy DtoD", "x_accept_bonus", pytest.approx(14.0))
     top = found["kernels"][0]
     assert (top["part"], top["name"], top["us"]) == ("verify", "nvjet_layer", pytest.approx(40.0))
 
