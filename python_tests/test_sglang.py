@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from sglang_source import Source, bare_package, make_module, unavailable
 
+from dflash_kernels import ops
 from dflash_kernels.integrations.sglang import activate, plugin
 from dflash_kernels.integrations.sglang.head import DraftSampler
 from dflash_kernels.integrations.sglang.reserve import INFO_MODULE
@@ -430,6 +431,11 @@ def test_settings() -> None:
     with pytest.raises(ValueError, match="DFLASH_KERNELS_STRICT must be 0 or 1, got yes"):
         read_settings(known, {"DFLASH_KERNELS_STRICT": "yes"})
     assert read_settings(known, {}).pack == "auto" and read_settings(known, {"DFLASH_KERNELS_PACK": "0"}).pack == "0"
+    rows = read_settings(known, {"DFLASH_KERNELS_ROWS": "forward=128"}).rows
+    assert rows == {"inject": 1024, "forward": 128}
+    for wrong in ("head=1", "inject", "inject=0", "forward=-3"):
+        with pytest.raises(ValueError, match=f"DFLASH_KERNELS_ROWS must be a list .*, got {wrong}"):
+            read_settings(known, {"DFLASH_KERNELS_ROWS": wrong})
     with pytest.raises(ValueError, match="DFLASH_KERNELS_PACK must be auto, 0, 1, got 2"):
         read_settings(known, {"DFLASH_KERNELS_PACK": "2"})
 
@@ -594,7 +600,7 @@ def test_injection_leaves_other_calls_to_stock(
     worker = make_worker(engine, given)
     calls = injection(2, torch.float32, rng)
     if change == "long prompt":
-        monkeypatch.setattr("dflash_kernels.integrations.sglang.inject.MAX_ROWS", 2 * T - 1)
+        worker._dflash_seams["inject"].max_rows = 2 * T - 1
     elif change == "dtype":
         calls["target_hidden"] = calls["target_hidden"].double()
     else:
@@ -1034,6 +1040,30 @@ def test_forward_keeps_the_parameters_alive(engine: types.ModuleType, source: So
     with torch.no_grad():
         parameter.copy_(torch.ones_like(values))
     assert (stacked[1] == 1).all()
+
+
+def test_more_rows_than_one_kernel_takes_are_a_chain(
+    engine: types.ModuleType,
+    source: Source,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    logits_processor: None,
+) -> None:
+    """With DFLASH_KERNELS_ROWS beyond the packed kernel's limit (here: two requests), each pass takes its own op."""
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
+    monkeypatch.setenv("DFLASH_KERNELS_ROWS", f"forward={3 * T}")
+    monkeypatch.setattr("dflash_kernels.integrations.sglang.forward.MAX_TOKENS", 2 * T)
+    worker = make_worker(engine, parts(source, torch.bfloat16))
+    taken: list[str] = []
+    for name in ("draft_forward", "draft_forward_packed"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, op=op, name=name, **k: (taken.append(name), op(*a, **k))[1])
+    for batch in (1, 2, 3, 4):
+        arguments = block(worker, batch, rng)
+        ours = worker.draft_model.forward(**arguments).hidden_states
+        theirs = type(worker.draft_model).forward(worker.draft_model, **arguments).hidden_states
+        torch.testing.assert_close(ours, theirs, rtol=2**-4, atol=2**-4)
+    assert taken == ["draft_forward_packed", "draft_forward_packed", "draft_forward"]
 
 
 def test_packed_weights_follow_a_later_load(

@@ -9,6 +9,8 @@ table in the log says which and why.
 ``DFLASH_KERNELS_STRICT``  ``1``: refuse to start, or stop, where a seam that was asked for would fall back
 ``DFLASH_KERNELS_PACK``    ``auto`` (default): where a GPU has the memory, few rows read a second copy of the weights in
                            the order of the streaming kernels; ``0``: never; ``1``: without looking at the memory
+``DFLASH_KERNELS_ROWS``    rows (requests times block size, or tokens of a prompt) up to which a seam is used: default
+                           ``inject=1024,forward=64``
 =========================  ===========================================================================================
 
 For comparisons within one engine, ``DFLASH_KERNELS_SEAMS_FILE`` names a file with a list of seams that is read whenever

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dflash_kernels.draft_stream import PackedDraft, pack_draft, why_not_packed
+from dflash_kernels.draft_stream import MAX_TOKENS, PackedDraft, pack_draft, why_not_packed
 from dflash_kernels.integrations.sglang.seam import (
     DraftPool,
     Refused,
@@ -32,8 +32,6 @@ from dflash_kernels.integrations.sglang.seam import (
     require_weights,
 )
 
-# Rows (requests times block size) up to which the pass is a stream of weights, which is what the ops are made for.
-MAX_ROWS = 64
 MATRICES = ("qkv", "o", "gate_up", "down")
 
 
@@ -112,14 +110,16 @@ class ForwardSeam(Seam):
         model = worker.draft_model
         first = model.layers[0].self_attn
         hidden, device = self.embed.shape[1], self.embed.device
-        batch = max(1, MAX_ROWS // self.block_size)
+        # Requests of a pass, of one that streams packed weights, and what each needs.
+        batch = max(1, self.settings.rows["forward"] // self.block_size)
+        streamed = max(1, MAX_TOKENS // self.block_size)
         inner = self.weights["down"].shape[2]
         size = draft_forward_workspace(
             batch, self.block_size, hidden, inner, first.num_heads, first.num_kv_heads, first.head_dim
         )
         self.packed, self.note = self._pack(first)
         if self.packed is not None:
-            size = max(size, draft_forward_packed_workspace(batch, self.block_size, self.packed))
+            size = max(size, draft_forward_packed_workspace(min(batch, streamed), self.block_size, self.packed))
             follow_loading(model, self._repack)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
         self.out = torch.empty(batch * self.block_size, hidden, dtype=self.dtype, device=device)
@@ -213,7 +213,7 @@ class ForwardSeam(Seam):
             weights["input_norm"],
         )
         out = self.out[: input_ids.numel()]
-        if self.packed is not None:
+        if self.packed is not None and input_ids.numel() <= MAX_TOKENS:
             return draft_forward_packed(
                 *inputs,
                 None,

@@ -27,9 +27,6 @@ from dflash_kernels.integrations.sglang.seam import (
     require_weights,
 )
 
-# Longer prompts stay with SGLang: its library GEMMs gain there what the fused op gains on a few rows.
-MAX_ROWS = 1024
-
 
 class InjectSeam(Seam):
     name = "inject"
@@ -68,7 +65,7 @@ class InjectSeam(Seam):
     def bind(self, worker: Any) -> None:
         from dflash_kernels.ops import inject_kv_plan, inject_kv_workspace
 
-        self.pool = DraftPool(worker, self.dtype)
+        self.pool, self.max_rows = DraftPool(worker, self.dtype), self.settings.rows["inject"]
         first = worker.draft_model.layers[0].self_attn
         allowed, note = may_pack(self.settings, (self.fc_weight, self.kv_weight))
         # One plan for the worker: its injections follow each other on one stream, captured or not.
@@ -76,7 +73,7 @@ class InjectSeam(Seam):
         self.note = "weights not packed: not bfloat16, or heads over 128" if allowed and self.plan is None else note
         follow_loading(worker.draft_model, self._reload)
         self.workspace = inject_kv_workspace(
-            MAX_ROWS,
+            self.max_rows,
             self.fc_weight.shape[0],
             len(self.pool.k),
             first.num_kv_heads,
@@ -111,7 +108,7 @@ class InjectSeam(Seam):
         """The method's work; False where the call is one for stock (long prompts, odd shapes, its errors)."""
         from dflash_kernels.ops import inject_kv
 
-        if target_hidden is None or target_hidden.dim() != 2 or not 0 < target_hidden.shape[0] <= MAX_ROWS:
+        if target_hidden is None or target_hidden.dim() != 2 or not 0 < target_hidden.shape[0] <= self.max_rows:
             return False
         rows = target_hidden.shape[0]
         if (

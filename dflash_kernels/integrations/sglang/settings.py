@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SEAMS_VARIABLE = "DFLASH_KERNELS_SEAMS"
 STRICT_VARIABLE = "DFLASH_KERNELS_STRICT"
 PACK_VARIABLE = "DFLASH_KERNELS_PACK"
 PACKING = ("auto", "0", "1")
 SWITCH_VARIABLE = "DFLASH_KERNELS_SEAMS_FILE"
+ROWS_VARIABLE = "DFLASH_KERNELS_ROWS"
+# Rows up to which a seam takes a call, where nothing else is said. Longer prompts stay with SGLang: its library GEMMs
+# gain there what the fused op gains on a few rows. A pass over more than 64 rows is no stream of weights any more.
+ROWS = {"inject": 1024, "forward": 64}
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,14 @@ class Settings:
     """Seams that are asked for, whether falling back is refused, and whether weights may be held a second time.
 
     ``pack``: "auto" where a GPU has the memory, "0" never, "1" always. ``switch``: a file that names the seams to use
-    from the next step on, for comparisons within one engine.
+    from the next step on, for comparisons within one engine. ``rows``: up to how many each seam in `ROWS` is used.
     """
 
     seams: tuple[str, ...]
     strict: bool
     pack: str = "auto"
     switch: str = ""
+    rows: Mapping[str, int] = field(default_factory=lambda: dict(ROWS))
 
 
 def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
@@ -52,4 +57,10 @@ def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.envi
     pack = environment.get(PACK_VARIABLE, "auto").strip() or "auto"
     if pack not in PACKING:
         raise ValueError(f"{PACK_VARIABLE} must be {', '.join(PACKING)}, got {pack}")
-    return Settings(seams, strict == "1", pack, environment.get(SWITCH_VARIABLE, "").strip())
+    rows = dict(ROWS)
+    for part in filter(None, environment.get(ROWS_VARIABLE, "").replace(" ", "").split(",")):
+        name, _, number = part.partition("=")
+        if name not in ROWS or not number.isdigit() or int(number) < 1:
+            raise ValueError(f"{ROWS_VARIABLE} must be a list of NAME=ROWS, NAME of {', '.join(ROWS)}, got {part}")
+        rows[name] = int(number)
+    return Settings(seams, strict == "1", pack, environment.get(SWITCH_VARIABLE, "").strip(), rows)
