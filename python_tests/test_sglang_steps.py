@@ -684,6 +684,29 @@ def test_metadata_that_a_graph_gets_wrong_stays_stock(steps: Any, monkeypatch: p
     assert request.out == engine.target.text(request.prompt, request.count)
 
 
+@pytest.mark.parametrize("seam", [seam.name for seam in plugin.SEAMS])
+def test_each_seam_alone(steps: Any, monkeypatch: pytest.MonkeyPatch, seam: str) -> None:
+    """No seam needs another one; the contexts are stock's."""
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", seam)
+    contexts = []
+    for ours in (True, False):
+        engine = steps(ours=ours)
+        for request in requests(random.Random(2), 3):
+            engine.admit(request)
+        for _ in range(4):
+            for request in [r for r in engine.running if r.done]:
+                engine.drop(request)
+            if engine.running:
+                engine.step()
+        if ours:
+            assert {n for n, s in table(engine.worker).items() if s.startswith("active")} == {seam}
+        for request in engine.running:
+            assert request.out == engine.target.text(request.prompt, request.count)[: len(request.out)]
+        contexts.append([tensor for request in engine.running for tensor in engine.context(request)])
+    assert contexts[0]
+    same_context(*contexts)
+
+
 class Sampling:
     """SamplingBatchInfo of greedy requests that all have the same adjustments."""
 

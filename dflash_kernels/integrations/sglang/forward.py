@@ -47,6 +47,10 @@ class ForwardSeam(Seam):
         ),
     )
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.captured_sizes: set[int] = set()  # batch sizes whose graphs hold this pass
+
     def prepare(self, worker: Any) -> None:
         require_plain_drafter(worker)
         model = worker.draft_model
@@ -123,7 +127,6 @@ class ForwardSeam(Seam):
             follow_loading(model, self._repack)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
         self.out = torch.empty(batch * self.block_size, hidden, dtype=self.dtype, device=device)
-        self.captured_sizes: set[int] = set()  # batch sizes whose graphs hold this pass
         stock = model.forward
 
         # The graph runner looks for `input_embeds` in the signature.
