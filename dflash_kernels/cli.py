@@ -10,6 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import dflash_kernels
 
 if TYPE_CHECKING:
     from dflash_kernels.engine import Engine, GenerationResult, SamplingParams
+    from dflash_kernels.tensor_parallel import Communicator, Ranks
 
 DEMO_DRAFTER = Path(__file__).parent / "assets" / "smollm2-135m-dflash"
 
@@ -73,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--seed", type=int, help="for sampling; default: a fresh one")
     gen.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the target; default: fp32")
     gen.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
+    gen.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="tensor parallel over N GPUs, or N processes with --device cpu"
+    )
     gen.add_argument("--raw", action="store_true", help="no chat template")
     gen.add_argument("--no-compare", action="store_true", help="skip plain decoding of the same target")
     gen.add_argument("--quiet", action="store_true", help="print only the text")
@@ -161,6 +166,74 @@ def _generate(args: argparse.Namespace) -> int:
         given, missing = ("--target", "--drafter") if args.drafter is None else ("--drafter", "--target")
         raise UsageError(f"{given} needs {missing} as well: a drafter belongs to one target")
     _import_torch()
+    if args.tp == 1:
+        return _generate_rank(args, prompts, _device(args.device), None)
+    if args.tp < 1:
+        raise UsageError(f"--tp must be at least 1, got {args.tp}")
+    return _generate_ranks(args, prompts)
+
+
+def _generate_ranks(args: argparse.Namespace, prompts: list[str]) -> int:
+    """This process is rank 0 and starts the others, or is one of those that `torchrun` started."""
+    from dflash_kernels.tensor_parallel import process_group, start_ranks
+
+    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if started and int(os.environ["WORLD_SIZE"]) != args.tp:
+        raise UsageError(f"--tp must be torchrun's number of processes, {os.environ['WORLD_SIZE']}, got {args.tp}")
+    device = _rank_device(args.device, args.tp, int(os.environ.get("LOCAL_RANK", 0)) if started else 0)
+    if args.seed is None and args.temperature > 0:
+        if started:
+            raise UsageError("--seed is needed to sample under torchrun: all processes must draw the same")
+        args.seed = int.from_bytes(os.urandom(4), "little")
+    if started:
+        with process_group(int(os.environ["RANK"]), args.tp, device) as communicator:
+            return _generate_rank(args, prompts, device, communicator)
+    ranks = start_ranks(range(1, args.tp), args.tp, _other_rank, args, prompts)
+    done = threading.Event()
+    threading.Thread(target=_end_with_ranks, args=(ranks, done), daemon=True).start()
+    try:
+        with process_group(0, args.tp, device, ranks.port) as communicator:
+            return _generate_rank(args, prompts, device, communicator)
+    finally:
+        done.set()
+        ranks.end()
+
+
+def _rank_device(name: str, world: int, rank: int) -> Any:
+    """The device of a rank: one GPU each, or the CPU for all."""
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu or cuda with --tp, got {name}")
+    found = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and found == 0):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        return torch.device("cpu")
+    if found < world:
+        raise UsageError(f"--tp {world} needs {world} CUDA devices, torch sees {found}; --device cpu needs none")
+    return torch.device("cuda", rank)
+
+
+def _other_rank(rank: int, world: int, port: int, args: argparse.Namespace, prompts: list[str]) -> None:
+    """A rank that says nothing: what there is to say, rank 0 says too."""
+    from dflash_kernels.tensor_parallel import process_group
+
+    _import_torch()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        device = _rank_device(args.device, world, rank)
+        with process_group(rank, world, device, port) as communicator, contextlib.suppress(UsageError):
+            _generate_rank(args, prompts, device, communicator)
+
+
+def _end_with_ranks(ranks: Ranks, done: threading.Event) -> None:
+    """End this process if another rank failed: it would wait for it in the next sum."""
+    while not done.wait(1.0):
+        if ranks.failed() and not done.wait(5.0):
+            print(f"dflash-kernels generate: another rank ended with code {ranks.failed()[0]}", file=sys.stderr)
+            os._exit(1)
+
+
+def _generate_rank(args: argparse.Namespace, prompts: list[str], device: Any, communicator: Communicator | None) -> int:
     from dflash_kernels.engine import SamplingParams
 
     try:
@@ -174,7 +247,7 @@ def _generate(args: argparse.Namespace) -> int:
         params = SamplingParams(**{**params.__dict__, "stop_token_ids": None})
         with_compare = not args.no_compare
         with _status("loading the models", args):
-            engine, ids = _build_engine(args, prompts)
+            engine, ids = _build_engine(args, prompts, device, communicator)
         with _status("warming up", args):
             _warm_up(engine, ids, params, with_compare)
         results = _stream(engine, ids, params, args)
@@ -226,14 +299,15 @@ def _import_torch() -> Any:
     return torch
 
 
-def _build_engine(args: argparse.Namespace, prompts: list[str]) -> tuple[Engine, list[list[int]]]:
+def _build_engine(
+    args: argparse.Namespace, prompts: list[str], device: Any, communicator: Communicator | None
+) -> tuple[Engine, list[list[int]]]:
     import torch
 
     from dflash_kernels.engine import Engine, load_target
     from dflash_kernels.engine.text import encode_prompt
     from dflash_kernels.model.drafter import load_drafter
 
-    device = _device(args.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     # fp32 means fp32: block-shaped and single-token passes must round alike.
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -268,6 +342,7 @@ def _build_engine(args: argparse.Namespace, prompts: list[str]) -> tuple[Engine,
         max_len=max_len,
         page_size=args.page_size,
         device=device,
+        communicator=communicator,
     )
     return engine, ids
 
@@ -364,7 +439,8 @@ def _report(
             say(f"{label}acceptance length per step: {lens or 'no decode step'}")
         mean = sum(steps) / len(steps) if steps else 0.0
         say(f"mean acceptance length: {mean:.2f} tokens a step over {len(steps)} steps (block of {engine.block_size})")
-        say(f"DFlash: {_rate(ours):.1f} tokens/s ({args.dtype} target, {engine.device})")
+        where = str(engine.device) if args.tp == 1 else f"{args.tp} ranks on {engine.device.type}"
+        say(f"DFlash: {_rate(ours):.1f} tokens/s ({args.dtype} target, {where})")
     if args.no_compare:
         return 0
     with _status("decoding the same prompts without a drafter", args):

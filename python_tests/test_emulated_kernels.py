@@ -22,6 +22,7 @@ import pytest
 import test_alloc
 import test_dflash2
 import test_draft
+import test_draft_layer
 import test_draft_packed
 import test_head
 import test_inject
@@ -158,6 +159,12 @@ CHECKS = [
         drafts(9, 2, 5, 3, T=12, I=5120, heads=(2, 1)),  # 64 rows, wide tiles; K in eight parts
         drafts(*range(20), T=7, I=2560, heads=(2, 1)),  # 128 rows
     ),
+    *calls(
+        test_draft_layer.bf16_matches_reference,
+        {**drafts(40, 3, T=7, heads=(9, 3), I=48, layers=2), "world": 4},
+        {**drafts(70, T=16, heads=(4, 1), D=128, windows=(33,), biases=True), "world": 1},
+    ),
+    *calls(test_draft_layer.test_out_may_be_x, {"device": "cpu"}),
     *calls(
         test_draft.test_uniform_attention_shows_the_visible_keys,
         *({"context": context, "causal": 1, "window": window} for context, window in ((0, 4), (64, 0), (129, 70))),

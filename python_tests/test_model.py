@@ -412,7 +412,7 @@ def test_shards_add_up_to_the_whole(tmp_path: Path, rng: torch.Generator, world:
     state |= {n: t[:60] for n, t in state.items() if "gate_proj" in n or "up_proj" in n}
     state |= {n: t[:, :60].contiguous() for n, t in state.items() if "down_proj" in n}
     whole = load_drafter(save(tmp_path, z_lab(**changes), state))
-    parts = [whole.shard(rank, world) for rank in range(world)]
+    parts = [Drafter(*shard_weights(whole.config, whole.weights, rank, world)) for rank in range(world)]
     x = torch.randn(5, H, generator=rng)
 
     def layer(drafter: Drafter, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -430,15 +430,11 @@ def test_shards_add_up_to_the_whole(tmp_path: Path, rng: torch.Generator, world:
             torch.testing.assert_close(sum(g[j] for g in got), want[j], atol=1e-3, rtol=1e-4)
 
 
-def test_shards_that_do_not_divide(tmp_path: Path, rng: torch.Generator) -> None:
+def test_shards_that_are_too_many(tmp_path: Path, rng: torch.Generator) -> None:
     drafter = load_drafter(save(tmp_path, z_lab(), tensors(rng)))
     for rank, world, message in (
-        (0, 4, r"num_attention_heads must be a multiple of the number of ranks \(4\), got 6"),
-        (0, 6, r"intermediate_size must be a multiple of the number of ranks \(6\), got 64"),
-        (0, 3, r"the number of ranks must be a multiple of num_key_value_heads \(2\), got 3"),
+        (0, 7, r"num_attention_heads must be at least the number of ranks \(7\), got 6"),
         (2, 2, r"rank must be in 0..1 \(world 2\), got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             shard_weights(drafter.config, drafter.weights, rank, world)
-    with pytest.raises(ValueError, match=r"vocab_size must be a multiple of the number of ranks \(2\), got 97"):
-        drafter.shard(0, 2)

@@ -24,6 +24,9 @@ from dflash_kernels.engine.stats import EngineStats, RequestStats
 from dflash_kernels.engine.step import Mode, StepRunner, Ticket
 from dflash_kernels.engine.target import TargetRunner, default_stop_ids
 from dflash_kernels.engine.text import StreamDecoder, encode_prompt
+from dflash_kernels.model.drafter import Drafter
+from dflash_kernels.model.sharded_drafter import ShardedDrafter
+from dflash_kernels.tensor_parallel import Communicator
 
 Prompt = str | Sequence[int]
 
@@ -117,9 +120,11 @@ class Engine:
         prefill_chunk: prompt tokens per pass.
         use_graphs: replay steps as CUDA graphs (CUDA only).
         run_ahead: steps launched before the last one's tokens are looked at, 0 or 1; None: 1 on CUDA, 0 elsewhere.
+        communicator: of a tensor-parallel rank (:mod:`dflash_kernels.tensor_parallel`): the target is cut to the rank's
+            part, in place, and the drafter's part is taken. Every rank makes the same calls, and gets the same results.
 
     Raises:
-        ValueError: the drafter does not fit the target, or a size is out of range.
+        ValueError: the drafter does not fit the target, a size is out of range, or there are too many ranks.
     """
 
     def __init__(
@@ -136,6 +141,7 @@ class Engine:
         prefill_chunk: int = 1024,
         use_graphs: bool = True,
         run_ahead: int | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"Engine: max_batch must be >= 1, got {max_batch}")
@@ -158,9 +164,12 @@ class Engine:
                 where: torch.device = target.get_input_embeddings().weight.device  # type: ignore[operator]
                 if drafter.device != where:
                     raise ValueError(f"Engine: drafter must be on its target's device {where}, got {drafter.device}")
+            if communicator is not None:
+                drafter = self.drafter = _shard(drafter, communicator)
+            if isinstance(drafter, Bindable):
                 drafter.reserve(max_batch, max(prefill_chunk, max_batch * self.block_size))
         taps = drafter.target_layer_ids if drafter is not None else ()
-        self.target = TargetRunner(target, taps, rows=max_batch, max_positions=max_positions)
+        self.target = TargetRunner(target, taps, rows=max_batch, max_positions=max_positions, communicator=communicator)
         self.device = self.target.device
         if device is not None and torch.device(device).type != self.device.type:
             raise ValueError(f"Engine: target must be on {torch.device(device)}, got {self.device}")
@@ -421,6 +430,12 @@ class Engine:
                 waiting.remove(request)
             yield TokenEvent(request.result.index, (), "", None, "abort")
         aborted.clear()
+
+
+def _shard(drafter: DrafterLike, communicator: Communicator) -> ShardedDrafter:
+    if not isinstance(drafter, Drafter):
+        raise ValueError(f"Engine: a drafter for several ranks must be a Drafter, got {type(drafter).__name__}")
+    return ShardedDrafter(drafter, communicator)
 
 
 def check_fit(target: nn.Module, drafter: DrafterLike, max_positions: int) -> None:

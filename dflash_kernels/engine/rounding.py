@@ -47,7 +47,8 @@ def score(runner: TargetRunner, prompt: Sequence[int], text: Sequence[int], bloc
     ids = torch.tensor([[*prompt, *text]], dtype=torch.int64, device=device)
     positions = torch.arange(ids.shape[1], dtype=torch.int64, device=device)[None]
     count = len(prompt)
-    rows = [runner.forward(ids[:, :count], positions[:, :count], count, start=0, taps=False, last_only=True).logits[0]]
+    first = runner.forward(ids[:, :count], positions[:, :count], count, start=0, taps=False, last_only=True)
+    rows = [runner.whole_logits(first.logits)[0]]
     for start in range(count, ids.shape[1] - 1, block_size):
         stop = min(start + block_size, ids.shape[1] - 1)
         # The last block is padded to full width with copies of its last token: only full blocks round like a block.
@@ -55,7 +56,7 @@ def score(runner: TargetRunner, prompt: Sequence[int], text: Sequence[int], bloc
         block = torch.nn.functional.pad(ids[:, start:stop], (0, pad), mode="constant", value=int(ids[0, stop - 1]))
         where = torch.arange(start, start + block.shape[1], dtype=torch.int64, device=device)[None]
         output = runner.forward(block, where, int(start + block.shape[1]), start=start, taps=False)
-        rows.append(output.logits[0, : stop - start])
+        rows.append(runner.whole_logits(output.logits)[0, : stop - start])
     return torch.cat(rows).float().cpu()
 
 

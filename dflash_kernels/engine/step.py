@@ -198,7 +198,8 @@ class StepRunner:
             graph = torch.cuda.CUDAGraph()
             if self._graph_pool is None:
                 self._graph_pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._graph_pool):
+            # Only this thread's calls matter: NCCL's watchdog looks at events of its own meanwhile.
+            with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 packed = self._step(*key)
             self._graphs[key] = (graph, packed)
             self.captures += 1
@@ -254,7 +255,16 @@ class StepRunner:
         )
         # The anchors' rows go along: leaving them out would cost a copy and save nothing in a tile of T rows.
         out = (self._draft_ids[: rows * block], self._draft_values[: rows * block])
-        ids, _ = ops.lm_head_argmax(hidden, self.drafter.lm_head_weight, out=out, workspace=self._head_workspace)
+        shards = self.target.shards
+        ids, values = ops.lm_head_argmax(
+            hidden,
+            self.drafter.lm_head_weight,
+            vocab_start=0 if shards is None else shards.start,
+            out=out,
+            workspace=self._head_workspace,
+        )
+        if shards is not None:
+            shards.merge(ids, values, out=ids)
         candidates = ids.view(rows, block)
         candidates[:, 0].copy_(block_ids[:, 0])
         return candidates
@@ -274,18 +284,21 @@ class StepRunner:
         sampled: bool,
         out: ops.Verified | None = None,
     ) -> ops.Verified:
-        """Accept step, into ``out`` or new tensors.
+        """Accept step, into ``out`` or new tensors, from the target's logits, or this rank's part of them.
 
+        Ranks exchange the best of their rows when all requests are greedy, and whole logits otherwise.
         Sampling draws from Philox at (seed, counter = the row's length): no state beyond the length.
         """
         lens = self.prefix_lens[batch]
         workspace = None if out is None else self._verify_workspace
         if not sampled:
-            return ops.verify_block(candidates, logits, lens, out=out, workspace=workspace)
+            shards = self.target.shards
+            top = logits if shards is None else shards.best(logits)
+            return ops.verify_block(candidates, top, lens, out=out, workspace=workspace)
         rows = self.sampling
         return ops.verify_block_sampled(
             candidates,
-            logits,
+            self.target.whole_logits(logits),
             lens,
             rows.temperature[batch],
             rows.top_k[batch],

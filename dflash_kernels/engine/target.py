@@ -18,6 +18,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dflash_kernels.engine.sharded_target import shard_target
+from dflash_kernels.tensor_parallel import Communicator
+
 
 class _PassPlan:
     """Where the running pass reads and writes: shared by all layers of the cache.
@@ -98,7 +101,7 @@ class RowCacheLayer(CacheLayerMixin):
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """``logits`` [B, T, V] (or [B, 1, V] with ``last_only``); ``taps`` K tensors [B*T, H] in tap order."""
+    """``logits`` [B, T, V] (or [B, 1, V] with ``last_only``), V of this rank; ``taps`` K tensors [B*T, H]."""
 
     logits: torch.Tensor
     taps: list[torch.Tensor]
@@ -126,20 +129,32 @@ class TargetRunner:
         tap_layers: layer ids whose output hidden states are wanted ("after layer i", 0-based); may be empty.
         rows: cache rows (the batch, padding included).
         max_positions: positions a row can hold.
+        communicator: of a tensor-parallel rank: the model is cut to the rank's part, in place. Every rank must run the
+            same passes.
+
+    Attributes:
+        shards: the rank's part of the vocabulary, whose logits :meth:`forward` gives; None: all of it.
 
     Raises:
-        ValueError: a tapped layer does not exist, or the model has layers other than full attention.
+        ValueError: a tapped layer does not exist, the model has layers other than full attention, or it cannot be cut.
     """
 
-    def __init__(self, model: nn.Module, tap_layers: Sequence[int], *, rows: int, max_positions: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tap_layers: Sequence[int],
+        *,
+        rows: int,
+        max_positions: int,
+        communicator: Communicator | None = None,
+    ) -> None:
         config: Any = model.config
         self.model = model.eval()
         self.tap_layers = tuple(int(i) for i in tap_layers)
         self.rows, self.max_positions = rows, max_positions
-        self.embed_weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-        self.lm_head_weight: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-        self.dtype, self.device = self.embed_weight.dtype, self.embed_weight.device
-        self.vocab_size, self.hidden_size = self.lm_head_weight.shape
+        lm_head_weight: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+        self.dtype, self.device = lm_head_weight.dtype, lm_head_weight.device
+        self.vocab_size, self.hidden_size = lm_head_weight.shape
         layers = decoder_layers(model)
         self.num_layers = len(layers)
         for layer in self.tap_layers:
@@ -152,6 +167,7 @@ class TargetRunner:
             raise ValueError(
                 f"target model has {sorted(kinds)} layers; the engine runs targets whose layers are all full_attention"
             )
+        self.shards = None if communicator is None else shard_target(model, layers, communicator)
         self._plan = _PassPlan()
         self._layers = [RowCacheLayer(self._plan, rows, max_positions) for _ in layers]
         self._cache = Cache(layers=list(self._layers))
@@ -209,6 +225,10 @@ class TargetRunner:
         tapped = [self._tapped[i].reshape(-1, self.hidden_size) for i in self.tap_layers] if self._want_taps else []
         self._tapped.clear()
         return TargetOutput(output.logits, tapped)
+
+    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of the whole vocabulary from :meth:`forward`'s, which are a rank's part where there are several."""
+        return logits if self.shards is None else self.shards.gather(logits)
 
     def move_row(self, src: int, dst: int, length: int) -> None:
         """Copy the first ``length`` cached positions of row ``src`` over row ``dst`` (no host sync)."""

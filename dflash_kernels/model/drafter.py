@@ -13,7 +13,7 @@ from dflash_kernels import ops
 from dflash_kernels.draft_stream import MAX_TOKENS, PackedDraft, pack_draft, why_not_packed
 from dflash_kernels.model.checkpoint import load_weights
 from dflash_kernels.model.config import DrafterConfig, load_config
-from dflash_kernels.model.weights import DrafterWeights, shard_range, shard_weights
+from dflash_kernels.model.weights import DrafterWeights
 
 
 class Drafter:
@@ -254,22 +254,6 @@ class Drafter:
             self.config.rms_norm_eps,
             self._plan_injection(),
         )
-
-    def shard(self, rank: int, world: int) -> Drafter:
-        """This rank's part for a tensor-parallel engine: heads, MLP rows and, once bound, rows of the LM head.
-
-        ``o_weight`` and ``down_weight`` of a part give partial sums, so an engine that adds them over the ranks runs
-        the layers itself; :meth:`inject` of a part needs no communication. The embedding stays whole. ``vocab_start``
-        of `lm_head_argmax` is ``rank * V / world``.
-
-        Raises:
-            ValueError: heads, KV heads, MLP size or vocabulary do not divide.
-        """
-        config, weights = shard_weights(self.config, self.weights, rank, world)
-        start, stop = shard_range(self.vocab_size, rank, world, "vocab_size")
-        part = Drafter(config, weights, max_positions=self.max_positions)
-        part.embed_weight, part.lm_head_weight = self.embed_weight, self.lm_head_weight[start:stop]
-        return part
 
     def why_not_one_kernel(self, rows: int) -> str | None:
         """Why :meth:`forward` of `rows` = B * T is a chain of kernels; None: one kernel that streams the weights."""

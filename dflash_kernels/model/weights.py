@@ -9,6 +9,7 @@ import torch
 
 from dflash_kernels.model.config import DrafterConfig
 from dflash_kernels.model.formats import QuantizedWeight, WeightFormat
+from dflash_kernels.model.shard import shard_heads, shard_range
 
 
 @dataclass(frozen=True)
@@ -87,79 +88,50 @@ class DrafterWeights:
         return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "quantized"}
 
 
-def shard_range(size: int, rank: int, world: int, what: str) -> tuple[int, int]:
-    """Bounds of this rank's part of ``size`` equal things.
-
-    Raises:
-        ValueError: ``size`` is no multiple of ``world``, or the rank is out of range.
-    """
-    if world < 1 or not 0 <= rank < world:
-        raise ValueError(f"shard: rank must be in 0..{world - 1} (world {world}), got {rank}")
-    if size % world:
-        raise ValueError(f"shard: {what} must be a multiple of the number of ranks ({world}), got {size}")
-    part = size // world
-    return rank * part, (rank + 1) * part
-
-
 def shard_weights(
     config: DrafterConfig, weights: DrafterWeights, rank: int, world: int
 ) -> tuple[DrafterConfig, DrafterWeights]:
     """One rank's part for tensor parallelism: its heads and MLP rows; norms and ``fc`` are replicated.
 
     The outputs of ``o_weight`` and ``down_weight`` are then partial sums, to be added over the ranks; ``o_bias`` is
-    kept by rank 0 only, so that the sum holds it once. With more ranks than KV heads, neighbours share a KV head.
+    kept by rank 0 only, so that the sum holds it once. What does not divide: :mod:`dflash_kernels.model.shard`.
 
     Raises:
-        ValueError: heads, KV heads or the MLP size do not divide, or a part of quantised columns would end in a group.
+        ValueError: fewer heads or MLP rows than ranks, or a part of quantised columns would end in a group.
     """
     dim, layers, hidden = config.head_dim, config.num_layers, config.hidden_size
-    q0, q1 = shard_range(config.num_heads, rank, world, "num_attention_heads")
-    if config.num_kv_heads >= world:
-        k0, k1 = shard_range(config.num_kv_heads, rank, world, "num_key_value_heads")
-    elif world % config.num_kv_heads:
-        raise ValueError(
-            f"shard: the number of ranks must be a multiple of num_key_value_heads ({config.num_kv_heads}), got {world}"
-        )
-    else:
-        k0 = rank * config.num_kv_heads // world
-        k1 = k0 + 1
-    i0, i1 = shard_range(config.intermediate_size, rank, world, "intermediate_size")
+    heads = shard_heads(config.num_heads, config.num_kv_heads, rank, world)
+    i0, i1 = shard_range(config.intermediate_size, rank, world, "intermediate_size", unit=8)
     q_rows, kv_rows = config.num_heads * dim, config.num_kv_heads * dim
+    q_part = slice(heads.q0 * dim, heads.q1 * dim)
+    kv_parts = [slice(k * dim, (k + 1) * dim) for k in heads.kv_heads]
 
-    def qkv(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        q, k, v = tensor.split([q_rows, kv_rows, kv_rows], dim=1)
-        own = slice(k0 * dim, k1 * dim)
-        return torch.cat([q[:, q0 * dim : q1 * dim], k[:, own], v[:, own]], dim=1)
+    def moved(by: int) -> list[slice]:
+        return [slice(part.start + by, part.stop + by) for part in kv_parts]
 
-    def kv(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        k, v = tensor.split([kv_rows, kv_rows], dim=1)
-        own = slice(k0 * dim, k1 * dim)
-        return torch.cat([k[:, own], v[:, own]], dim=1)
-
-    k_part = slice(q_rows + k0 * dim, q_rows + k1 * dim)
-    v_part = slice(k_part.start + kv_rows, k_part.stop + kv_rows)
+    qkv_parts = [q_part, *moved(q_rows), *moved(q_rows + kv_rows)]
     up = config.intermediate_size
     cuts: dict[str, Callable[[QuantizedWeight], QuantizedWeight]] = {
-        "qkv_weight": lambda w: w.rows(slice(q0 * dim, q1 * dim), k_part, v_part),
-        "o_weight": lambda w: w.columns(q0 * dim, q1 * dim),
+        "qkv_weight": lambda w: w.rows(*qkv_parts),
+        "o_weight": lambda w: w.columns(q_part.start, q_part.stop),
         "gate_up_weight": lambda w: w.rows(slice(i0, i1), slice(up + i0, up + i1)),
         "down_weight": lambda w: w.columns(i0, i1),
     }
+
+    def rows(tensor: torch.Tensor | None, parts: list[slice]) -> torch.Tensor | None:
+        return None if tensor is None else torch.cat([tensor[:, part] for part in parts], dim=1)
+
     gate_up = weights.gate_up_weight.view(layers, 2, config.intermediate_size, hidden)[:, :, i0:i1]
     part = replace(
         weights,
-        kv_weight=kv(weights.kv_weight),  # type: ignore[arg-type]
-        kv_bias=kv(weights.kv_bias),
-        qkv_weight=qkv(weights.qkv_weight),  # type: ignore[arg-type]
-        qkv_bias=qkv(weights.qkv_bias),
-        o_weight=weights.o_weight[:, :, q0 * dim : q1 * dim].contiguous(),
+        kv_weight=rows(weights.kv_weight, moved(0) + moved(kv_rows)),  # type: ignore[arg-type]
+        kv_bias=rows(weights.kv_bias, moved(0) + moved(kv_rows)),
+        qkv_weight=rows(weights.qkv_weight, qkv_parts),  # type: ignore[arg-type]
+        qkv_bias=rows(weights.qkv_bias, qkv_parts),
+        o_weight=weights.o_weight[:, :, q_part].contiguous(),
         o_bias=weights.o_bias if rank == 0 else None,
         gate_up_weight=gate_up.reshape(layers, 2 * (i1 - i0), hidden),
         down_weight=weights.down_weight[:, :, i0:i1].contiguous(),
         quantized={name: cuts[name](weight) for name, weight in (weights.quantized or {}).items()} or None,
     )
-    return replace(config, num_heads=q1 - q0, num_kv_heads=k1 - k0, intermediate_size=i1 - i0), part
+    return replace(config, num_heads=heads.num_heads, num_kv_heads=len(heads.kv_heads), intermediate_size=i1 - i0), part

@@ -182,6 +182,73 @@ def _visible(positions: torch.Tensor, low: int, prefix: int, window: int, causal
     return torch.cat((context_mask, own_mask), dim=1)
 
 
+def _attention_cpu(
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    o_weight: torch.Tensor,
+    o_bias: torch.Tensor | None,
+    cos_sin: torch.Tensor,
+    window: int,
+    causal: bool,
+    eps: float,
+    softmax_scale: float | None,
+    add_x: bool,
+) -> torch.Tensor:
+    """The attention half of a layer, added to ``x`` [B * T, H] or by itself."""
+    batch, block = positions.shape
+    kv_heads, head_dim = k_cache.shape[1:]
+    q_heads = qkv_weight.shape[0] // head_dim - 2 * kv_heads
+    half = cos_sin.shape[1] // 2
+    table = cos_sin[positions.long()][:, :, None]  # [B, T, 1, R]
+    cos, sin = table[..., :half], table[..., half:]
+    prefixes, rows = prefix_lens.tolist(), req_pool_indices.tolist()
+    starts = positions.amin(1).tolist() if batch else []
+    qkv = F.linear(_rmsnorm(x, input_norm, eps), qkv_weight, qkv_bias)
+    q, k, v = qkv.view(batch, block, q_heads + 2 * kv_heads, head_dim).split((q_heads, kv_heads, kv_heads), dim=2)
+    q = _rotate(q if q_norm is None else _rmsnorm(q, q_norm, eps), cos, sin)
+    k = _rotate(k if k_norm is None else _rmsnorm(k, k_norm, eps), cos, sin)
+    attended = torch.empty(batch, block, q_heads, head_dim, dtype=x.dtype)
+    for b in range(batch):
+        low = min(max(starts[b] - window + 1, 0), prefixes[b]) if window else 0
+        slots = req_to_token[rows[b], low : prefixes[b]].long()
+        keys = torch.cat((k_cache[slots], k[b])).transpose(0, 1)[None]
+        values = torch.cat((v_cache[slots], v[b])).transpose(0, 1)[None]
+        attended[b] = F.scaled_dot_product_attention(
+            q[b].transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=_visible(positions[b].long(), low, prefixes[b], window, causal),
+            scale=softmax_scale,
+            enable_gqa=True,
+        )[0].transpose(0, 1)
+    part = F.linear(attended.view(batch * block, q_heads * head_dim), o_weight, o_bias)
+    return x + part if add_x else part
+
+
+def _mlp_cpu(
+    x: torch.Tensor,
+    post_norm: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    eps: float,
+    add_x: bool,
+) -> torch.Tensor:
+    """The MLP half of a layer, added to ``x`` [N, H] or by itself."""
+    gate, up = F.linear(_rmsnorm(x, post_norm, eps), gate_up_weight).float().chunk(2, dim=-1)
+    part = F.linear((F.silu(gate) * up).to(x.dtype), down_weight)
+    return x + part if add_x else part
+
+
 def _forward_cpu(
     block_ids: torch.Tensor,
     positions: torch.Tensor,
@@ -208,39 +275,34 @@ def _forward_cpu(
     eps: float,
     softmax_scale: float | None,
 ) -> torch.Tensor:
-    batch, block = block_ids.shape
-    kv_heads, head_dim = k_caches[0].shape[1:]
-    q_heads = qkv_weight.shape[1] // head_dim - 2 * kv_heads
-    half = cos_sin.shape[1] // 2
-    table = cos_sin[positions.long()][:, :, None]  # [B, T, 1, R]
-    cos, sin = table[..., :half], table[..., half:]
-    prefixes, rows = prefix_lens.tolist(), req_pool_indices.tolist()
-    starts = positions.amin(1).tolist() if batch else []
+    def of(stack: torch.Tensor | None, layer: int) -> torch.Tensor | None:
+        return None if stack is None else stack[layer]
+
     x = F.embedding(block_ids.reshape(-1).long(), embed_weight)
-    for layer, (window, is_causal) in enumerate(zip(windows, causal, strict=True)):
-        normed = _rmsnorm(x, input_norm[layer], eps)
-        qkv = F.linear(normed, qkv_weight[layer], None if qkv_bias is None else qkv_bias[layer])
-        q, k, v = qkv.view(batch, block, q_heads + 2 * kv_heads, head_dim).split((q_heads, kv_heads, kv_heads), dim=2)
-        q = _rotate(q if q_norm is None else _rmsnorm(q, q_norm[layer], eps), cos, sin)
-        k = _rotate(k if k_norm is None else _rmsnorm(k, k_norm[layer], eps), cos, sin)
-        attended = torch.empty(batch, block, q_heads, head_dim, dtype=x.dtype)
-        for b in range(batch):
-            low = min(max(starts[b] - window + 1, 0), prefixes[b]) if window else 0
-            slots = req_to_token[rows[b], low : prefixes[b]].long()
-            keys = torch.cat((k_caches[layer][slots], k[b])).transpose(0, 1)[None]
-            values = torch.cat((v_caches[layer][slots], v[b])).transpose(0, 1)[None]
-            attended[b] = F.scaled_dot_product_attention(
-                q[b].transpose(0, 1)[None],
-                keys,
-                values,
-                attn_mask=_visible(positions[b].long(), low, prefixes[b], window, bool(is_causal)),
-                scale=softmax_scale,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
-        flat = attended.view(batch * block, q_heads * head_dim)
-        x = x + F.linear(flat, o_weight[layer], None if o_bias is None else o_bias[layer])
-        gate, up = F.linear(_rmsnorm(x, post_norm[layer], eps), gate_up_weight[layer]).float().chunk(2, dim=-1)
-        x = x + F.linear((F.silu(gate) * up).to(x.dtype), down_weight[layer])
+    for i, (window, is_causal) in enumerate(zip(windows, causal, strict=True)):
+        x = _attention_cpu(
+            x,
+            positions,
+            prefix_lens,
+            req_pool_indices,
+            req_to_token,
+            k_caches[i],
+            v_caches[i],
+            input_norm[i],
+            qkv_weight[i],
+            of(qkv_bias, i),
+            of(q_norm, i),
+            of(k_norm, i),
+            o_weight[i],
+            of(o_bias, i),
+            cos_sin,
+            window,
+            bool(is_causal),
+            eps,
+            softmax_scale,
+            True,
+        )
+        x = _mlp_cpu(x, post_norm[i], gate_up_weight[i], down_weight[i], eps, True)
     return _rmsnorm(x, final_norm, eps)
 
 

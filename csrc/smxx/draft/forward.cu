@@ -58,6 +58,84 @@ const uint16_t* at_layer(const uint16_t* stack, int64_t layer, int64_t elements)
 
 }  // namespace
 
+void launch_draft_attention(const DraftParams& p, int64_t l, const uint16_t* x, uint16_t* out, bool add_x,
+                            cudaStream_t stream) {
+  const DraftSizes& s = p.sizes;
+  const int64_t tokens = s.tokens();
+  if (tokens == 0) return;
+  const LayerCache& cache = p.layers[l];
+  const WorkspacePlan plan = plan_workspace(s);
+  auto* normed = reinterpret_cast<uint16_t*>(p.workspace + plan.normed);
+  auto* qkv = reinterpret_cast<uint16_t*>(p.workspace + plan.qkv);
+  auto* attended = reinterpret_cast<uint16_t*>(p.workspace + plan.attended);
+  const int64_t q_width = s.q_heads * s.head_dim, qkv_width = s.qkv_width();
+
+  launch_norm(x, at_layer(p.input_norm, l, s.hidden), normed, p, stream);
+  const Linear qkv_linear{at_layer(p.qkv_weight, l, qkv_width * s.hidden), at_layer(p.qkv_bias, l, qkv_width),
+                          qkv_width, s.hidden};
+  launch_linear(qkv_linear, normed, tokens, qkv, nullptr, false, stream);
+
+  RotateParams rotate;
+  rotate.qkv = qkv;
+  rotate.tokens = tokens;
+  rotate.block_size = static_cast<int>(s.block_size);
+  rotate.q_heads = static_cast<int>(s.q_heads);
+  rotate.kv_heads = static_cast<int>(s.kv_heads);
+  rotate.head_dim = static_cast<int>(s.head_dim);
+  rotate.q_norm = at_layer(p.q_norm, l, s.head_dim);
+  rotate.k_norm = at_layer(p.k_norm, l, s.head_dim);
+  rotate.positions = p.positions;
+  rotate.cos_sin = p.cos_sin;
+  rotate.rotary_dim = static_cast<int>(p.rotary_dim);
+  rotate.max_positions = p.max_positions;
+  rotate.eps = p.eps;
+  launch_rotate(rotate, stream);
+
+  attention::BlockAttentionParams attend;
+  attend.qkv = qkv;
+  attend.k_cache = cache.k;
+  attend.v_cache = cache.v;
+  attend.k_slot_stride = cache.k_slot_stride;
+  attend.v_slot_stride = cache.v_slot_stride;
+  attend.num_slots = cache.num_slots;
+  attend.positions = p.positions;
+  attend.prefix_lens = p.prefix_lens;
+  attend.req_pool_indices = p.req_pool_indices;
+  attend.req_to_token = p.req_to_token;
+  attend.rows = p.rows;
+  attend.width = p.width;
+  attend.batch = s.batch;
+  attend.block_size = static_cast<int>(s.block_size);
+  attend.q_heads = static_cast<int>(s.q_heads);
+  attend.kv_heads = static_cast<int>(s.kv_heads);
+  attend.head_dim = static_cast<int>(s.head_dim);
+  attend.window = static_cast<int>(cache.window < INT_MAX ? cache.window : INT_MAX);
+  attend.causal = cache.causal;
+  attend.scale = p.softmax_scale;
+  attend.num_splits = static_cast<int>(plan.splits);
+  attend.partial_out = reinterpret_cast<float*>(p.workspace + plan.partial_out);
+  attend.partial_stats = reinterpret_cast<float*>(p.workspace + plan.partial_stats);
+  attend.out = attended;
+  attention::launch_block_attention(attend, stream);
+
+  const Linear o_linear{at_layer(p.o_weight, l, s.hidden * q_width), at_layer(p.o_bias, l, s.hidden), s.hidden,
+                        q_width};
+  launch_linear(o_linear, attended, tokens, out, add_x ? x : nullptr, false, stream);
+}
+
+void launch_draft_mlp(const DraftParams& p, int64_t l, const uint16_t* x, uint16_t* out, bool add_x, uint16_t* normed,
+                      uint16_t* activated, cudaStream_t stream) {
+  const DraftSizes& s = p.sizes;
+  const int64_t tokens = s.tokens();
+  if (tokens == 0) return;
+  launch_norm(x, at_layer(p.post_norm, l, s.hidden), normed, p, stream);
+  const Linear gate_up_linear{at_layer(p.gate_up_weight, l, 2 * s.intermediate * s.hidden), nullptr, 2 * s.intermediate,
+                              s.hidden};
+  launch_linear(gate_up_linear, normed, tokens, activated, nullptr, true, stream);
+  const Linear down_linear{at_layer(p.down_weight, l, s.hidden * s.intermediate), nullptr, s.hidden, s.intermediate};
+  launch_linear(down_linear, activated, tokens, out, add_x ? x : nullptr, false, stream);
+}
+
 void launch_draft_forward(const DraftParams& p, cudaStream_t stream) {
   const DraftSizes& s = p.sizes;
   const int64_t tokens = s.tokens();
@@ -65,10 +143,7 @@ void launch_draft_forward(const DraftParams& p, cudaStream_t stream) {
   const WorkspacePlan plan = plan_workspace(s);
   auto* x = reinterpret_cast<uint16_t*>(p.workspace + plan.x);
   auto* normed = reinterpret_cast<uint16_t*>(p.workspace + plan.normed);
-  auto* qkv = reinterpret_cast<uint16_t*>(p.workspace + plan.qkv);
-  auto* attended = reinterpret_cast<uint16_t*>(p.workspace + plan.attended);
   auto* activated = reinterpret_cast<uint16_t*>(p.workspace + plan.activated);
-  const int64_t q_width = s.q_heads * s.head_dim, qkv_width = s.qkv_width();
 
   EmbedParams embed;
   embed.ids = p.block_ids;
@@ -81,64 +156,8 @@ void launch_draft_forward(const DraftParams& p, cudaStream_t stream) {
   launch_embed(embed, stream);
 
   for (int64_t l = 0; l < static_cast<int64_t>(p.layers.size()); ++l) {
-    const LayerCache& cache = p.layers[l];
-    launch_norm(x, at_layer(p.input_norm, l, s.hidden), normed, p, stream);
-    const Linear qkv_linear{at_layer(p.qkv_weight, l, qkv_width * s.hidden), at_layer(p.qkv_bias, l, qkv_width),
-                            qkv_width, s.hidden};
-    launch_linear(qkv_linear, normed, tokens, qkv, nullptr, false, stream);
-
-    RotateParams rotate;
-    rotate.qkv = qkv;
-    rotate.tokens = tokens;
-    rotate.block_size = static_cast<int>(s.block_size);
-    rotate.q_heads = static_cast<int>(s.q_heads);
-    rotate.kv_heads = static_cast<int>(s.kv_heads);
-    rotate.head_dim = static_cast<int>(s.head_dim);
-    rotate.q_norm = at_layer(p.q_norm, l, s.head_dim);
-    rotate.k_norm = at_layer(p.k_norm, l, s.head_dim);
-    rotate.positions = p.positions;
-    rotate.cos_sin = p.cos_sin;
-    rotate.rotary_dim = static_cast<int>(p.rotary_dim);
-    rotate.max_positions = p.max_positions;
-    rotate.eps = p.eps;
-    launch_rotate(rotate, stream);
-
-    attention::BlockAttentionParams attend;
-    attend.qkv = qkv;
-    attend.k_cache = cache.k;
-    attend.v_cache = cache.v;
-    attend.k_slot_stride = cache.k_slot_stride;
-    attend.v_slot_stride = cache.v_slot_stride;
-    attend.num_slots = cache.num_slots;
-    attend.positions = p.positions;
-    attend.prefix_lens = p.prefix_lens;
-    attend.req_pool_indices = p.req_pool_indices;
-    attend.req_to_token = p.req_to_token;
-    attend.rows = p.rows;
-    attend.width = p.width;
-    attend.batch = s.batch;
-    attend.block_size = static_cast<int>(s.block_size);
-    attend.q_heads = static_cast<int>(s.q_heads);
-    attend.kv_heads = static_cast<int>(s.kv_heads);
-    attend.head_dim = static_cast<int>(s.head_dim);
-    attend.window = static_cast<int>(cache.window < INT_MAX ? cache.window : INT_MAX);
-    attend.causal = cache.causal;
-    attend.scale = p.softmax_scale;
-    attend.num_splits = static_cast<int>(plan.splits);
-    attend.partial_out = reinterpret_cast<float*>(p.workspace + plan.partial_out);
-    attend.partial_stats = reinterpret_cast<float*>(p.workspace + plan.partial_stats);
-    attend.out = attended;
-    attention::launch_block_attention(attend, stream);
-
-    const Linear o_linear{at_layer(p.o_weight, l, s.hidden * q_width), at_layer(p.o_bias, l, s.hidden), s.hidden,
-                          q_width};
-    launch_linear(o_linear, attended, tokens, x, x, false, stream);
-    launch_norm(x, at_layer(p.post_norm, l, s.hidden), normed, p, stream);
-    const Linear gate_up_linear{at_layer(p.gate_up_weight, l, 2 * s.intermediate * s.hidden), nullptr,
-                                2 * s.intermediate, s.hidden};
-    launch_linear(gate_up_linear, normed, tokens, activated, nullptr, true, stream);
-    const Linear down_linear{at_layer(p.down_weight, l, s.hidden * s.intermediate), nullptr, s.hidden, s.intermediate};
-    launch_linear(down_linear, activated, tokens, x, x, false, stream);
+    launch_draft_attention(p, l, x, x, true, stream);
+    launch_draft_mlp(p, l, x, x, true, normed, activated, stream);
   }
   launch_norm(x, p.final_norm, p.out, p, stream);
 }

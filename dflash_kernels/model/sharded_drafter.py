@@ -1,0 +1,162 @@
+"""One rank of a tensor-parallel drafter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from dflash_kernels import ops
+from dflash_kernels.model.drafter import Drafter
+from dflash_kernels.model.shard import shard_range
+from dflash_kernels.model.weights import shard_weights
+from dflash_kernels.tensor_parallel import Communicator, ShardedTable, VocabShards
+
+__all__ = ["ShardedDrafter"]
+
+
+class ShardedDrafter(Drafter):
+    """This rank's part of a drafter that is bound: its heads, MLP features, and rows of embedding and LM head.
+
+    :meth:`forward` sums over the ranks after the embedding, the attention and the MLP of each layer; the rows it
+    returns are whole on every rank. :meth:`inject` writes the K and V of this rank's heads.
+
+    Args:
+        whole: the drafter to take a part of.
+        fc: "replicated": every rank multiplies by the whole ``fc``, and injection needs no communication; "sharded":
+            by its rows of it, and the fused rows are gathered, H elements a token.
+
+    Attributes:
+        shards: this rank's part of the vocabulary, that of ``lm_head_weight``.
+
+    Raises:
+        ValueError: the drafter is not bound, or has fewer heads, MLP features, tokens or (fc sharded) hidden features
+            than there are ranks.
+    """
+
+    def __init__(
+        self, whole: Drafter, communicator: Communicator, fc: Literal["replicated", "sharded"] = "replicated"
+    ) -> None:
+        if not whole.bound:
+            raise ValueError("drafter must be bound to its target before it is sharded: call bind(target), got none")
+        rank, world = communicator.rank, communicator.world
+        config, weights = shard_weights(whole.config, whole.weights, rank, world)
+        super().__init__(config, weights, max_positions=whole.max_positions)
+        self.communicator, self.fc = communicator, fc
+        self.shards = VocabShards.of(communicator, whole.vocab_size)
+        self._table = ShardedTable(whole.embed_weight, self.shards)
+        self.embed_weight = self._table.rows
+        self.lm_head_weight = whole.lm_head_weight[self.shards.start : self.shards.stop].clone()
+        start, stop = (0, config.hidden_size) if fc == "replicated" else _equal_rows(config.hidden_size, rank, world)
+        self._fc_rows = weights.fc_weight[start:stop]
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        """As :meth:`Drafter.reserve`."""
+        self._draft_buffers.reserve(batch)
+        self._inject_buffers.reserve(tokens)
+        if self.fc == "replicated":
+            self._plan_injection()
+
+    def forward(
+        self,
+        block_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        req_to_token: torch.Tensor,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """As :meth:`Drafter.forward`; every rank must call it, and each gets all columns of all rows."""
+        w, communicator = self.weights, self.communicator
+        buffer, workspace = self._draft_buffers.at_least(block_ids.shape[0])
+        x = self._table.lookup(block_ids, out=buffer[: block_ids.numel()])
+        part = communicator.part_like(x)
+        first, eps = communicator.rank == 0, self.config.rms_norm_eps  # one rank's part brings the residual along
+
+        def of(stack: torch.Tensor | None, layer: int) -> torch.Tensor | None:
+            return None if stack is None else stack[layer]
+
+        for i in range(self.num_layers):
+            ops.draft_attention(
+                x,
+                positions,
+                prefix_lens,
+                req_pool_indices,
+                req_to_token,
+                k_caches[i],
+                v_caches[i],
+                w.input_norm[i],
+                w.qkv_weight[i],
+                of(w.qkv_bias, i),
+                of(w.q_norm, i),
+                of(w.k_norm, i),
+                w.o_weight[i],
+                of(w.o_bias, i),
+                self.cos_sin,
+                self._windows[i],
+                bool(self._causal[i]),
+                eps,
+                add_x=first,
+                out=part,
+                workspace=workspace,
+            )
+            communicator.sum_parts(part, x)
+            ops.draft_mlp(
+                x,
+                w.post_norm[i],
+                w.gate_up_weight[i],
+                w.down_weight[i],
+                eps,
+                add_x=first,
+                out=part,
+                workspace=workspace,
+            )
+            communicator.sum_parts(part, x)
+        return F.rms_norm(x, (self.hidden_size,), w.final_norm, eps)
+
+    def inject(
+        self,
+        taps: list[torch.Tensor],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        commit_lens: torch.Tensor | None,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> None:
+        """As :meth:`Drafter.inject`, for this rank's KV heads."""
+        if self.fc == "replicated":
+            super().inject(taps, positions, slots, commit_lens, k_caches, v_caches)
+            return
+        w, rows = self.weights, positions.numel()
+        casts, workspace = self._inject_buffers.at_least(rows)
+        if taps and taps[0].dtype != self.dtype:
+            taps = [cast[:rows].copy_(tap) for cast, tap in zip(casts, taps, strict=True)]
+        ops.inject_kv_sharded(
+            taps,
+            self._fc_rows,
+            w.hidden_norm,
+            w.kv_weight,
+            w.kv_bias,
+            w.k_norm,
+            self.cos_sin,
+            positions,
+            slots,
+            commit_lens,
+            k_caches,
+            v_caches,
+            workspace,
+            self.config.rms_norm_eps,
+            fused=torch.empty((rows, len(self._fc_rows)), dtype=self.dtype, device=self.device),
+            gather=self.communicator.all_gather,
+        )
+
+
+def _equal_rows(hidden_size: int, rank: int, world: int) -> tuple[int, int]:
+    if hidden_size % world:
+        raise ValueError(
+            f"shard: hidden_size must be a multiple of the number of ranks ({world}) to shard fc, got {hidden_size}"
+        )
+    return shard_range(hidden_size, rank, world, "hidden_size")
