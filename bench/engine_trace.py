@@ -13,10 +13,10 @@ other      any other kernel or copy: block preparation, inputs and attention met
 idle       no kernel and no copy runs
 =========  =========================================================================================================
 
-A step ends at its acceptance kernel. Kernels that overlap share the time, so that the parts add up to the step. Beside
-that: launches by the host (a graph counts once) and the host's time, the step less what its thread waits in
-synchronisations. The profiler itself makes both larger. `--report FILE` draws what an earlier run, or
-`bench.bench_sglang --trace`, has measured.
+A step ends at its acceptance kernel. Kernels that overlap share the time, so that the parts add up to the step.
+Beside that: launches by the host (a graph counts once) and the host's time, the step less what its thread waits in
+synchronisations, and in the report torch's operators in it. The profiler itself makes both larger. `--report FILE`
+draws what an earlier run, or `bench.bench_sglang --trace`, has measured.
 
 Exit codes: 0 every engine ran and every trace was reduced; 1 otherwise; 2 bad arguments or something missing.
 """
@@ -76,7 +76,12 @@ def reduce_trace(path: Path) -> dict[str, Any]:
         "span_us": (high - low) / steps,
         "parts_us": {name: us / steps for name, us in micros.items()},
         "gpu_operations": len(inside) / steps,
-        **_host_side([e for e in host if low <= e["ts"] < high], high - low, steps),
+        **_host_side(
+            [e for e in host if low <= e["ts"] < high],
+            [e for e in events if e.get("cat") == "cpu_op" and low <= e["ts"] < high],
+            high - low,
+            steps,
+        ),
         "gaps": _gaps([e for e in gpu if low <= e["ts"] <= high], steps),
         "kernels": [{"part": p, "name": n, "us": sum(d) / steps, "launches": len(d) / steps} for (p, n), d in top],
     }
@@ -143,18 +148,27 @@ def _gaps(inside: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     return [{"after": a, "before": b, "us": sum(g) / steps, "times": len(g) / steps} for (a, b), g in largest]
 
 
-def _host_side(host: list[dict[str, Any]], span: float, steps: int) -> dict[str, float]:
-    """Launches and time of the thread that launches the graphs."""
+def _host_side(host: list[dict[str, Any]], operators: list[dict[str, Any]], span: float, steps: int) -> dict[str, Any]:
+    """Launches and time of the thread that launches the graphs; of torch's operators, those that no other one calls."""
     threads = Counter((e.get("pid"), e.get("tid")) for e in host if "GraphLaunch" in e["name"])
     thread = threads.most_common(1)[0][0] if threads else None
     mine = [e for e in host if (e.get("pid"), e.get("tid")) == thread]
     launches = [e for e in mine if re.search("Launch|Memcpy|Memset", e["name"])]
+    outer: dict[str, list[float]] = {}
+    end = 0.0
+    for e in sorted((e for e in operators if (e.get("pid"), e.get("tid")) == thread), key=lambda e: e["ts"]):
+        if e["ts"] >= end:
+            end = e["ts"] + e["dur"]
+            outer.setdefault(e["name"], []).append(e["dur"])
+    largest = sorted(outer.items(), key=lambda item: -sum(item[1]))[:20]
     waits = sum(e["dur"] for e in mine if "Synchronize" in e["name"])
     return {
         "host_us": (span - waits) / steps,
         "launching_us": sum(e["dur"] for e in launches) / steps,
         "host_launches": len({(_correlation(e), e["ts"]) for e in launches}) / steps,
         "graph_launches": sum("GraphLaunch" in e["name"] for e in launches) / steps,
+        "operators_us": sum(map(sum, outer.values())) / steps,
+        "operators": [{"name": n, "us": sum(d) / steps, "calls": len(d) / steps} for n, d in largest],
     }
 
 

@@ -221,7 +221,8 @@ def trace_events() -> list[dict[str, Any]]:
         add("cuda_runtime", "cudaMemcpyAsync", at + 5, 0.5, number + 5)
         add("cuda_runtime", "cudaLaunchKernel", at + 6, 0.5, number + 6)
         add("cuda_runtime", "cudaEventSynchronize", at + 50, 30, number + 7)
-        add("cpu_op", "aten::add", at + 8, 1, number + 8)
+        add("cpu_op", "aten::sum", at + 8, 3, number + 8)
+        add("cpu_op", "aten::fill_", at + 9, 1, number + 9)
     return events
 
 
@@ -238,6 +239,7 @@ def test_trace_is_reduced_to_a_step(tmp_path: Path) -> None:
     assert found["parts_us"] == pytest.approx(parts)
     assert found["gpu_operations"] == 10 and found["host_launches"] == 6 and found["graph_launches"] == 2
     assert found["host_us"] == pytest.approx(70.0) and found["launching_us"] == pytest.approx(3.0)
+    assert found["operators_us"] == 3 and found["operators"] == [{"name": "aten::sum", "us": 3, "calls": 1}]
     gap = found["gaps"][0]
     assert (gap["after"], gap["before"], gap["us"]) == ("Memcpy DtoD", "x_accept_bonus", pytest.approx(14.0))
     top = found["kernels"][0]
