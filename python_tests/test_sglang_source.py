@@ -106,6 +106,88 @@ def test_attributes_that_seams_read(source: Source, module: str, cls: str, attri
     assert set(attributes.split()) <= attributes_of(node)
 
 
+@pytest.mark.parametrize(
+    ("module", "cls", "attributes"),
+    [
+        (
+            "sglang.srt.model_executor.runner.decode_cuda_graph_runner",
+            "DecodeCudaGraphRunner",
+            "buffers capture_bs max_bs attn_backend load_batch",
+        ),
+        (
+            "sglang.srt.model_executor.runner_utils.buffers",
+            "DecodeInputBuffers",
+            "input_ids positions out_cache_loc input_embeds seq_lens req_pool_indices next_token_logits_buffer",
+        ),
+        (
+            "sglang.srt.layers.logits_processor",
+            "LogitsProcessor",
+            "vocab_size logit_scale use_fp32_lm_head do_tensor_parallel_all_gather rl_on_policy_target "
+            "do_tensor_parallel_all_gather_dp_attn final_logit_softcapping",
+        ),
+        ("sglang.srt.layers.logits_processor", "LogitsMetadata", "forward_mode next_token_logits_buffer"),
+        (
+            "sglang.srt.layers.attention.flashattention_backend",
+            "FlashAttentionBackend",
+            "topk needs_cpu_seq_lens use_sliding_window_kv_pool target_verify_metadata forward_metadata "
+            "forward_metadata_spec_decode_expand",
+        ),
+        (
+            "sglang.srt.layers.attention.flashattention_backend",
+            "FlashAttentionMetadata",
+            "cache_seqlens_int32 cu_seqlens_k page_table",
+        ),
+        (
+            WORKER_MODULE,
+            WORKER_CLASS,
+            "_draft_block_ids_buf _draft_block_positions_buf _draft_block_tokens_buf _draft_verify_out_cache_loc_buf "
+            "_target_worker",
+        ),
+        (
+            "sglang.srt.sampling.sampling_batch_info",
+            "SamplingBatchInfo",
+            "is_all_greedy has_custom_logit_processor penalizer_orchestrator acc_additive_penalties "
+            "acc_scaling_penalties vocab_mask logit_bias",
+        ),
+        (
+            "sglang.srt.managers.schedule_batch",
+            "ScheduleBatch",
+            "forward_mode is_extend_in_batch seq_lens sampling_info has_grammar return_logprob",
+        ),
+        ("sglang.srt.model_executor.model_runner", "ModelRunner", "decode_cuda_graph_runner capture_tail_hooks"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_attributes_of_the_older_version(source: Source, module: str, cls: str, attributes: str) -> None:
+    """What `logits`, `inputs` and `metadata` read, which run with 0.5.16 alone."""
+    if source.version != "0.5.16":
+        pytest.skip("these seams decline there")
+    node = source.find(module, cls)
+    assert node is not None, f"{module} has no {cls}"
+    assert set(attributes.split()) <= attributes_of(node), set(attributes.split()) - attributes_of(node)
+
+
+def test_the_target_worker_is_called_for_verification_by_keyword(source: Source) -> None:
+    """`logits` acts on calls that say is_verify=True."""
+    worker = source.find(WORKER_MODULE, WORKER_CLASS)
+    assert worker is not None
+    calls = [n for n in ast.walk(worker) if isinstance(n, ast.Call)]
+    calls = [c for c in calls if ast.unparse(c.func).endswith("target_worker.forward_batch_generation")]
+    verify = [c for c in calls if any(k.arg == "is_verify" for k in c.keywords)]
+    assert verify and all(ast.unparse(k.value) == "True" for c in verify for k in c.keywords if k.arg == "is_verify")
+
+
+def test_argmax_of_the_logits_is_the_call_that_the_seam_knows(source: Source) -> None:
+    if source.version != "0.5.16":
+        pytest.skip("the seam declines there")
+    worker = source.find(WORKER_MODULE, f"{WORKER_CLASS}.forward_batch_generation")
+    assert worker is not None
+    uses = [n for n in ast.walk(worker) if isinstance(n, ast.Attribute) and n.attr == "next_token_logits"]
+    calls = [n for n in ast.walk(worker) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.argmax"]
+    assert [ast.unparse(c) for c in calls] == ["torch.argmax(logits_output.next_token_logits, dim=-1)"]
+    assert len(uses) == 3  # adjustments, the sampled path, and the argmax
+
+
 def test_features_that_are_declined_by_name(source: Source) -> None:
     """The names by which the newer version marks what the seams decline; the older one has none of these features."""
     if source.version == "0.5.16":
