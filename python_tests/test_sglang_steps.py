@@ -396,6 +396,9 @@ class Engine:
     # What the graphs and the eager passes compute.
 
     def _draft(self, view: Any) -> Any:
+        seams = getattr(self.worker, "_dflash_seams", None)
+        if seams is None or not seams["forward"].active:  # an attention that reads pages
+            self.worker.draft_model_runner.decode_cuda_graph_runner.attn_backend.check(view)
         embeds = view_embeds(self.worker.draft_model_runner.decode_cuda_graph_runner, view.batch_size)
         out = self.drafter.forward(view.input_ids, view.positions, view, embeds)
         self.worker._draft_sampler(out.hidden_states, view.input_ids)
@@ -761,6 +764,7 @@ def test_seams_are_switched_in_a_running_engine(steps: Any, monkeypatch: pytest.
     monkeypatch.setenv("DFLASH_KERNELS_SEAMS_FILE", str(switch))
     engine = steps(ours=True)
     names = [seam.name for seam in plugin.SEAMS if seam.switchable]
+    assert "metadata" in names
     queue = requests(random.Random(4), 14)
     for i, request in enumerate(queue):
         engine.admit(request)

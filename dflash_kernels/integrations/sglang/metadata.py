@@ -1,11 +1,10 @@
-"""Seam `metadata`: attention metadata of both graphs, before each replay, in one launch instead of ten.
+"""Seam `metadata`: attention metadata of both graphs, before each replay, in one launch or two instead of ten.
 
 ``layers/attention/flashattention_backend.py`` FlashAttentionBackend.init_forward_metadata_out_graph fills lengths,
 their prefix sums and the page table from the graph's input buffers: five kernels a graph for a block to verify, from
-the same addresses into the same addresses at every step of a batch size. For the target they are captured in a graph
-of their own, at the second step of a batch size; what its replay leaves is compared with what the kernels left before
-it is used. For the drafter they are left out where this package's forward is in its graph, which reads lengths and
-slots itself.
+the same addresses into the same addresses at every step of a batch size. They are captured in a graph of their own,
+at the second step of a batch size; what its replay leaves is compared with what the kernels left before it is used.
+For the drafter they are left out where this package's forward is in its graph, which reads lengths and slots itself.
 """
 
 from __future__ import annotations
@@ -50,21 +49,26 @@ class MetadataSeam(Seam):
         require(None not in graphs, "no graphs of target or drafter")
         target, draft = (graph.attn_backend for graph in graphs if graph is not None)
         require(target is not draft, "one attention backend for target and drafter")
-        kind = type(target)
-        require(kind.__name__ == "FlashAttentionBackend", f"attention backend {kind.__name__}")
-        for one in self.targets:
-            one.check_function(getattr(kind, one.qualname.rpartition(".")[2]))
-        require(not target.needs_cpu_seq_lens, "lengths that the host reads")
-        require(not target.use_sliding_window_kv_pool, "a KV pool with a sliding window")
-        require(target.topk <= 1, "trees")
+        for backend in (target, draft):
+            self._require_device_only(backend)
         self.graphs: dict[tuple[int, ...], _Replay | None] = {}
         # Replays follow each other on one stream, so what they keep in between may share memory.
         self.memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self.forward = worker._dflash_seams["forward"]
-        self._replay_target(target)
-        self._leave_out_draft(draft)
+        self._replay(target)
+        self._replay(draft)
+        self._leave_out(draft)
 
-    def _leave_out_draft(self, backend: Any) -> None:
+    def _require_device_only(self, backend: Any) -> None:
+        kind = type(backend)
+        require(kind.__name__ == "FlashAttentionBackend", f"attention backend {kind.__name__}")
+        for target in self.targets:
+            target.check_function(getattr(kind, target.qualname.rpartition(".")[2]))
+        require(not backend.needs_cpu_seq_lens, "lengths that the host reads")
+        require(not backend.use_sliding_window_kv_pool, "a KV pool with a sliding window")
+        require(backend.topk <= 1, "trees")
+
+    def _leave_out(self, backend: Any) -> None:
         stock = backend.init_forward_metadata_out_graph
 
         def init_forward_metadata_out_graph(forward_batch: Any, in_capture: bool = False) -> None:
@@ -79,7 +83,7 @@ class MetadataSeam(Seam):
 
         backend.init_forward_metadata_out_graph = init_forward_metadata_out_graph
 
-    def _replay_target(self, backend: Any) -> None:
+    def _replay(self, backend: Any) -> None:
         stock = backend.init_forward_metadata_out_graph
 
         def init_forward_metadata_out_graph(forward_batch: Any, in_capture: bool = False) -> None:
@@ -94,7 +98,7 @@ class MetadataSeam(Seam):
                 stock(forward_batch, in_capture=in_capture)
                 return
             batch = int(forward_batch.batch_size)
-            key = (batch, forward_batch.seq_lens.data_ptr(), forward_batch.req_pool_indices.data_ptr())
+            key = (id(backend), batch, forward_batch.seq_lens.data_ptr(), forward_batch.req_pool_indices.data_ptr())
             replay = self.graphs.get(key)
             if replay is not None and replay.fits():
                 replay()
