@@ -1,9 +1,9 @@
 """draft_forward at published drafter sizes against the same pass in torch: cuBLAS GEMMs, SDPA and small fused kernels.
 
-Baselines, with torch's version in the name: eager, and everything between GEMMs and attention under torch.compile, as
-engines fuse it. Both are favoured: their context lies dense in memory, with room behind it for the block's own keys and
-values, so that they gather nothing; and the query heads of a group are laid beside the block's tokens, so that SDPA
-reads each key once.
+The packed pass runs over quantised weights, too; the baselines stay bf16: eager, and everything between GEMMs and
+attention under torch.compile, as engines fuse it (torch's version is in the names). Both are favoured: their context
+lies dense in memory, with room behind it for the block's own keys and values, so that they gather nothing; and the
+query heads of a group are laid beside the block's tokens, so that SDPA reads each key once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import Calls, Case
-from bench.shapes import DEMO, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape
+from bench.shapes import DEMO, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape, random_codes
 from dflash_kernels import ops
 from dflash_kernels.draft_stream import pack_draft, why_not_packed
+from dflash_kernels.formats import WeightFormat
+from dflash_kernels.tiles import Weight, tile_columns, tile_nbytes
 
 SUITE = "draft"
 EPS = 1e-6
@@ -75,7 +77,7 @@ def _compiled(function: Callable[..., object]) -> Callable[..., object]:
     return torch.compile(function)
 
 
-def _case(shape: DrafterShape, batch: int, context: int) -> Case:
+def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFormat | None = None) -> Case:
     rows = batch * shape.T
     q_width, qkv_width = shape.Hq * shape.D, (shape.Hq + 2 * shape.Hkv) * shape.D
 
@@ -108,7 +110,9 @@ def _case(shape: DrafterShape, batch: int, context: int) -> Case:
         packed = None
         if device.type == "cuda" and reason is None:
             blocks = torch.cuda.get_device_properties(device).multi_processor_count
-            matrices = (qkv_weight, o_weight, gate_up_weight, down_weight)
+            matrices: list[Weight] = [qkv_weight, o_weight, gate_up_weight, down_weight]
+            if weight_format is not None:
+                matrices = [random_codes(weight_format, tuple(matrix.shape), device) for matrix in matrices]
             packed = pack_draft(*matrices, num_kv_heads=shape.Hkv, head_dim=shape.D, blocks=blocks)
             size = ops.draft_forward_packed_workspace(batch, shape.T, packed)
             workspace = torch.empty(size, device=device, dtype=torch.uint8)
@@ -160,13 +164,14 @@ def _case(shape: DrafterShape, batch: int, context: int) -> Case:
         return Calls(ours, baselines)
 
     weights = shape.L * shape.layer_weights
+    weight_bytes = 2.0 if weight_format is None else tile_nbytes(weight_format) / (128 * tile_columns(weight_format))
     return Case(
         suite=SUITE,
         op="draft_forward",
         shape=f"{shape.sizes()} B{batch} T{shape.T} ctx{context}",
-        dtype="bf16",
+        dtype="bf16" if weight_format is None else str(weight_format),
         regime="latency" if rows <= 64 else "throughput",
-        bytes=2 * (weights + batch * context * shape.kv_token),
+        bytes=int(weight_bytes * weights) + 2 * batch * context * shape.kv_token,
         flops=2 * rows * weights + 4 * rows * q_width * (context + shape.T) * shape.L,
         stream="read",
         make=make,
@@ -181,5 +186,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for shape in (QWEN3_8B, QWEN35_397B_TP8, DEMO):
         for batch in (1, 32) if quick else (1, 4, 8, 32):
             yield _case(shape, batch, 1024)
+    for weight_format in (WeightFormat("fp8"), WeightFormat("int4", 128)):
+        for batch in (1, 4):
+            yield _case(QWEN3_8B, batch, 1024, weight_format)
     if not quick:
         yield _case(QWEN3_8B, 1, 32768)
+        yield _case(QWEN35_397B_TP8, 1, 1024, WeightFormat("fp8"))

@@ -1,6 +1,7 @@
 """The LM head ops at published drafter sizes, against torch's matmul followed by the choice.
 
-The baseline's logits are bf16, as the ops' are; torch's version is in its name. Verification from hidden rows is
+The baseline's logits are bf16, as the ops' are, and its weights too, whatever the format of the packed ones; torch's
+version is in its name. Verification from hidden rows is
 compared with matmul, argmax and the accept step in torch.
 """
 
@@ -11,8 +12,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bench.harness import Calls, Case
-from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, TINY, DrafterShape
+from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape, random_codes
 from dflash_kernels import ops
+from dflash_kernels.formats import WeightFormat
+from dflash_kernels.head_stream import pack_head
+from dflash_kernels.tiles import Weight, tile_columns, tile_nbytes
 
 SUITE = "head"
 TOP_K = 16
@@ -22,14 +26,22 @@ def _matmul() -> str:
     return f"torch {torch.__version__} matmul"
 
 
-def _case(shape: DrafterShape, op: str, detail: str, rows: int, make: Callable[[torch.device], Calls]) -> Case:
+def _case(
+    shape: DrafterShape,
+    op: str,
+    detail: str,
+    rows: int,
+    make: Callable[[torch.device], Calls],
+    weight_format: WeightFormat | None = None,
+) -> Case:
+    weight_bytes = 2.0 if weight_format is None else tile_nbytes(weight_format) / (128 * tile_columns(weight_format))
     return Case(
         suite=SUITE,
         op=op,
         shape=f"{shape.name} {detail} H{shape.H} V{shape.V}",
-        dtype="bf16",
+        dtype="bf16" if weight_format is None else str(weight_format),
         regime="latency" if rows <= 64 else "throughput",
-        bytes=2 * (shape.V + rows) * shape.H,
+        bytes=int(weight_bytes * shape.V * shape.H) + 2 * rows * shape.H,
         flops=2 * rows * shape.V * shape.H,
         stream="read",
         make=make,
@@ -55,6 +67,25 @@ def _argmax_case(shape: DrafterShape, batch: int) -> Case:
         )
 
     return _case(shape, "lm_head_argmax", f"B{batch} T{shape.T}", rows, make)
+
+
+def _packed_case(shape: DrafterShape, batch: int, weight_format: WeightFormat | None = None) -> Case:
+    rows = batch * shape.T
+
+    def make(device: torch.device) -> Calls:
+        hidden, dense = _inputs(shape, rows, device)
+        on_cuda = device.type == "cuda"
+        blocks = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 4
+        weight: Weight = dense if weight_format is None else random_codes(weight_format, (shape.V, shape.H), device)
+        packed = pack_head(weight, blocks=blocks)
+        out = torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, device=device)
+        workspace = ops.lm_head_argmax_packed_workspace(packed)
+        return Calls(
+            lambda: ops.lm_head_argmax_packed(hidden, packed, out=out, workspace=workspace),
+            {f"{_matmul()} + argmax": lambda: (hidden @ dense.T).argmax(-1)},
+        )
+
+    return _case(shape, "lm_head_argmax_packed", f"B{batch} T{shape.T}", rows, make, weight_format)
 
 
 def _topk_case(shape: DrafterShape, batch: int, k: int) -> Case:
@@ -104,11 +135,16 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Latency and throughput cases of the published sizes; a small one on the CPU."""
     if device.type != "cuda":
         yield _argmax_case(TINY, 1)
+        yield _packed_case(TINY, 1)
+        yield _packed_case(TINY, 1, WeightFormat("fp8"))
         yield _topk_case(TINY, 1, TOP_K)
         yield _verify_case(TINY, 1)
         return
     for batch in (1, 32) if quick else (1, 4, 8, 32):
         yield _argmax_case(QWEN3_8B, batch)
+    for weight_format in (None, WeightFormat("fp8"), WeightFormat("int4", 128)):
+        for batch in (1, 4):
+            yield _packed_case(QWEN3_8B, batch, weight_format)
     yield _topk_case(QWEN3_8B, 1, TOP_K)
     yield _verify_case(QWEN3_8B, 1)
     if quick:
@@ -116,6 +152,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for shape in (DEMO, DFLASH2_27B):
         for batch in (1, 8, 32):
             yield _argmax_case(shape, batch)
+    yield _packed_case(QWEN3_8B, 1, WeightFormat("e2m1", 64))
+    for shape in (QWEN35_397B_TP8, DFLASH2_27B):
+        yield _packed_case(shape, 1)
     for batch in (1, 8, 32):
         yield _topk_case(DFLASH2_27B, batch, TOP_K)
     yield _topk_case(QWEN3_8B, 8, TOP_K)

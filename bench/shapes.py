@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from dflash_kernels.formats import QuantizedWeight, WeightFormat
+
 
 @dataclass(frozen=True)
 class DrafterShape:
@@ -50,3 +54,14 @@ DEMO = DrafterShape("demo", L=5, K=5, H=576, I=1536, Hq=9, Hkv=3, D=64, T=16, V=
 DFLASH2_27B = DrafterShape("dflash2-27b", L=5, K=5, H=5120, I=17408, Hq=32, Hkv=8, D=128, T=8, V=248320)
 # Small enough for a CPU, same structure.
 TINY = DrafterShape("tiny", L=2, K=3, H=128, I=256, Hq=4, Hkv=2, D=32, T=8, V=2048)
+
+
+def random_codes(weight_format: WeightFormat, shape: tuple[int, ...], device: torch.device) -> QuantizedWeight:
+    """A quantised weight ``[..., N, K]`` of small random values."""
+    f, (*rows, columns) = weight_format, shape
+    codes = torch.randint(0, 256, (*rows, f.code_columns(columns)), dtype=torch.uint8, device=device)
+    if f.kind == "fp8":
+        codes &= 0xB7  # below 2: no NaN
+    return QuantizedWeight(
+        f, codes, torch.full((*rows, f.scale_columns(columns)), 0.02, dtype=f.scale_dtype, device=device)
+    )

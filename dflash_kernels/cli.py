@@ -140,7 +140,7 @@ def _pack(args: argparse.Namespace) -> int:
         raise UsageError("--group-size and --codes belong to --format w4: fp8 has one scale for each output channel")
     if dflash_kernels.load_error is not None:
         raise UsageError(str(dflash_kernels.load_error))
-    from dflash_kernels.model.formats import WeightFormat
+    from dflash_kernels.formats import WeightFormat
     from dflash_kernels.model.quantize import quantize_drafter
 
     fp8 = args.format == "fp8"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 
-from dflash_kernels.stream import ONE_COUNTER, TILE_K, TILE_ROWS, Schedule, pack_tiles, unpack_tiles
+from dflash_kernels.formats import QuantizedWeight, WeightFormat, stack
+from dflash_kernels.stream import ONE_COUNTER, TILE_ROWS, Schedule
+from dflash_kernels.tiles import Weight, format_name, format_of, pack_weight, tile_columns, unpack_weight
 
 __all__ = ["MAX_LAYERS", "MAX_TOKENS", "Kind", "PackedDraft", "draft_schedule", "pack_draft", "why_not_packed"]
 
@@ -35,9 +38,11 @@ class PackedDraft:
     One launch at a time may use it: the counters are its state. They start at zero and only grow.
 
     Attributes:
-        weights: [tiles, 8192], layer by layer qkv, o, gate_up, down (:func:`dflash_kernels.stream.pack_tiles`).
+        weights: [tiles, elements of a tile], layer by layer qkv, o, gate_up, down
+            (:func:`dflash_kernels.tiles.pack_weight`).
         units: [blocks, most units of a block, 16] int32; counters: [n] int32; slots: of the partial sums.
         hidden_size, intermediate_size, num_q_heads, num_kv_heads, head_dim, num_layers: what it was made for.
+        weight_format: of the weights; None: bf16.
     """
 
     weights: torch.Tensor
@@ -50,6 +55,7 @@ class PackedDraft:
     num_kv_heads: int
     head_dim: int
     num_layers: int
+    weight_format: WeightFormat | None = None
 
     @property
     def blocks(self) -> int:
@@ -71,32 +77,46 @@ class PackedDraft:
             (self.hidden_size, self.intermediate_size),
         ]
 
-    def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``qkv_weight, o_weight, gate_up_weight, down_weight`` as `draft_forward` takes them."""
-        stacks: list[list[torch.Tensor]] = [[], [], [], []]
+    def unpack(self) -> tuple[Weight, Weight, Weight, Weight]:
+        """``qkv_weight, o_weight, gate_up_weight, down_weight``, stacked as :func:`pack_draft` takes them."""
+        stacks: list[list[Weight]] = [[], [], [], []]
         at = 0
         for _ in range(self.num_layers):
-            for stack, (rows, k) in zip(stacks, self.shapes(), strict=True):
-                row_tiles, k_tiles = _tiles(rows, k)
+            for layers, (rows, k) in zip(stacks, self.shapes(), strict=True):
+                row_tiles, k_tiles = _tiles(rows, k, self.weight_format)
                 tiles = self.weights[at : at + row_tiles * k_tiles].view(row_tiles, k_tiles, -1)
-                stack.append(unpack_tiles(tiles, rows, k))
+                layers.append(unpack_weight(tiles, rows, k, self.weight_format))
                 at += row_tiles * k_tiles
         inter = self.intermediate_size
-        gate_up = [
-            w.view(-1, 2, GATE_ROWS, self.hidden_size).transpose(0, 1).reshape(2, -1, self.hidden_size)[:, :inter]
-            for w in stacks[2]
-        ]
-        stacks[2] = [w.reshape(2 * inter, self.hidden_size) for w in gate_up]
-        qkv, o, both, down = (torch.stack(stack) for stack in stacks)
+
+        def gate_up(rows: torch.Tensor) -> torch.Tensor:
+            halves = rows.view(-1, 2, GATE_ROWS, rows.shape[-1]).transpose(0, 1).reshape(2, -1, rows.shape[-1])
+            return halves[:, :inter].reshape(2 * inter, -1)
+
+        stacks[2] = [_reordered(weight, gate_up) for weight in stacks[2]]
+        qkv, o, both, down = map(_stack, stacks)
         return qkv, o, both, down
 
 
-def _tiles(rows: int, k: int) -> tuple[int, int]:
-    return -(-rows // TILE_ROWS), -(-k // TILE_K)
+def _tiles(rows: int, k: int, weight_format: WeightFormat | None) -> tuple[int, int]:
+    return -(-rows // TILE_ROWS), -(-k // tile_columns(weight_format))
+
+
+def _reordered(weight: Weight, rows: Callable[[torch.Tensor], torch.Tensor]) -> Weight:
+    if isinstance(weight, QuantizedWeight):
+        return replace(weight, codes=rows(weight.codes), scale=rows(weight.scale))
+    return rows(weight)
+
+
+def _stack(layers: list[Weight]) -> Weight:
+    quantized = [weight for weight in layers if isinstance(weight, QuantizedWeight)]
+    if quantized:
+        return stack(quantized)
+    return torch.stack([weight for weight in layers if isinstance(weight, torch.Tensor)])
 
 
 def why_not_packed(*, tokens: int, num_layers: int, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why a pass cannot run as one streaming kernel, or None. `tokens` is B * T."""
+    """Why a pass cannot run as one streaming kernel, or None. `tokens` is B * T, `dtype` that of dense weights."""
     if tokens > MAX_TOKENS:
         return f"{tokens} rows are more than {MAX_TOKENS}"
     if num_layers > MAX_LAYERS:
@@ -108,7 +128,9 @@ def why_not_packed(*, tokens: int, num_layers: int, head_dim: int, dtype: torch.
     return None
 
 
-def draft_schedule(shapes: list[tuple[int, int]], num_layers: int, blocks: int) -> Schedule:
+def draft_schedule(
+    shapes: list[tuple[int, int]], num_layers: int, blocks: int, weight_format: WeightFormat | None = None
+) -> Schedule:
     """Units of all blocks for `num_layers` layers with the four products `shapes` (rows, K).
 
     Partial sums of all stages share their slots: a stage starts only when the one before has been added up.
@@ -122,7 +144,7 @@ def draft_schedule(shapes: list[tuple[int, int]], num_layers: int, blocks: int) 
 
     def product(stage: int, rows: int, k: int) -> None:
         nonlocal done, target, tile
-        row_tiles, k_tiles = _tiles(rows, k)
+        row_tiles, k_tiles = _tiles(rows, k, weight_format)
         signal = schedule.new_counters()
         schedule.add_product(stage, row_tiles, k_tiles, tile, wait=(done, ONE_COUNTER, target), signal=signal, slot=0)
         done, target, tile = signal, row_tiles, tile + row_tiles * k_tiles
@@ -148,10 +170,10 @@ def draft_schedule(shapes: list[tuple[int, int]], num_layers: int, blocks: int) 
 
 
 def pack_draft(
-    qkv_weight: torch.Tensor,
-    o_weight: torch.Tensor,
-    gate_up_weight: torch.Tensor,
-    down_weight: torch.Tensor,
+    qkv_weight: Weight,
+    o_weight: Weight,
+    gate_up_weight: Weight,
+    down_weight: Weight,
     *,
     num_kv_heads: int,
     head_dim: int,
@@ -159,27 +181,35 @@ def pack_draft(
 ) -> PackedDraft:
     """Pack a drafter's layers, stacked as `draft_forward` takes them, for `blocks` blocks of threads.
 
-    `blocks` is the number of multiprocessors of the device that will run it: all must be resident at once.
+    `blocks` is the number of multiprocessors of the device that will run it: all must be resident at once. The weights
+    are all bf16, or all quantised in one format.
 
     Raises:
-        ValueError: a number of layers, a head size or a dtype that :func:`why_not_packed` names.
+        ValueError: a number of layers, a head size or a dtype that :func:`why_not_packed` names, or mixed formats.
     """
     layers, qkv_width, hidden = qkv_weight.shape
-    inter = down_weight.shape[2]
-    if reason := why_not_packed(tokens=0, num_layers=layers, head_dim=head_dim, dtype=qkv_weight.dtype):
+    inter, matrices = down_weight.shape[2], (qkv_weight, o_weight, gate_up_weight, down_weight)
+    formats = {format_name(format_of(weight)) for weight in matrices}
+    if len(formats) > 1:
+        raise ValueError(f"pack_draft: weights must have one format, got {', '.join(sorted(formats))}")
+    dtype = qkv_weight.dtype if isinstance(qkv_weight, torch.Tensor) else torch.bfloat16
+    if reason := why_not_packed(tokens=0, num_layers=layers, head_dim=head_dim, dtype=dtype):
         raise ValueError(f"pack_draft: {reason}")
-    pad = -inter % GATE_ROWS
+
+    def gate_up(rows: torch.Tensor) -> torch.Tensor:
+        both = rows.view(2, inter, -1)
+        if pad := -inter % GATE_ROWS:
+            both = torch.cat((both, both.new_zeros(2, pad, both.shape[-1])), dim=1)
+        return both.view(2, -1, GATE_ROWS, both.shape[-1]).transpose(0, 1).reshape(-1, both.shape[-1])
+
     packed = []
     for layer in range(layers):
-        both = gate_up_weight[layer].view(2, inter, hidden)
-        if pad:
-            both = torch.cat((both, both.new_zeros(2, pad, hidden)), dim=1)
-        both = both.view(2, -1, GATE_ROWS, hidden).transpose(0, 1).reshape(-1, hidden)
-        for weight in (qkv_weight[layer], o_weight[layer], both, down_weight[layer]):
-            packed.append(pack_tiles(weight).flatten(0, 1))
-    weights = torch.cat(packed)
-    sizes = (hidden, inter, qkv_width // head_dim - 2 * num_kv_heads, num_kv_heads, head_dim, layers)
+        for weight in matrices:
+            one = weight[layer]
+            packed.append(pack_weight(_reordered(one, gate_up) if weight is gate_up_weight else one).flatten(0, 1))
+    weights, weight_format = torch.cat(packed), format_of(qkv_weight)
+    sizes = (hidden, inter, qkv_width // head_dim - 2 * num_kv_heads, num_kv_heads, head_dim, layers, weight_format)
     plain = PackedDraft(weights, weights.new_empty(0), weights.new_empty(0), 0, *sizes)
-    schedule = draft_schedule(plain.shapes(), layers, blocks)
+    schedule = draft_schedule(plain.shapes(), layers, blocks, weight_format)
     counters = torch.zeros(schedule.counters, dtype=torch.int32, device=weights.device)
     return PackedDraft(weights, schedule.units().to(weights.device), counters, schedule.slots, *sizes)

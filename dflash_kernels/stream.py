@@ -88,10 +88,12 @@ class Schedule:
         signal: int = -1,
         signal_each: bool = False,
         slot: int | None = None,
+        row_tile: int = 0,
     ) -> None:
         """Split a stage's tiles evenly: over all stages together, blocks differ by one tile at most.
 
         Args:
+            row_tile: number of the first of the row tiles.
             weight_tile: where the stage's ``row_tiles * k_tiles`` tiles begin.
             wait: counter, shift and target: K tile k needs ``counter + (k >> shift)`` signalled `target` times.
             signal: counter to which a finished row tile adds 1; with `signal_each`, row tile r has counter signal + r.
@@ -117,12 +119,28 @@ class Schedule:
             split = len(parts) > 1
             ticket = self.new_counters() if split else -1
             for rank, (block, start, stop) in enumerate(parts):
-                unit = [stage, weight_tile + row * k_tiles + start, stop - start, row, start, len(parts), rank]
+                unit = [
+                    stage,
+                    weight_tile + row * k_tiles + start,
+                    stop - start,
+                    row_tile + row,
+                    start,
+                    len(parts),
+                    rank,
+                ]
                 unit += [next_slot if split else 0, ticket, *wait]
                 unit += [signal + row if signal_each and signal >= 0 else signal, 0, 0, 0]
                 self._units[block].append(unit)
             next_slot += len(parts) if split else 0
         self.slots = max(self.slots, next_slot)
+
+    def add_whole_rows(self, stage: int, row_tiles: int, k_tiles: int) -> None:
+        """Deal out whole row tiles, the first of the packed weights, in runs: blocks differ by one at most."""
+        for block in range(self.blocks):
+            for row in range(row_tiles * block // self.blocks, row_tiles * (block + 1) // self.blocks):
+                unit = [stage, row * k_tiles, k_tiles, row, 0, 1, 0, 0, -1, -1, ONE_COUNTER, 0, -1, 0, 0, 0]
+                self._units[block].append(unit)
+        self._tiles += row_tiles * k_tiles
 
     def add_job(
         self,

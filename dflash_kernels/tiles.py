@@ -1,25 +1,60 @@
-"""Quantised weights in the order in which the streaming kernels read them (csrc/smxx/stream/quantized_format.cuh).
+"""Weights of any format in the order in which the streaming kernels read them (csrc/smxx/stream/quantized_format.cuh).
 
-A tile is 16 KB of codes of 128 rows, 128 columns in fp8 and 256 in 4 bits, with its scales behind them. Rows and
-columns are in the order of :func:`dflash_kernels.stream.pack_tiles`; within a lane's codes it is the one that takes
-the fewest instructions to undo (csrc/common/dequant.cuh).
+A tile is 16 KB of 128 rows: 64 columns of bf16 (:mod:`dflash_kernels.stream`), or the codes of 128 columns in fp8 or of
+256 in 4 bits, with their scales behind them. Rows and columns are in the order of
+:func:`dflash_kernels.stream.pack_tiles`; within a lane's codes it is the one that takes the fewest instructions to undo
+(csrc/common/dequant.cuh).
 """
 
 from __future__ import annotations
 
 import torch
 
-from dflash_kernels.model.formats import QuantizedWeight, WeightFormat, join_nibbles, split_nibbles
+from dflash_kernels.formats import QuantizedWeight, WeightFormat, join_nibbles, split_nibbles
 from dflash_kernels.stream import TILE_K, TILE_ROWS, pack_tiles, unpack_tiles
 
-__all__ = ["pack_quantized_tiles", "tile_columns", "tile_nbytes", "unpack_quantized_tiles"]
+__all__ = [
+    "Weight",
+    "format_name",
+    "format_of",
+    "pack_quantized_tiles",
+    "pack_weight",
+    "tile_columns",
+    "tile_nbytes",
+    "unpack_quantized_tiles",
+    "unpack_weight",
+]
+
+Weight = torch.Tensor | QuantizedWeight  # bf16, or codes and scales
 
 CODE_BYTES = 16384
 
 
-def tile_columns(weight_format: WeightFormat) -> int:
+def format_of(weight: Weight) -> WeightFormat | None:
+    """None: bf16."""
+    return weight.format if isinstance(weight, QuantizedWeight) else None
+
+
+def format_name(weight_format: WeightFormat | None) -> str:
+    """As the ops take it: "bf16" or the format's name."""
+    return "bf16" if weight_format is None else str(weight_format)
+
+
+def pack_weight(weight: Weight) -> torch.Tensor:
+    """``[row tiles, K tiles, elements of a tile]`` of a weight ``[N, K]``: bf16, or bytes of codes and scales."""
+    return pack_quantized_tiles(weight) if isinstance(weight, QuantizedWeight) else pack_tiles(weight)
+
+
+def unpack_weight(tiles: torch.Tensor, rows: int, columns: int, weight_format: WeightFormat | None) -> Weight:
+    """The inverse of :func:`pack_weight`."""
+    if weight_format is None:
+        return unpack_tiles(tiles, rows, columns)
+    return unpack_quantized_tiles(tiles, rows, columns, weight_format)
+
+
+def tile_columns(weight_format: WeightFormat | None) -> int:
     """Columns of K in a tile."""
-    return CODE_BYTES * 8 // weight_format.bits // TILE_ROWS
+    return TILE_K if weight_format is None else CODE_BYTES * 8 // weight_format.bits // TILE_ROWS
 
 
 def tile_nbytes(weight_format: WeightFormat) -> int:

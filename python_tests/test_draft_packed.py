@@ -9,17 +9,25 @@ import torch
 from test_draft import Case, Inputs, make_inputs
 
 from dflash_kernels.draft_stream import Kind, PackedDraft, draft_schedule, pack_draft, why_not_packed
+from dflash_kernels.formats import QuantizedWeight, WeightFormat
+from dflash_kernels.model.quantize import quantize
 from dflash_kernels.ops import draft_forward_packed, draft_forward_packed_workspace
 from dflash_kernels.reference import draft as reference
 from dflash_kernels.stream import UNIT_FIELDS, unpack_tiles
 
+FORMATS = ("fp8", "int4-g64", "int4-g128", "e2m1-g64", "e2m1-g128")
 MATRICES = ("qkv_weight", "o_weight", "gate_up_weight", "down_weight")
 
 
-def pack(inputs: Inputs, blocks: int) -> PackedDraft:
+def pack(inputs: Inputs, blocks: int, weight_format: WeightFormat | None = None) -> PackedDraft:
     _, kv_heads, head_dim = inputs["k_caches"][0].shape
-    matrices = [inputs[name] for name in MATRICES]
+    matrices = [inputs[name] if weight_format is None else quantize(inputs[name], weight_format) for name in MATRICES]
     return pack_draft(*matrices, num_kv_heads=kv_heads, head_dim=head_dim, blocks=blocks)
+
+
+def dequantized(inputs: Inputs, weight_format: WeightFormat) -> Inputs:
+    """The same with the matrices that `pack` packs, in float32."""
+    return {**inputs, **{name: quantize(inputs[name], weight_format).dequantize() for name in MATRICES}}
 
 
 def arguments(inputs: Inputs, packed: PackedDraft) -> dict[str, Any]:
@@ -103,11 +111,61 @@ def test_graph_replay_equals_eager(rng: torch.Generator) -> None:
         assert torch.equal(draft_forward_packed(**arguments(inputs, packed)), expected)
 
 
+FORMAT_CASES = [
+    Case(contexts=(5,), T=7, H=256, I=192, index=torch.int32),
+    Case(contexts=(64, 63), T=16, H=384, I=320, heads=(6, 2)),  # tiles that are not filled
+    Case(contexts=(70, 9, 0, 3), T=16, H=128, I=128, heads=(4, 1), D=128, biases=True),
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", FORMAT_CASES, ids=str)
+def test_quantized_matches_reference(case: Case, name: str, device: str, rng: torch.Generator) -> None:
+    inputs = make_inputs(case, rng, device, torch.bfloat16)
+    weight_format = fitting(WeightFormat.parse(name), case)
+    packed = pack(inputs, multiprocessors(device), weight_format)
+    check(dequantized(inputs, weight_format), packed)
+
+
+def fitting(weight_format: WeightFormat, case: Case) -> WeightFormat:
+    """Groups of 64 where 128 do not divide the columns."""
+    widths = (case.H, case.I, case.heads[0] * case.D)
+    if weight_format.group_size == 128 and any(width % 128 for width in widths):
+        return WeightFormat(weight_format.kind, 64)
+    return weight_format
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", GPU_CASES[1:3], ids=str)
+def test_large_quantized_cases_on_cuda(case: Case, name: str, rng: torch.Generator) -> None:
+    inputs, weight_format = make_inputs(case, rng, "cuda", torch.bfloat16), WeightFormat.parse(name)
+    check(dequantized(inputs, weight_format), pack(inputs, multiprocessors("cuda"), weight_format), launches=5)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_packing_loses_nothing(case: Case, rng: torch.Generator) -> None:
     inputs = make_inputs(case, rng, "cpu", torch.bfloat16)
     for name, weight in zip(MATRICES, pack(inputs, 3).unpack(), strict=True):
-        assert torch.equal(weight, inputs[name]), name
+        assert isinstance(weight, torch.Tensor) and torch.equal(weight, inputs[name]), name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", FORMAT_CASES, ids=str)
+def test_packing_codes_loses_nothing(case: Case, name: str, rng: torch.Generator) -> None:
+    inputs = make_inputs(case, rng, "cpu", torch.bfloat16)
+    weight_format = fitting(WeightFormat.parse(name), case)
+    for name, weight in zip(MATRICES, pack(inputs, 3, weight_format).unpack(), strict=True):
+        expected = quantize(inputs[name], weight_format)
+        assert isinstance(weight, QuantizedWeight) and weight.format == weight_format
+        assert torch.equal(weight.codes, expected.codes) and torch.equal(weight.scale, expected.scale), name
+
+
+def test_formats_are_not_mixed(rng: torch.Generator) -> None:
+    inputs = make_inputs(FORMAT_CASES[0], rng, "cpu", torch.bfloat16)
+    inputs["o_weight"] = quantize(inputs["o_weight"], WeightFormat("fp8"))
+    with pytest.raises(ValueError, match="pack_draft: weights must have one format, got bf16, fp8"):
+        pack(inputs, 3)
 
 
 def test_empty_batch(device: str, rng: torch.Generator) -> None:
@@ -119,7 +177,13 @@ def test_opcheck(device: str, rng: torch.Generator) -> None:
     inputs = make_inputs(Case(contexts=(5, 12), T=7, H=64), rng, device, torch.bfloat16)
     packed = pack(inputs, 2)
     values = arguments(inputs, packed)
-    tensors = {"weights": packed.weights, "units": packed.units, "counters": packed.counters, "slots": packed.slots}
+    tensors = {
+        "weights": packed.weights,
+        "weight_format": "bf16",
+        "units": packed.units,
+        "counters": packed.counters,
+        "slots": packed.slots,
+    }
     tensors |= {"num_q_heads": packed.num_q_heads, "intermediate_size": packed.intermediate_size}
     flat: list[Any] = []
     for name, value in values.items():

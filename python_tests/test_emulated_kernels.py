@@ -25,6 +25,7 @@ import test_draft
 import test_draft_layer
 import test_draft_packed
 import test_head
+import test_head_packed
 import test_inject
 import test_verify
 import test_verify_sampled
@@ -175,6 +176,12 @@ CHECKS = [
         {**drafts(40, T=16), "blocks": 1},
     ),
     *calls(
+        test_draft_packed.test_quantized_matches_reference,
+        *({"case": test_draft_packed.FORMAT_CASES[1], "name": name} for name in test_draft_packed.FORMATS),
+        *({"case": test_draft_packed.FORMAT_CASES[0], "name": name} for name in ("fp8", "int4-g64")),
+        *({"case": test_draft_packed.FORMAT_CASES[2], "name": name} for name in ("fp8", "e2m1-g128")),
+    ),
+    *calls(
         test_inject.test_matches_reference,
         *({"shape": shape, "index": torch.int32} for shape in ({}, {"block": 16, "hidden": 96, "dim": 64})),
         {"shape": {"batch": 9, "dim": 64, "heads": 3}, "index": torch.int64},  # gathered, and whole heads
@@ -231,6 +238,17 @@ CHECKS = [
     *calls(test_head.test_topk_sizes, *({"k": k} for k in (2, 33, 64))),
     *calls(test_head.test_topk_of_one_crowded_tile),
     *calls(test_head.test_order_of_special_values, {"rows": 3}),
+    *calls(
+        test_head_packed.test_exact_where_sums_are,
+        *(heads(*shape, with_bias=i % 2 == 0) for i, shape in enumerate(test_head_packed.SHAPES)),
+    ),
+    *calls(
+        test_head_packed.test_exact_on_codes,
+        *({"name": name, "rows": 16, "groups": 5, "vocab": 900} for name in test_head_packed.FORMATS),
+        *({"name": name, "rows": 40, "groups": 2, "vocab": 200} for name in ("fp8", "int4-g128")),
+    ),
+    *calls(test_head_packed.test_some_tokens, {"blocks": 3}),
+    *calls(test_head_packed.test_order_of_special_values, {"rows": 3}),
     *calls(
         test_dflash2.test_walk_equals_reference_on_exact_sums,
         *(

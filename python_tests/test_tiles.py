@@ -11,7 +11,7 @@ from emulator import build as emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_kernels.model.formats import QuantizedWeight, WeightFormat, join_nibbles
+from dflash_kernels.formats import QuantizedWeight, WeightFormat, join_nibbles
 from dflash_kernels.reference import formats as reference
 from dflash_kernels.stream import pack_tiles
 from dflash_kernels.tiles import pack_quantized_tiles, tile_columns, tile_nbytes, unpack_quantized_tiles

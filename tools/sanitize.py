@@ -72,6 +72,19 @@ class Maker:
     def empty(self, *shape: int, dtype: Any) -> Any:
         return self.torch.zeros(shape, dtype=dtype).to(self.device)
 
+    @property
+    def blocks(self) -> int:
+        """Persistent blocks of the streaming kernels."""
+        on_cuda = self.device == "cuda"
+        return self.torch.cuda.get_device_properties(0).multi_processor_count if on_cuda else 4
+
+    def quantized(self, weight: Any, name: str | None) -> Any:
+        """Rounded on the CPU; None: the weight as it is."""
+        from dflash_kernels.formats import WeightFormat
+        from dflash_kernels.model.quantize import quantize
+
+        return weight if name is None else quantize(weight.cpu(), WeightFormat.parse(name)).to(self.device)
+
     def call(self, op: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         op(*args, **kwargs)
         self.calls += 1
@@ -184,8 +197,12 @@ def call_inject(m: Maker) -> None:
                 m.call(ops.inject_kv, *args)
 
 
+STREAMED = (None, "fp8", "int4-g64", "e2m1-g64")  # formats of packed weights
+
+
 def call_head(m: Maker) -> None:
     from dflash_kernels import ops
+    from dflash_kernels.head_stream import pack_head
 
     for rows, vocab, hidden, bias in (
         (1, 300, 64, True),
@@ -200,6 +217,14 @@ def call_head(m: Maker) -> None:
             m.call(ops.lm_head_argmax, *args, extra, 1000)
         for k in (1, 16, 64):
             m.call(ops.lm_head_topk, *args, k, extra)
+        if rows <= 64:
+            for name in STREAMED[: 4 if hidden == 64 else 2]:
+                weight = m.quantized(args[1], name)
+                # K cut over several blocks, and more whole row tiles than blocks
+                for blocks in (m.blocks, 2):
+                    packed = pack_head(weight, blocks=blocks, bias=extra)
+                    for _ in range(2):
+                        m.call(ops.lm_head_argmax_packed, args[0], packed, 1000)
     args = (m.integers(0, 300, 3, 8, dtype=m.torch.int32), m.normal(24, 64), m.normal(300, 64), m.table([1, 2, 3]))
     m.call(ops.verify_block_from_hidden, *args)
 
@@ -254,7 +279,7 @@ def call_draft(m: Maker) -> None:
         ([20, 70], 32, 2, 2, 256, False),
         ([150] * 34, 4, 4, 4, 32, False),
     ):
-        batch, hidden, inner, vocab, width = len(prefixes), 64, 96, 50, max(prefixes) + block
+        batch, hidden, inner, vocab, width = len(prefixes), 64, 96 if bias else 128, 50, max(prefixes) + block
         qkv = (q_heads + 2 * kv_heads) * dim
         pool = batch * width + 1
         lens = m.table(prefixes, m.torch.int32)
@@ -285,13 +310,12 @@ def call_draft(m: Maker) -> None:
         )
         m.call(ops.draft_forward, *args)
         if dim in (64, 128):  # as one kernel
-            blocks = m.torch.cuda.get_device_properties(0).multi_processor_count if m.device == "cuda" else 4
-            packed = pack_draft(
-                args[9], args[13], args[16], args[17], num_kv_heads=kv_heads, head_dim=dim, blocks=blocks
-            )
-            others = (*args[:9], *args[10:13], args[14], args[15], *args[18:20], packed, *args[20:])
-            for _ in range(2):
-                m.call(ops.draft_forward_packed, *others)
+            for name in STREAMED[:2] if inner % 64 else STREAMED:
+                matrices = [m.quantized(args[i], name) for i in (9, 13, 16, 17)]
+                packed = pack_draft(*matrices, num_kv_heads=kv_heads, head_dim=dim, blocks=m.blocks)
+                others = (*args[:9], *args[10:13], args[14], args[15], *args[18:20], packed, *args[20:])
+                for _ in range(2):
+                    m.call(ops.draft_forward_packed, *others)
         if dim == 64:
             with debug_checks():
                 m.call(ops.draft_forward, *args)

@@ -6,6 +6,7 @@
 
 #include "api/check.h"
 #include "api/cuda_stream.h"
+#include "api/packed.h"
 #include "smxx/draft/index_check.h"
 #include "smxx/draft/params.h"
 #include "smxx/draft/stream.h"
@@ -21,7 +22,9 @@ using api::Tensor;
 
 // Weights in the order in which one kernel streams them, instead of the four matrices (dflash_kernels/draft_stream.py).
 struct Packed {
-  Tensor weights, units, counters;
+  Tensor weights;
+  std::string format;
+  Tensor units, counters;
   int64_t q_heads, intermediate, slots;
 };
 
@@ -246,11 +249,7 @@ void set_outputs(DraftParams& p, const Inputs& in, const Tensor& out, const Tens
 void check_packed(const Inputs& in, const DraftSizes& s) {
   const Packed& packed = *in.packed;
   const int64_t layers = in.input_norm.size(0);
-  const auto tiles = [](int64_t rows, int64_t k) {
-    return (rows + stream::kTileRows - 1) / stream::kTileRows * ((k + 63) / 64);
-  };
-  const int64_t needed = layers * (tiles(s.qkv_width(), s.hidden) + tiles(s.hidden, s.q_heads * s.head_dim) +
-                                   tiles((s.intermediate + 63) / 64 * 128, s.hidden) + tiles(s.hidden, s.intermediate));
+  const stream::WeightFormat format = api::weight_format(in.op, packed.format);
   DFLASH_CHECK(in.op, layers <= kMaxStreamLayers, "input_norm", "have at most 64 layers", layers);
   DFLASH_CHECK(in.op, s.tokens() <= stream::kMaxTokens, "block_ids", "have at most 64 elements", s.tokens());
   DFLASH_CHECK(in.op, is_stream_head_dim(s.head_dim), "k_caches[0].size(2)", "be a head size of 64 or 128", s.head_dim);
@@ -258,20 +257,12 @@ void check_packed(const Inputs& in, const DraftSizes& s) {
     const int64_t slots = std::min(in.k_caches[l].size(0), in.v_caches[l].size(0));
     DFLASH_CHECK(in.op, slots <= INT32_MAX, "k_caches[" + std::to_string(l) + "].size(0)", "fit 32 bits", slots);
   }
-  check_matrix("weights", packed.weights, in, {needed, stream::kTileBytes / 2});
-  api::check_shape(in.op, "units", packed.units, {-1, -1, 16});
-  DFLASH_CHECK(in.op, packed.units.size(0) >= 1 && packed.units.size(1) >= 1, "units", "have a unit",
-               packed.units.size(0) * packed.units.size(1));
-  api::check_shape(in.op, "counters", packed.counters, {-1});
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor*>{"units", &packed.units},
-                                     std::pair<const char*, const Tensor*>{"counters", &packed.counters}}) {
-    api::check_dtype(in.op, name, *tensor, {ScalarType::Int});
-    api::check_same_device(in.op, name, *tensor, in.block_ids);
-    api::check_contiguous(in.op, name, *tensor);
-    DFLASH_CHECK(in.op, tensor->is_cpu() || reinterpret_cast<uintptr_t>(tensor->data_ptr()) % 16 == 0, name,
-                 "start at a multiple of 16 bytes", reinterpret_cast<uintptr_t>(tensor->data_ptr()) % 16);
-  }
-  DFLASH_CHECK(in.op, packed.slots >= 0, "slots", "be at least 0", packed.slots);
+  const int64_t tiles = layers * (api::num_tiles(format, s.qkv_width(), s.hidden) +
+                                  api::num_tiles(format, s.hidden, s.q_heads * s.head_dim) +
+                                  api::num_tiles(format, (s.intermediate + 63) / 64 * 128, s.hidden) +
+                                  api::num_tiles(format, s.hidden, s.intermediate));
+  api::check_dtype(in.op, "embed_weight", in.embed_weight, {ScalarType::BFloat16});
+  api::check_packed(in.op, packed.weights, format, tiles, packed.units, packed.counters, packed.slots, in.block_ids);
 }
 
 IndexParams index_params(const DraftParams& p) {
@@ -352,19 +343,20 @@ void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out,
   for (int64_t b = 0; b < index.batch; ++b) report_fault(in.op, index, find_fault(index, b));
 }
 
-#define DFLASH_PACKED_PARAMETERS                                                                                       \
-  Tensor block_ids, Tensor positions, Tensor prefix_lens, Tensor req_pool_indices, Tensor req_to_token,                \
-      std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, Tensor embed_weight, Tensor input_norm,              \
-      std::optional<Tensor> qkv_bias, std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,                      \
-      std::optional<Tensor> o_bias, Tensor post_norm, Tensor final_norm, Tensor cos_sin, Tensor weights, Tensor units, \
-      Tensor counters, int64_t slots, int64_t num_q_heads, int64_t intermediate_size, std::vector<int64_t> windows,    \
-      std::vector<int64_t> causal, double eps, std::optional<double> softmax_scale
+#define DFLASH_PACKED_PARAMETERS                                                                          \
+  Tensor block_ids, Tensor positions, Tensor prefix_lens, Tensor req_pool_indices, Tensor req_to_token,   \
+      std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, Tensor embed_weight, Tensor input_norm, \
+      std::optional<Tensor> qkv_bias, std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,         \
+      std::optional<Tensor> o_bias, Tensor post_norm, Tensor final_norm, Tensor cos_sin, Tensor weights,  \
+      std::string weight_format, Tensor units, Tensor counters, int64_t slots, int64_t num_q_heads,       \
+      int64_t intermediate_size, std::vector<int64_t> windows, std::vector<int64_t> causal, double eps,   \
+      std::optional<double> softmax_scale
 #define DFLASH_PACKED_INPUTS                                                                                       \
   Inputs {                                                                                                         \
     "draft_forward_packed", block_ids, positions, prefix_lens, req_pool_indices, req_to_token, k_caches, v_caches, \
         embed_weight, input_norm, std::nullopt, qkv_bias, q_norm, k_norm, std::nullopt, o_bias, post_norm,         \
         std::nullopt, std::nullopt, final_norm, cos_sin, windows, causal, eps, softmax_scale, Packed {             \
-      weights, units, counters, num_q_heads, intermediate_size, slots                                              \
+      weights, weight_format, units, counters, num_q_heads, intermediate_size, slots                               \
     }                                                                                                              \
   }
 
@@ -478,7 +470,8 @@ void run_cuda(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor&
     report_fault(in.op, index, check_indices(index, p.workspace, stream));
   }
   if (in.packed) {
-    launch_stream_draft_forward(stream_params(p, *in.packed), p.sizes.head_dim, stream::WeightFormat::kBf16, stream);
+    const stream::WeightFormat format = api::weight_format(in.op, in.packed->format);
+    launch_stream_draft_forward(stream_params(p, *in.packed), p.sizes.head_dim, format, stream);
   } else {
     launch_draft_forward(p, stream);
   }
@@ -536,8 +529,8 @@ Tensor draft_forward_packed_cuda(DFLASH_PACKED_PARAMETERS) {
   "Tensor block_ids, Tensor positions, Tensor prefix_lens, Tensor req_pool_indices, Tensor req_to_token, " \
   "Tensor[] k_caches, Tensor[] v_caches, Tensor embed_weight, Tensor input_norm, Tensor? qkv_bias, "       \
   "Tensor? q_norm, Tensor? k_norm, Tensor? o_bias, Tensor post_norm, Tensor final_norm, Tensor cos_sin, "  \
-  "Tensor weights, Tensor units, Tensor(c!) counters, int slots, int num_q_heads, int intermediate_size, " \
-  "int[] windows, int[] causal, float eps, float? softmax_scale=None"
+  "Tensor weights, str weight_format, Tensor units, Tensor(c!) counters, int slots, int num_q_heads, "     \
+  "int intermediate_size, int[] windows, int[] causal, float eps, float? softmax_scale=None"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
   m.def("draft_forward_packed(" DFLASH_PACKED_SCHEMA ") -> Tensor");

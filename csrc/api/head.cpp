@@ -1,12 +1,14 @@
-// lm_head_argmax, lm_head_topk, verify_block_from_hidden: schemas, checks, dispatch. On the CPU they are torch ops
-// registered from Python; _lm_head_check gives those the checks of this file.
+// lm_head_argmax, lm_head_argmax_packed, lm_head_topk, verify_block_from_hidden: schemas, checks, dispatch. On the CPU
+// they are torch ops registered from Python; _lm_head_check gives those the checks of this file.
 #include <algorithm>
 #include <tuple>
 #include <utility>
 
 #include "api/check.h"
 #include "api/cuda_stream.h"
+#include "api/packed.h"
 #include "smxx/head/params.h"
+#include "smxx/head/stream.h"
 #if DFLASH_WITH_CUDA
 #include "smxx/head/launch.h"
 #endif
@@ -126,6 +128,127 @@ void check_verify_cpu(Tensor candidates, Tensor hidden, Tensor weight, Tensor pr
   check_workspace(kVerifyOp, *workspace, hidden, weight, 0);
 }
 
+// ---- over packed weights (dflash_kernels/head_stream.py) -----------------------------------------------------------
+
+constexpr const char* kPackedOp = "lm_head_argmax_packed";
+
+struct PackedHead {
+  Tensor weights;
+  std::string format;
+  Tensor units, counters;
+  int64_t slots, vocab;
+  MaybeTensor bias, token_ids;
+};
+
+void check_packed_inputs(const Tensor& hidden, const PackedHead& head, int64_t vocab_start) {
+  api::check_shape(kPackedOp, "hidden", hidden, {-1, -1});
+  api::check_dtype(kPackedOp, "hidden", hidden, {ScalarType::BFloat16});
+  api::check_last_dim_contiguous(kPackedOp, "hidden", hidden);
+  const int64_t rows = hidden.size(0), width = hidden.size(1);
+  DFLASH_CHECK(kPackedOp, rows <= stream::kMaxTokens, "hidden.size(0)", "be at most 64", rows);
+  DFLASH_CHECK(kPackedOp, width >= 8 && width % 8 == 0, "hidden.size(1)", "be a multiple of 8", width);
+  DFLASH_CHECK(kPackedOp, hidden.is_cpu() || rows <= 1 || hidden.stride(0) % 8 == 0, "hidden",
+               "have a row stride that is a multiple of 8 elements", hidden.stride(0));
+  if (rows > 0) api::check_aligned_16(kPackedOp, "hidden", hidden);
+  DFLASH_CHECK(kPackedOp, head.vocab >= 1 && head.vocab <= (int64_t{1} << 22), "vocab_size", "be in 1..2**22",
+               head.vocab);
+  const stream::WeightFormat format = api::weight_format(kPackedOp, head.format);
+  api::check_packed(kPackedOp, head.weights, format, api::num_tiles(format, head.vocab, width), head.units,
+                    head.counters, head.slots, hidden);
+  const std::pair<const char*, const MaybeTensor*> rest[] = {{"bias", &head.bias}, {"token_ids", &head.token_ids}};
+  for (const auto& [name, tensor] : rest) {
+    if (!*tensor) continue;
+    api::check_shape(kPackedOp, name, **tensor, {head.vocab});
+    api::check_same_device(kPackedOp, name, **tensor, hidden);
+    api::check_contiguous(kPackedOp, name, **tensor);
+  }
+  if (head.bias) api::check_dtype(kPackedOp, "bias", *head.bias, {ScalarType::BFloat16});
+  if (head.token_ids) api::check_dtype(kPackedOp, "token_ids", *head.token_ids, {ScalarType::Long});
+  DFLASH_CHECK(kPackedOp, vocab_start >= 0, "vocab_start", "be at least 0", vocab_start);
+}
+
+// Keys of all blocks, then the slots of partial sums.
+int64_t packed_workspace_bytes(int64_t blocks, int64_t slots) {
+  return stream::kMaxTokens * (blocks * 8 + slots * stream::kTileRows * 4);
+}
+
+int64_t packed_workspace(int64_t blocks, int64_t slots) {
+  DFLASH_CHECK("lm_head_argmax_packed_workspace", blocks >= 1, "blocks", "be at least 1", blocks);
+  DFLASH_CHECK("lm_head_argmax_packed_workspace", slots >= 0, "slots", "be at least 0", slots);
+  return packed_workspace_bytes(blocks, slots);
+}
+
+void check_packed_outputs(const Tensor& hidden, const PackedHead& head, const Tensor& ids, const Tensor& values,
+                          const Tensor& workspace) {
+  const std::pair<const char*, const Tensor*> outputs[] = {{"ids", &ids}, {"values", &values}};
+  for (const auto& [name, tensor] : outputs) api::check_shape(kPackedOp, name, *tensor, {hidden.size(0)});
+  check_output(kPackedOp, "ids", ids, hidden, ScalarType::Long);
+  check_output(kPackedOp, "values", values, hidden, ScalarType::Float);
+  check_output(kPackedOp, "workspace", workspace, hidden, ScalarType::Byte);
+  const int64_t needed = packed_workspace_bytes(head.units.size(0), head.slots);
+  DFLASH_CHECK(kPackedOp, workspace.numel() >= needed, "workspace",
+               "hold at least " + std::to_string(needed) + " bytes", workspace.numel());
+  api::check_aligned_16(kPackedOp, "workspace", workspace);
+}
+
+#define DFLASH_PACKED_HEAD_PARAMETERS                                                                     \
+  Tensor hidden, Tensor weights, std::string weight_format, Tensor units, Tensor counters, int64_t slots, \
+      int64_t vocab_size, MaybeTensor bias, MaybeTensor token_ids, int64_t vocab_start
+#define DFLASH_PACKED_HEAD \
+  PackedHead { weights, weight_format, units, counters, slots, vocab_size, bias, token_ids }
+
+void check_packed_cpu(DFLASH_PACKED_HEAD_PARAMETERS, MaybeTensor ids, MaybeTensor values, MaybeTensor workspace) {
+  const PackedHead head = DFLASH_PACKED_HEAD;
+  check_packed_inputs(hidden, head, vocab_start);
+  if (ids && values && workspace) check_packed_outputs(hidden, head, *ids, *values, *workspace);
+}
+
+#if DFLASH_WITH_CUDA
+void packed_out_cuda(DFLASH_PACKED_HEAD_PARAMETERS, Tensor ids, Tensor values, Tensor workspace) {
+  const PackedHead head = DFLASH_PACKED_HEAD;
+  check_packed_inputs(hidden, head, vocab_start);
+  check_packed_outputs(hidden, head, ids, values, workspace);
+  if (hidden.size(0) == 0) return;
+  StreamHeadParams p;
+  auto* scratch = static_cast<uint8_t*>(workspace.data_ptr());
+  p.stream.weights = static_cast<const uint8_t*>(weights.data_ptr());
+  p.stream.units = static_cast<const stream::Unit*>(units.data_ptr());
+  p.stream.blocks = static_cast<int>(units.size(0));
+  p.stream.max_units = static_cast<int>(units.size(1));
+  p.stream.counters = static_cast<uint32_t*>(counters.data_ptr());
+  p.stream.partials = reinterpret_cast<float*>(scratch + packed_workspace_bytes(units.size(0), 0));
+  p.hidden = static_cast<const uint16_t*>(hidden.data_ptr());
+  p.hidden_stride = hidden.stride(0);
+  p.rows = static_cast<int>(hidden.size(0));
+  p.hidden_size = static_cast<int>(hidden.size(1));
+  p.vocab = static_cast<int>(vocab_size);
+  if (bias) p.bias = static_cast<const uint16_t*>(bias->data_ptr());
+  if (token_ids) p.token_ids = static_cast<const int64_t*>(token_ids->data_ptr());
+  p.vocab_start = vocab_start;
+  p.best = reinterpret_cast<unsigned long long*>(scratch);
+  p.ids = static_cast<int64_t*>(ids.data_ptr());
+  p.values = static_cast<float*>(values.data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  launch_stream_argmax(p, api::weight_format(kPackedOp, weight_format), api::current_stream(kPackedOp, hidden));
+}
+
+std::tuple<Tensor, Tensor> packed_cuda(DFLASH_PACKED_HEAD_PARAMETERS) {
+  check_packed_inputs(hidden, DFLASH_PACKED_HEAD, vocab_start);
+  const std::vector<int64_t> shape{hidden.size(0)};
+  const Tensor ids = api::new_empty(hidden, shape, ScalarType::Long);
+  const Tensor values = api::new_empty(hidden, shape, ScalarType::Float);
+  const Tensor workspace = api::new_empty(hidden, {packed_workspace_bytes(units.size(0), slots)}, ScalarType::Byte);
+  packed_out_cuda(hidden, weights, weight_format, units, counters, slots, vocab_size, bias, token_ids, vocab_start, ids,
+                  values, workspace);
+  return {ids, values};
+}
+#endif
+
+#undef DFLASH_PACKED_HEAD
+#undef DFLASH_PACKED_HEAD_PARAMETERS
+
+// ---- over weights as they are --------------------------------------------------------------------------------------
+
 #if DFLASH_WITH_CUDA
 void check_aligned(const char* op, const char* name, const Tensor& tensor) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
@@ -241,7 +364,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> verify_cuda(Tensor candidates
 }  // namespace
 }  // namespace dflash::head
 
+#define DFLASH_PACKED_HEAD_SCHEMA                                                                    \
+  "Tensor hidden, Tensor weights, str weight_format, Tensor units, Tensor(d!) counters, int slots, " \
+  "int vocab_size, Tensor? bias=None, Tensor? token_ids=None, int vocab_start=0"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
+  m.def("lm_head_argmax_packed(" DFLASH_PACKED_HEAD_SCHEMA ") -> (Tensor ids, Tensor values)");
+  m.def("lm_head_argmax_packed.out(" DFLASH_PACKED_HEAD_SCHEMA
+        ", *, Tensor(a!) ids, Tensor(b!) values, Tensor(c!) workspace) -> ()");
+  m.def("_lm_head_argmax_packed_check(" DFLASH_PACKED_HEAD_SCHEMA
+        ", *, Tensor? ids=None, Tensor? values=None, Tensor? workspace=None) -> ()");
+  m.def("lm_head_argmax_packed_workspace(int blocks, int slots) -> int");
   m.def(
       "lm_head_argmax(Tensor hidden, Tensor weight, Tensor? bias=None, int vocab_start=0) "
       "-> (Tensor ids, Tensor values)");
@@ -271,13 +404,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
       "Tensor? new_seq_lens, Tensor? workspace) -> ()");
 }
 
+#undef DFLASH_PACKED_HEAD_SCHEMA
+
+STABLE_TORCH_LIBRARY_IMPL(dflash, CompositeExplicitAutograd, m) {
+  m.impl("lm_head_argmax_packed_workspace", TORCH_BOX(&dflash::head::packed_workspace));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
+  m.impl("_lm_head_argmax_packed_check", TORCH_BOX(&dflash::head::check_packed_cpu));
   m.impl("_lm_head_check", TORCH_BOX(&dflash::head::check_cpu));
   m.impl("_verify_block_from_hidden_check", TORCH_BOX(&dflash::head::check_verify_cpu));
 }
 
 #if DFLASH_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) {
+  m.impl("lm_head_argmax_packed", TORCH_BOX(&dflash::head::packed_cuda));
+  m.impl("lm_head_argmax_packed.out", TORCH_BOX(&dflash::head::packed_out_cuda));
   m.impl("lm_head_argmax", TORCH_BOX(&dflash::head::argmax_cuda));
   m.impl("lm_head_argmax.out", TORCH_BOX(&dflash::head::argmax_out_cuda));
   m.impl("lm_head_topk", TORCH_BOX(&dflash::head::topk_cuda));

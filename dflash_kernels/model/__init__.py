@@ -4,9 +4,9 @@
 binds to its target. `quantize_drafter` writes one with fp8 or 4-bit weights, which `load_drafter` reads as well.
 """
 
+from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.model.config import DrafterConfig, load_config
 from dflash_kernels.model.drafter import Drafter, load_drafter
-from dflash_kernels.model.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.model.quantize import quantize_drafter
 from dflash_kernels.model.rope import RopeConfig
 from dflash_kernels.model.weights import DrafterWeights

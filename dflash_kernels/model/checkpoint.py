@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dflash_kernels.formats import QuantizedWeight, WeightFormat, concatenate, is_finite, stack
 from dflash_kernels.model.config import DrafterConfig
-from dflash_kernels.model.formats import QuantizedWeight, WeightFormat, concatenate, is_finite, stack
 from dflash_kernels.model.weights import DrafterWeights
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dflash_kernels.model.formats import WeightFormat, parse_quantization_config
+from dflash_kernels.formats import WeightFormat, parse_quantization_config
 from dflash_kernels.model.rope import RopeConfig, parse_rope
 
 Layout = Literal["z-lab", "speculators"]

@@ -20,8 +20,9 @@ class Drafter:
     """A DFlash drafter; what the engine asks of one (`engine.draft.DrafterLike`), once it is bound to a target.
 
     A drafter has no embedding and no LM head: :meth:`bind` takes the target's. The dtype is bf16 on CUDA and fp32 or
-    bf16 on the CPU, never fp16, in which the target's outliers overflow in ``fc``. Quantised weights are dequantised to
-    it, on CUDA with a warning: no kernel reads their codes yet, so they save disk and not time there.
+    bf16 on the CPU, never fp16, in which the target's outliers overflow in ``fc``. Of quantised weights CUDA's kernel
+    for few rows reads the codes; more rows, injection and the CPU take them dequantised to that dtype, so the drafter
+    holds both. Where that kernel is not made for the drafter's sizes, all take them so, with a warning.
 
     Args:
         config: sizes of the drafter, or of this rank's shard of it.
@@ -37,7 +38,7 @@ class Drafter:
         if not 1 <= max_positions <= config.max_positions:
             raise ValueError(f"max_positions must be in 1..{config.max_positions} (the drafter's), got {max_positions}")
         _check_dtype(weights.dtype, weights.device)
-        self.config, self.weights = config, _for_device(weights)
+        self.config, self.weights = config, _for_device(config, weights)
         self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
         self.target_layer_ids: Sequence[int] = config.target_layer_ids
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
@@ -77,7 +78,7 @@ class Drafter:
         device, dtype = torch.device(device), dtype or self.dtype
         _check_dtype(dtype, device)
         before = (self.device, self.dtype)
-        self.weights = _for_device(self.weights.to(device, dtype))
+        self.weights = _for_device(self.config, self.weights.to(device, dtype))
         self.cos_sin = self.cos_sin.to(device)
         self.embed_weight = self.embed_weight.to(device, dtype)
         self.lm_head_weight = self.lm_head_weight.to(device, dtype)
@@ -272,12 +273,12 @@ class Drafter:
         if self._packed is None and self.why_not_one_kernel(0) is None:
             if torch.cuda.is_current_stream_capturing():
                 return None
-            w, config = self.weights, self.config
+            w, config, codes = self.weights, self.config, self.weights.quantized or {}
             self._packed = pack_draft(
-                w.qkv_weight,
-                w.o_weight,
-                w.gate_up_weight,
-                w.down_weight,
+                codes.get("qkv_weight", w.qkv_weight),
+                codes.get("o_weight", w.o_weight),
+                codes.get("gate_up_weight", w.gate_up_weight),
+                codes.get("down_weight", w.down_weight),
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 blocks=torch.cuda.get_device_properties(self.device).multi_processor_count,
@@ -372,13 +373,16 @@ def load_drafter(
     return Drafter(config, weights.to(device, weights.dtype), max_positions=max_positions)
 
 
-def _for_device(weights: DrafterWeights) -> DrafterWeights:
+def _for_device(config: DrafterConfig, weights: DrafterWeights) -> DrafterWeights:
     """The weights as the kernels of their device read them."""
     if weights.weight_format is None or weights.device.type == "cpu":
         return weights
+    reason = why_not_packed(tokens=0, num_layers=config.num_layers, head_dim=config.head_dim, dtype=weights.dtype)
+    if reason is None:
+        return weights
     warnings.warn(
-        f"no CUDA kernel reads drafter weights in format {weights.weight_format}: they were dequantised to bf16, with "
-        "the memory and the speed of bf16 weights",
+        f"no CUDA kernel reads this drafter's weights in format {weights.weight_format} ({reason}): they were "
+        "dequantised to bf16, with the memory and the speed of bf16 weights",
         stacklevel=3,
     )
     return weights.dense()

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dflash_kernels.model.checkpoint import SINGLE_FILE, Files, load_weights
-from dflash_kernels.model.config import load_config
-from dflash_kernels.model.formats import (
+from dflash_kernels.formats import (
     E2M1_VALUES,
     QuantizedWeight,
     WeightFormat,
     join_nibbles,
     quantization_config,
 )
+from dflash_kernels.model.checkpoint import SINGLE_FILE, Files, load_weights
+from dflash_kernels.model.config import load_config
 
 _QUANTIZED = re.compile(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 _E4M3_MAX = 448.0

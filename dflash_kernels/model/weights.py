@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.model.config import DrafterConfig
-from dflash_kernels.model.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.model.shard import shard_heads, shard_range
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from dflash_kernels.draft_stream import PackedDraft
+from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.ops._errors import dflash_errors
 from dflash_kernels.ops.draft import _forward_cpu
+from dflash_kernels.tiles import format_name
 
 __all__ = ["draft_forward_packed", "draft_forward_packed_workspace"]
 
@@ -68,6 +70,9 @@ def draft_forward_packed(
     result and formula as there, with the four matrices of every layer in `packed`; intermediate results are rounded at
     the same places, except that an output of o_proj and down_proj is rounded once, after the residual is added.
 
+    Quantised weights are multiplied as codes, which bf16 holds exactly, and scaled in fp32: nothing of them is rounded.
+    The CPU implementation dequantises them to bf16.
+
     Args:
         packed: made for these sizes and for at most as many blocks as the device has multiprocessors. Its counters
             change: only one launch at a time may use it.
@@ -96,6 +101,7 @@ def draft_forward_packed(
         final_norm,
         cos_sin,
         packed.weights,
+        format_name(packed.weight_format),
         packed.units,
         packed.counters,
         packed.slots,
@@ -130,13 +136,16 @@ def _packed_out_fake(*args: object, out: torch.Tensor, workspace: torch.Tensor) 
 def _packed_cpu(*inputs: Any) -> torch.Tensor:
     (
         *index_and_embedding, input_norm, qkv_bias, q_norm, k_norm, o_bias, post_norm, final_norm, cos_sin,
-        weights, units, counters, slots, num_q_heads, intermediate_size, windows, causal, eps, softmax_scale,
+        weights, weight_format, units, counters, slots, num_q_heads, intermediate_size,
+        windows, causal, eps, softmax_scale,
     ) = inputs  # fmt: skip
     k_caches, embed_weight = index_and_embedding[5], index_and_embedding[7]
     _, num_kv_heads, head_dim = k_caches[0].shape
     sizes = (embed_weight.shape[1], intermediate_size, num_q_heads, num_kv_heads, head_dim, len(windows))
-    matrices = PackedDraft(weights, units, counters, slots, *sizes).unpack()
-    qkv_weight, o_weight, gate_up_weight, down_weight = matrices
+    parsed = None if weight_format == "bf16" else WeightFormat.parse(weight_format)
+    matrices = PackedDraft(weights, units, counters, slots, *sizes, parsed).unpack()
+    dense = (w.dequantize(torch.bfloat16) if isinstance(w, QuantizedWeight) else w for w in matrices)
+    qkv_weight, o_weight, gate_up_weight, down_weight = dense
     arguments = (
         *index_and_embedding, input_norm, qkv_weight, qkv_bias, q_norm, k_norm, o_weight, o_bias, post_norm,
         gate_up_weight, down_weight, final_norm, cos_sin, windows, causal, eps, softmax_scale,
@@ -146,13 +155,13 @@ def _packed_cpu(*inputs: Any) -> torch.Tensor:
 
 @torch.library.impl("dflash::draft_forward_packed", "CPU")
 def _draft_forward_packed_cpu(*inputs: object) -> torch.Tensor:
-    arguments = (*inputs, None) if len(inputs) == 25 else inputs  # the dispatcher may leave out a default
+    arguments = (*inputs, None) if len(inputs) == 26 else inputs  # the dispatcher may leave out a default
     torch.ops.dflash._draft_forward_packed_check(*arguments)
     return _packed_cpu(*arguments)
 
 
 @torch.library.impl("dflash::draft_forward_packed.out", "CPU")
 def _draft_forward_packed_out_cpu(*inputs: object, out: torch.Tensor, workspace: torch.Tensor) -> None:
-    arguments = (*inputs, None) if len(inputs) == 25 else inputs
+    arguments = (*inputs, None) if len(inputs) == 26 else inputs
     torch.ops.dflash._draft_forward_packed_check(*arguments, out=out, workspace=workspace)
     out.copy_(_packed_cpu(*arguments))

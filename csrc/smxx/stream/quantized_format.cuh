@@ -75,6 +75,16 @@ using Int4 = FourBit<kGroup, dequantize_int4>;
 template <int kGroup>
 using E2m1 = FourBit<kGroup, dequantize_e2m1>;
 
+template <typename Format>
+constexpr bool is_described_by(WeightFormat format) {
+  const TileFormat& tile = kTileFormats[static_cast<int>(format)];
+  return tile.columns == 64 * Format::kSteps && tile.bytes == Format::kBytes;
+}
+static_assert(is_described_by<Bf16>(WeightFormat::kBf16) && is_described_by<Fp8>(WeightFormat::kFp8));
+static_assert(is_described_by<Int4<64>>(WeightFormat::kInt4Of64) && is_described_by<E2m1<64>>(WeightFormat::kE2m1Of64));
+static_assert(is_described_by<Int4<128>>(WeightFormat::kInt4Of128) &&
+              is_described_by<E2m1<128>>(WeightFormat::kE2m1Of128));
+
 // function(Format{}) for the format's policy.
 template <typename Function>
 void with_format(WeightFormat format, Function&& function) {

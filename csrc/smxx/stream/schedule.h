@@ -13,6 +13,21 @@ constexpr int kTileBytes = 16384;  // of a tile's weights, whatever their format
 // Of a tile's weights: bf16, e4m3 with a scale for each row, 4 bits with one for each group of 64 or 128 in a row.
 enum class WeightFormat { kBf16, kFp8, kInt4Of64, kInt4Of128, kE2m1Of64, kE2m1Of128 };
 
+struct TileFormat {
+  const char* name;  // as in Python
+  int columns;       // of a tile
+  int bytes;         // of a tile, scales included
+};
+constexpr TileFormat kTileFormats[] = {
+    // by WeightFormat
+    {"bf16", 64, kTileBytes},
+    {"fp8", 128, kTileBytes + 4 * kTileRows},
+    {"int4-g64", 256, kTileBytes + 4 * 2 * kTileRows},
+    {"int4-g128", 256, kTileBytes + 2 * 2 * kTileRows},
+    {"e2m1-g64", 256, kTileBytes + 4 * 2 * kTileRows},
+    {"e2m1-g128", 256, kTileBytes + 2 * 2 * kTileRows},
+};
+
 constexpr int kMaxTokens = 64;    // columns of the product
 constexpr int kFirstCounter = 2;  // 0 and 1 are the number of blocks that ever started, 64 bits
 

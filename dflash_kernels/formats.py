@@ -146,6 +146,10 @@ class QuantizedWeight:
         """The same weight elsewhere."""
         return replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
 
+    def __getitem__(self, layer: int) -> QuantizedWeight:
+        """One of a stack."""
+        return replace(self, codes=self.codes[layer], scale=self.scale[layer])
+
     def rows(self, *parts: slice) -> QuantizedWeight:
         """The output channels of the slices, one after the other."""
         codes = torch.cat([self.codes[..., part, :] for part in parts], dim=-2)
