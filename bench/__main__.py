@@ -28,7 +28,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--filter", default="", metavar="SUBSTR", help="only cases with this in suite, op, shape, dtype"
     )
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case later than this")
+    parser.add_argument("--tp", default="", metavar="N[,N...]", help="numbers of ranks of the suite tp")
     args = parser.parse_args(argv)
+    try:
+        args.tp = tuple(int(count) for count in args.tp.split(",") if count)
+    except ValueError:
+        _leave(f"--tp must be numbers of ranks, as 2,4, got {args.tp}")
+    if any(count < 2 for count in args.tp):
+        _leave(f"--tp: at least 2 ranks are needed, got {min(args.tp)}")
     unknown = [name for name in args.suite if name not in (*SUITES, "all")]
     if unknown:
         _leave(f"unknown suite {', '.join(unknown)}; there are: {', '.join(SUITES)}, all")
@@ -79,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget_seconds=args.time_limit,
         commit=commit,
     )
+    if "tp" in args.suite:
+        from bench import bench_tp
+
+        bench_tp.wanted = args.tp
     code = 0
     try:
         run.suites(args.suite)

@@ -28,7 +28,7 @@ def smallest(suite: str, device: torch.device) -> Case:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("suite", [name for name in SUITES if name != "engine"])
+@pytest.mark.parametrize("suite", [name for name in SUITES if name not in ("engine", "tp")])
 def test_op(benchmark: Any, suite: str, device: str) -> None:
     where = torch.device(device)
     case = smallest(suite, where)

@@ -25,6 +25,7 @@ from dflash_kernels.model.shard import check_rank, shard_range
 
 __all__ = [
     "Communicator",
+    "PeerMemory",
     "ProcessGroup",
     "Ranks",
     "ShardedTable",
@@ -86,6 +87,38 @@ class ProcessGroup:
         out = x.new_empty(self.world, *x.shape)
         _gather(out.view(-1), x.contiguous().view(-1), group=self._group)
         return out
+
+
+class PeerMemory(ProcessGroup):
+    """A rank of GPUs of one host whose parts are summed by one kernel that reads the others' memory, without NCCL.
+
+    For parts of up to ``elements`` elements of ``dtype``; larger ones, and all else, take NCCL. torch's symmetric
+    memory lends the buffer and the kernel, one read of every rank's part by every rank (no NVLink multicast).
+    """
+
+    def __init__(
+        self, elements: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> None:
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        super().__init__(group)
+        world: Any = group or dist.group.WORLD
+        self._group_name = world.group_name
+        self._buffer = symmetric_memory.empty(elements, dtype=dtype, device=device)
+        symmetric_memory.rendezvous(self._buffer, world)
+
+    def part_like(self, x: torch.Tensor) -> torch.Tensor:
+        """A view of the shared buffer, or ``x`` where that does not hold it."""
+        if x.dtype != self._buffer.dtype or x.numel() > self._buffer.numel():
+            return x
+        return self._buffer[: x.numel()].view_as(x)
+
+    def sum_parts(self, part: torch.Tensor, x: torch.Tensor) -> None:
+        """From the shared buffer, which all ranks have read when the kernel ends."""
+        if part is x:
+            self.all_reduce(x)
+        else:
+            torch.ops.symm_mem.one_shot_all_reduce_out(part, "sum", self._group_name, x)
 
 
 # -- simulated ranks: threads of one process, on one device ---------------------------------------------------------

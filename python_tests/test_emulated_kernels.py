@@ -165,7 +165,7 @@ CHECKS = [
         {**drafts(40, 3, T=7, heads=(9, 3), I=48, layers=2), "world": 4},
         {**drafts(70, T=16, heads=(4, 1), D=128, windows=(33,), biases=True), "world": 1},
     ),
-    *calls(test_draft_layer.test_out_may_be_x, {"device": "cpu"}),
+    *calls(test_draft_layer.test_out_may_be_x),
     *calls(
         test_draft.test_uniform_attention_shows_the_visible_keys,
         *({"context": context, "causal": 1, "window": window} for context, window in ((0, 4), (64, 0), (129, 70))),
