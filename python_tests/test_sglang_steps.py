@@ -1,9 +1,10 @@
 """Whole steps of SGLang's DFLASH worker on the CPU, with and without the plugin, under a small scheduler.
 
-The worker's forward_batch_generation, slot reservation, sampler, drafter and logits are 0.5.16's own code; the graph
-runners replay plain functions on static buffers, padded to their batch sizes. Requests come, end inside a block, are
-aborted and retracted, and the pool runs full. The target's next token depends on the last token and its position alone
-and is exact in bfloat16, so every text is known beforehand, ties included.
+The worker's forward_batch_generation, slot reservation, sampler and drafter are SGLang's own code, of 0.5.16 the
+logits and the attention metadata, too, for the seams that only run there; the graph runners replay plain functions on
+static buffers, padded to their batch sizes. Requests come, end inside a block, are aborted and retracted, and the
+pool runs full. The target's next token depends on the last token and its position alone and is exact in bfloat16, so
+every text is known beforehand, ties included.
 """
 
 from __future__ import annotations
@@ -139,6 +140,35 @@ def one_launch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 # -- the target: tables of -1, 0 and 1, so that all sums are whole numbers that bfloat16 holds -------------------------
 
 
+class PlainLogits(torch.nn.Module):
+    """The target's logits, in float32, where no seam touches them."""
+
+    def _get_logits(self, hidden: torch.Tensor, lm_head: Any, metadata: Any) -> torch.Tensor:
+        return hidden.float() @ lm_head.weight[:V].float().T
+
+
+def build_logits(source: Source) -> Any:
+    if source.version != "0.5.16":
+        return PlainLogits()
+    members = (
+        "_get_logits",
+        "_compute_lm_head",
+        "_copy_logits_to_buffer",
+        "_gather_dp_attn_hidden_states",
+        "_scatter_dp_attn_logits",
+    )
+    space: dict[str, Any] = {"torch": torch, "nn": torch.nn, "_is_npu": False, "_is_cpu": True}
+    space["should_apply_lm_head_quant_method"] = lambda head, method: False
+    space["use_intel_amx_backend"] = lambda head: False
+    processor = source.compile(PROCESSOR_MODULE, {"LogitsProcessor": members}, space)["LogitsProcessor"]()
+    for name in ("do_tensor_parallel_all_gather", "do_tensor_parallel_all_gather_dp_attn", "use_fp32_lm_head"):
+        setattr(processor, name, False)
+    for name in ("logit_scale", "final_logit_softcapping", "rl_on_policy_target"):
+        setattr(processor, name, None)
+    processor.vocab_size = V
+    return processor
+
+
 class Target(torch.nn.Module):
     def __init__(self, source: Source) -> None:
         super().__init__()
@@ -160,24 +190,7 @@ class Target(torch.nn.Module):
 
         embed.forward = look_up
         self.get_input_embeddings = lambda: embed
-        members = (
-            "_get_logits",
-            "_compute_lm_head",
-            "_copy_logits_to_buffer",
-            "_gather_dp_attn_hidden_states",
-            "_scatter_dp_attn_logits",
-        )
-        space: dict[str, Any] = {"torch": torch, "nn": torch.nn, "_is_npu": False, "_is_cpu": True}
-        space["should_apply_lm_head_quant_method"] = lambda head, method: False
-        space["use_intel_amx_backend"] = lambda head: False
-        self.logits_processor = source.compile(PROCESSOR_MODULE, {"LogitsProcessor": members}, space)[
-            "LogitsProcessor"
-        ]()
-        for name in ("do_tensor_parallel_all_gather", "do_tensor_parallel_all_gather_dp_attn", "use_fp32_lm_head"):
-            setattr(self.logits_processor, name, False)
-        for name in ("logit_scale", "final_logit_softcapping", "rl_on_policy_target"):
-            setattr(self.logits_processor, name, None)
-        self.logits_processor.vocab_size = V
+        self.logits_processor = build_logits(source)
         every = (self.tokens + self.positions[:, None]).float()  # [position, token, H]
         self.following = torch.argmax(every @ self.lm_head.weight[:V].float().T, dim=-1).tolist()
 
@@ -240,7 +253,18 @@ class FlashAttentionBackend:
             assert torch.equal(pages[:length], self.req_to_token[row, :length])
 
 
-def build_backend(source: Source, table: torch.Tensor) -> FlashAttentionBackend:
+class PlainBackend:
+    """An attention backend whose metadata no seam touches and nothing reads."""
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None: ...
+
+    def check(self, view: Any) -> None: ...
+
+
+def build_backend(source: Source, table: torch.Tensor) -> Any:
+    if source.version != "0.5.16":
+        return PlainBackend()
+
     def build_trtllm_mha_page_table(
         req_to_token: Any, req_pool_indices: Any, cache_seqlens: Any, page_table: Any, **_: Any
     ) -> None:
@@ -320,6 +344,23 @@ class Runner:
 # -- one worker with its pools, drafter and target ---------------------------------------------------------------------
 
 
+class Plan:
+    """Slots that are the same in both pools."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+
+    def bind(self, forward_batch: Any, translator: Any) -> None: ...
+
+    def write_ids(self, translator: Any) -> torch.Tensor:
+        return self.ids
+
+
+class Translator:
+    def plan(self, *, write_virtual: torch.Tensor, **_: Any) -> Plan:
+        return Plan(write_virtual)
+
+
 class Slots:
     """The allocator and the prefix cache in one: a free list, first in, first out."""
 
@@ -341,9 +382,13 @@ class Request:
         self.number, self.prompt, self.count = number, prompt, count
         self.out: list[int] = []
         self.row = 0
-        self.kv_committed_len = 0
-        self.kv = types.SimpleNamespace(kv_allocated_len=0)
+        self.kv = types.SimpleNamespace(kv_committed_len=0, kv_allocated_len=0)
+        self.decode_batch_idx = 0
         self.sampling_params = types.SimpleNamespace(top_k=1)
+
+    @property
+    def kv_committed_len(self) -> int:
+        return int(self.kv.kv_committed_len)
 
     @property
     def done(self) -> bool:
@@ -379,6 +424,13 @@ class Engine:
         given.update(speculative_num_draft_tokens=T, _mask_token_id=1, model_runner=runner)
         given.update(_use_triton_prepare_block=True, _use_triton_accept_bonus=True, use_compact_draft_cache=False)
         given.update(_need_mamba_verify_commit=False, _draft_block_spec_info=None, _warned_sampling_fallback=False)
+        given.update(_full_embed_gpu=None, _noise_embed_scale=1.0, _selector_sample=None, _target_logits_processor=None)
+        given.update(
+            _tp_sync=types.SimpleNamespace(sync=lambda *args: None), _wait_for_fused_hicache_load=lambda batch: None
+        )
+        if source.version != "0.5.16":
+            runner.kv_index_translator = draft.kv_index_translator = Translator()
+            runner.prefill_attention_backend_str = "fa3"
         for name in ("ids", "positions", "tokens", "end"):
             given[f"_draft_block_{name}_buf"] = None
         given["_draft_verify_out_cache_loc_buf"] = given["_draft_seq_lens_cpu_buf"] = None
@@ -429,13 +481,18 @@ class Engine:
     def _target_forward(self, batch: Any, forward_batch: Any = None, is_verify: bool = False, **_: Any) -> Any:
         if is_verify:
             output = self.worker.model_runner.decode_cuda_graph_runner.execute(forward_batch)
-            return types.SimpleNamespace(logits_output=output, can_run_cuda_graph=True)
+            return types.SimpleNamespace(
+                logits_output=output, can_run_cuda_graph=True, routed_experts_output=None, indexer_topk_output=None
+            )
         hidden = self.target.hidden(batch.input_ids, batch.positions)
         last = torch.tensor(batch.extend_lens).cumsum(0) - 1
         metadata = types.SimpleNamespace(next_token_logits_buffer=None, forward_mode=MODES.EXTEND)
         logits = self.target.logits_processor._get_logits(hidden[last], self.target.lm_head, metadata)
         output = types.SimpleNamespace(next_token_logits=logits, hidden_states=self.target.tapped(hidden))
-        return types.SimpleNamespace(logits_output=output, next_token_ids=torch.argmax(logits, dim=-1))
+        plan = Plan(batch.out_cache_loc)
+        return types.SimpleNamespace(
+            logits_output=output, next_token_ids=torch.argmax(logits, dim=-1), kv_loc_plan=plan
+        )
 
     # The scheduler.
 
@@ -447,7 +504,8 @@ class Engine:
             req_to_token_pool=types.SimpleNamespace(req_to_token=self.table),
             req_pool_indices=torch.tensor([r.row for r in requests]), spec_info=None,
             seq_lens=torch.tensor([r.kv_committed_len for r in requests]).as_subclass(Lengths),
-            seq_lens_cpu=None, seq_lens_sum=None,
+            seq_lens_cpu=None, seq_lens_sum=None, can_run_decode_cuda_graph=True, maybe_evict_swa=lambda: None,
+            hisparse_coordinator=None,
         )  # fmt: skip
 
     def admit(self, request: Request) -> None:
@@ -457,7 +515,7 @@ class Engine:
         slots = self.slots.take(len(tokens))
         self.table[request.row] = 0
         self.table[request.row, : len(tokens)] = slots
-        request.kv_committed_len = request.kv.kv_allocated_len = len(tokens)
+        request.kv.kv_committed_len = request.kv.kv_allocated_len = len(tokens)
         batch = self.batch([request], MODES.EXTEND)
         batch.input_ids, batch.positions = torch.tensor(tokens), torch.arange(len(tokens))
         batch.extend_lens, batch.prefix_lens, batch.out_cache_loc = [len(tokens)], [0], slots.long()
@@ -485,7 +543,7 @@ class Engine:
         for i, request in enumerate(self.running):
             commit = int(result.accept_lens[i])
             assert int(result.new_seq_lens[i]) == request.kv_committed_len + commit
-            request.kv_committed_len += commit
+            request.kv.kv_committed_len += commit
             self.bonus[request.number] = int(result.next_draft_input.bonus_tokens[i])
             for token in tokens[i, :commit].tolist():
                 inside += request.done
@@ -515,7 +573,7 @@ def view_embeds(runner: Runner, batch: int) -> torch.Tensor:
 def step_module(source: Source) -> types.ModuleType:
     module = worker_module(source, more=(
         "_ensure_draft_block_buffers", "_validate_phase1_sampling_support", "_make_next_draft_input_prefill",
-        "_make_next_draft_input_decode", "target_worker",
+        "_make_next_draft_input_decode", "target_worker", "_draft_write_ids",
     ))  # fmt: skip
     cls = module.DFlashWorkerV2
     setattr(cls, APPEND, one_launch("inject", getattr(cls, APPEND)))
@@ -527,7 +585,7 @@ def step_module(source: Source) -> types.ModuleType:
         def __init__(self, **given: Any) -> None:
             self.__dict__.update(given)
 
-        def prepare_for_verify(self, batch: Any, target_worker: Any) -> tuple[Any, bool]:
+        def prepare_for_verify(self, batch: Any, target_worker: Any, **_: Any) -> tuple[Any, bool]:
             forward_batch = types.SimpleNamespace(
                 batch_size=len(batch.seq_lens), input_ids=self.draft_token, positions=self.positions,
                 out_cache_loc=batch.out_cache_loc, req_pool_indices=batch.req_pool_indices,
@@ -543,6 +601,14 @@ def step_module(source: Source) -> types.ModuleType:
         SpeculativeAlgorithm=types.SimpleNamespace(DFLASH="DFLASH"), is_dflash_sampling_verify_available=lambda: False,
         compute_position=lambda backend, prefix, lens, total: (torch.arange(total), None), Any=Any,
     )  # fmt: skip
+    if source.version != "0.5.16":
+        space.update(
+            enable_num_token_non_padded=lambda: False, SIMULATE_ACC_LEN=0, KVLocPlan=Plan,
+            SpecTpSyncSite=types.SimpleNamespace(DFLASH_TARGET=0, DFLASH_ACCEPT_GREEDY=1),
+            SpeculativeSamplingMaskCapture=types.SimpleNamespace(from_logits=lambda *args, **kwargs: None),
+            async_h2d=lambda values, dtype, device: torch.tensor(values, dtype=dtype),
+        )  # fmt: skip
+        source.compile(WORKER_MODULE, {"_resolve_dflash_embedding_module": None, "_is_all_greedy": None}, space)
     source.compile("sglang.srt.speculative.dflash_utils", {"apply_dflash_verify_logits_adjustments": None}, space)
     source.compile("sglang.srt.speculative.draft_worker_common", {"make_draft_input_v2": None}, space)
     stock_init = cls.init_cuda_graphs
@@ -562,7 +628,7 @@ def step_module(source: Source) -> types.ModuleType:
 
 @pytest.fixture
 def steps(old_source: Source, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Makes engines, stock or ours."""
+    """Makes engines of 0.5.16 or another version, stock or ours."""
     for variable in ("SEAMS", "STRICT", "PACK", "SEAMS_FILE"):
         monkeypatch.delenv(f"DFLASH_KERNELS_{variable}", raising=False)
     monkeypatch.setenv("DFLASH_KERNELS_STRICT", "1")
@@ -576,11 +642,11 @@ def steps(old_source: Source, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr("dflash_kernels.integrations.sglang.metadata.capture", capture)
 
-    def make(ours: bool, accuracy: float = 0.8) -> Engine:
+    def make(ours: bool, accuracy: float = 0.8, source: Source = old_source) -> Engine:
         monkeypatch.delitem(sys.modules, INFO_MODULE, raising=False)
-        module = step_module(old_source)
+        module = step_module(source)
         monkeypatch.setitem(sys.modules, WORKER_MODULE, module)
-        return Engine(old_source, module, ours, accuracy)
+        return Engine(source, module, ours, accuracy)
 
     yield make
     GreedyLogits.seam = None
@@ -635,21 +701,28 @@ def run_with_faults(engine: Engine, queue: list[Request], rng: random.Random) ->
     return seen, trail
 
 
+ONLY_OLD = {"logits", "inputs", "metadata"}
+
+
 @pytest.mark.parametrize("pack", ["0", "1"], ids=["chain", "packed"])
-def test_random_arrivals_ends_aborts_and_retractions(steps: Any, monkeypatch: pytest.MonkeyPatch, pack: str) -> None:
+def test_random_arrivals_ends_aborts_and_retractions(
+    steps: Any, source: Source, monkeypatch: pytest.MonkeyPatch, pack: str
+) -> None:
     """Both engines see the same requests and faults: every text is the target's, and the drafter's contexts agree."""
     monkeypatch.setenv("DFLASH_KERNELS_PACK", pack)
+    wanted = [seam.name for seam in plugin.SEAMS if source.version == "0.5.16" or seam.name not in ONLY_OLD]
+    monkeypatch.setenv("DFLASH_KERNELS_SEAMS", ",".join(wanted))
     results = []
     for ours in (True, False):
-        engine = steps(ours=ours)
+        engine = steps(ours=ours, source=source)
         if ours:
-            assert all(state.startswith("active") for state in table(engine.worker).values())
-        results.append(run_with_faults(engine, requests(random.Random(11), 40), random.Random(12)))
+            assert {n for n, s in table(engine.worker).items() if s.startswith("active")} == set(wanted)
+        results.append(run_with_faults(engine, requests(random.Random(11), 28), random.Random(12)))
     (seen, mine), (others_seen, others) = results
     assert seen == others_seen
-    assert seen["finished"] > 24
-    assert min(seen[what] for what in ("aborts", "retractions", "full pool", "inside a block")) > 1, seen
-    assert len(mine) == len(others) > 40
+    assert seen["finished"] > 18
+    assert min(seen[what] for what in ("aborts", "retractions", "full pool", "inside a block")) > 0, seen
+    assert len(mine) == len(others) > 30
     for a, b in zip(mine, others, strict=True):
         assert [x[:2] for x in a] == [x[:2] for x in b]
         for (*_, context), (*_, other) in zip(a, b, strict=True):
