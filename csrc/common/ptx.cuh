@@ -64,11 +64,17 @@ __device__ __forceinline__ unsigned long long atomic_add_release(unsigned long l
   return old;
 }
 
-// A byte that other CTAs write: never from L1; in no order with anything else.
+// What other CTAs write: never from L1; in no order with anything else.
 __device__ __forceinline__ uint8_t load_relaxed(const uint8_t* place) {
   uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u8 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
   return static_cast<uint8_t>(value);
+}
+
+__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* place) {
+  unsigned long long value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(place) : "memory");
+  return value;
 }
 
 __device__ __forceinline__ void store_relaxed(uint8_t* place, uint8_t value) {

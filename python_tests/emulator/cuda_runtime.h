@@ -138,7 +138,7 @@ T __ldcg(const T* place) {
   return __ldg(place);
 }
 
-// One thread runs at a time, and none is interrupted here; but before an exchange another may come.
+// One thread runs at a time, and none is interrupted here; but after a maximum of words another may come.
 template <typename T, typename Change>
 T emulated_atomic(T* place, Change change) {
   const T old = __ldg(place);
@@ -151,7 +151,9 @@ T atomicAdd(T* place, std::common_type_t<T> value) {
 }
 template <typename T>
 T atomicMax(T* place, std::common_type_t<T> value) {
-  return emulated_atomic(place, [=](T old) { return old > value ? old : value; });
+  const T old = emulated_atomic(place, [=](T before) { return before > value ? before : value; });
+  if (sizeof(T) == 8) dflash::emulator::pause();
+  return old;
 }
 template <typename T>
 T atomicMin(T* place, std::common_type_t<T> value) {
@@ -159,12 +161,10 @@ T atomicMin(T* place, std::common_type_t<T> value) {
 }
 template <typename T>
 T atomicExch(T* place, std::common_type_t<T> value) {
-  dflash::emulator::pause();
   return emulated_atomic(place, [=](T) { return value; });
 }
 template <typename T>
 T atomicCAS(T* place, std::common_type_t<T> expected, std::common_type_t<T> value) {
-  dflash::emulator::pause();
   return emulated_atomic(place, [=](T old) { return old == expected ? value : old; });
 }
 

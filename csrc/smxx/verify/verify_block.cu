@@ -26,12 +26,12 @@
 // what the memory's full rate takes; more would only queue, and everything else an SM asks of memory, the reports,
 // would queue behind it (with 128 KB under way an atomic takes ten times as long).
 //
-// Reports. A release or a fence waits for the copies that its SM has under way, so there is none. A word carries all
-// that is known of a row, the largest key so far and the number of slices that it is of, and is joined by exchange: a
-// warp takes the word (leaving zero), adds its own part and puts it back if the word is still zero, or else takes
-// again. Who holds all parts goes on with the row's argmax; no order between two words matters, and the word is left
-// zero. The rows of a request meet in the same way in a word of the request, and who holds enough of them writes the
-// outputs. Results do not depend on the order of arrival. All words are zero between calls.
+// Reports. A release or a fence waits for the copies that its SM has under way, so there is none. One word carries all
+// that is known of a row, the largest key so far and the number of slices that it is of (join): two atomics a slice,
+// without a second try whoever else comes, and who makes the count full goes on with the row's argmax. The rows of a
+// request meet in the same way in a word of the request, and who completes it writes the outputs. Taking the word away
+// and putting it back joined would need no more words, but under the contention of slices that land together it takes
+// 5 to 20 us. Results do not depend on the order of arrival. All words are zero between calls.
 //
 // Lazily a mismatch is also published in a byte of the request; every warp reads it for its next 32 units while it
 // reduces, so that what is dead costs nothing but that look. What dead rows leave in their words is cleared by the last
@@ -204,55 +204,81 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
   }
 }
 
-// Called by lane 0 of a warp: adds `mine` to what others have left in `word`. True if it is complete with that: then
-// `mine` is all of it, and the word is zero; else it waits there for the next.
-template <typename Merge, typename IsComplete>
-__device__ __forceinline__ bool join(unsigned long long* word, unsigned long long& mine, Merge merge,
-                                     IsComplete is_complete) {
-  while (true) {
-    const unsigned long long others = atomicExch(word, 0ull);
-    if (others != 0) mine = merge(mine, others);
-    if (is_complete(mine)) return true;
-    if (atomicCAS(word, 0ull, mine) == 0) return false;
+// What one word says after a join.
+struct Joined {
+  unsigned long long before, after;
+};
+
+// Called by lane 0 of a warp. A word holds the largest `high` so far above the sum of all `low` so far, `low_bits` of
+// it. A larger `high` wipes out the sum; who brought it adds what was there to its own. So the sum may fall for a while
+// but is never too large, and with the last addition both are complete: two atomics a part, none is tried twice, and
+// all that is to be known is in one word, which needs no order with another.
+__device__ __forceinline__ Joined join(unsigned long long* word, uint64_t high, unsigned long long low, int low_bits) {
+  if (high != 0) {
+    const unsigned long long mine = high << low_bits, others = atomicMax(word, mine);
+    if (mine > others) low += others & ((1ull << low_bits) - 1);
   }
+  const unsigned long long before = atomicAdd(word, low);
+  return Joined{before, before + low};
 }
 
-// The same of keys above a count of `count_bits`: complete with `parts` of them, `key` is then the largest.
-__device__ __forceinline__ bool join_counted(unsigned long long* word, uint64_t& key, int count_bits, unsigned parts) {
-  const unsigned long long counts = (1ull << count_bits) - 1;
-  unsigned long long mine = key << count_bits | 1;
-  const auto merge = [&](unsigned long long a, unsigned long long b) {
-    return (max(a, b) & ~counts) | ((a & counts) + (b & counts));
-  };
-  const bool complete = join(word, mine, merge, [&](unsigned long long x) { return (x & counts) == parts; });
-  key = mine >> count_bits;
-  return complete;
-}
+// The join of a row's word, which is left as it is when it is complete. The second word counts the slices of rows of
+// some millions of elements, the first one holds their argmax_key.
+struct RowWord {
+  unsigned long long* words;
+  const Slices& slices;
 
-// Called by a warp with the argmax_key of one slice of a row, the same in all lanes: true in all lanes with the last
-// one to arrive, and `index` is the row's argmax. `words`: the row's two.
-__device__ __forceinline__ bool join_row(unsigned long long* words, uint64_t key, const Slices& slices,
-                                         uint32_t& index) {
-  const unsigned parts = slices.per_row.value;
-  index = argmax_index(key);
-  if (parts == 1) return true;
-  bool complete = false;
-  if (threadIdx.x % 32 == 0) {
+  // The sum of the slices, one each, is all of them.
+  __device__ __forceinline__ bool is_complete(unsigned long long word) const {
+    return (word & ((1ull << slices.count_bits) - 1)) == slices.per_row.value;
+  }
+
+  __device__ __forceinline__ uint32_t index(unsigned long long word) const {
+    return ~static_cast<uint32_t>(word >> slices.count_bits) & ((1u << (32 - slices.count_bits)) - 1);
+  }
+
+  // Called by lane 0 with a slice's argmax_key: true with the last one to arrive; `index` is the row's argmax then.
+  __device__ __forceinline__ bool add(uint64_t key, uint32_t& row_index) const {
     if (slices.count_bits > 0) {
       const int index_bits = 32 - slices.count_bits;
-      const uint32_t indices = (1u << index_bits) - 1;
-      uint64_t packed = static_cast<uint64_t>(argmax_order_key(key)) << index_bits | (~index & indices);
-      complete = join_counted(words, packed, slices.count_bits, parts);
-      index = ~static_cast<uint32_t>(packed) & indices;
-    } else {  // rows of some millions
-      atomicMax(words, static_cast<unsigned long long>(key));
-      complete = atomic_add_release(words + 1, 1) == parts - 1;
-      if (complete) {
-        fence_device();
-        index = argmax_index(__ldcg(words));
-        words[0] = words[1] = 0;
+      const uint32_t low = ~argmax_index(key) & ((1u << index_bits) - 1);
+      const uint64_t high = static_cast<uint64_t>(argmax_order_key(key)) << index_bits | low;
+      const Joined joined = join(words, high, 1, slices.count_bits);
+      row_index = index(joined.after);
+      return is_complete(joined.after);
+    }
+    atomicMax(words, static_cast<unsigned long long>(key));
+    if (atomic_add_release(words + 1, 1) != slices.per_row.value - 1) return false;
+    fence_device();
+    row_index = argmax_index(__ldcg(words));
+    return true;
+  }
+
+  // The argmax of a row that is known to be complete, though perhaps not seen to be so here yet.
+  __device__ __forceinline__ uint32_t await() const {
+    if (slices.count_bits > 0) {
+      while (true) {
+        const unsigned long long word = load_relaxed(words);
+        if (is_complete(word)) return index(word);
       }
     }
+    while (load_relaxed(words + 1) != slices.per_row.value) {
+    }
+    fence_device();
+    return argmax_index(__ldcg(words));
+  }
+
+  __device__ __forceinline__ void clear() const { words[0] = words[1] = 0; }
+};
+
+// Called by a warp with the argmax_key of one slice of a row, the same in all lanes: true in all lanes with the last
+// one to arrive, and `index` is the row's argmax.
+__device__ __forceinline__ bool add_to_row(const RowWord& row, uint64_t key, bool clears, uint32_t& index) {
+  bool complete = false;
+  index = 0;
+  if (threadIdx.x % 32 == 0) {
+    complete = row.add(key, index);
+    if (complete && clears) row.clear();
   }
   complete = __shfl_sync(kFullWarp, complete, 0);
   index = __shfl_sync(kFullWarp, index, 0);
@@ -288,14 +314,17 @@ struct ReadAll {
     const int lane = threadIdx.x % 32, block_size = p.block_size, b = request(n), j = n - b * block_size;
     const int64_t guess = load_guess(p, b, j);
     uint32_t index;
-    if (!join_row(p.workspace.row(b, j), key, slices, index)) return;
+    if (!add_to_row(RowWord{p.workspace.row(b, j), slices}, key, true, index)) return;
     trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
     const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
     uint64_t first = ends ? static_cast<uint64_t>(block_size - j) << kTokenBits | index : 0;
     bool complete = false;
     if (lane == 0) {
-      complete = join_counted(p.workspace.state(b), first, kCountBits, static_cast<unsigned>(block_size));
+      const Joined joined = join(p.workspace.state(b), first, 1, kCountBits);
+      complete = static_cast<int>(joined.after & ((1 << kCountBits) - 1)) == block_size;
+      first = joined.after >> kCountBits;
+      if (complete) *p.workspace.state(b) = 0;
     }
     if (!__shfl_sync(kFullWarp, complete, 0)) return;
     first = __shfl_sync(kFullWarp, first, 0);
@@ -317,31 +346,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- lazily ------------------------------------------------------------------------------------------------------
 
-// What is known of a request's rows, in its word. Low half: bit j: row j is complete. kEnds: one of them ends the
-// prefix (it mismatches, or is the last); the first such row is the highest bit then, what is behind it is left out,
-// and the high half holds the target's token there.
+// What is known of a request's rows, in its word. Low half: bit j: row j is complete. High half: T - j of the first
+// complete row j that ends the prefix (it mismatches, or is the last); 0: none.
 struct State {
-  static constexpr unsigned long long kEnds = 1ull << 63;
+  static constexpr int kRowBits = 32;
 
-  static __device__ __forceinline__ unsigned rows(unsigned long long state) { return static_cast<unsigned>(state); }
-  static __device__ __forceinline__ int end(unsigned long long state) { return 31 - __clz(rows(state)); }
-  static __device__ __forceinline__ int64_t token(unsigned long long state) {
-    return static_cast<int64_t>((state & ~kEnds) >> 32);
+  static __device__ __forceinline__ int end(unsigned long long state, int block_size) {
+    return block_size - static_cast<int>(state >> kRowBits);
   }
-  static __device__ __forceinline__ unsigned long long of_row(int j, bool ends, uint32_t token) {
-    return 1ull << j | (ends ? kEnds | static_cast<unsigned long long>(token) << 32 : 0);
-  }
-  static __device__ __forceinline__ unsigned long long merge(unsigned long long a, unsigned long long b) {
-    const unsigned both = rows(a) | rows(b);
-    if (((a | b) & kEnds) == 0) return both;
-    const bool is_a = (a & kEnds) != 0 && ((b & kEnds) == 0 || end(a) < end(b));
-    const unsigned long long first = is_a ? a : b;
-    const unsigned up_to_end = 2u * (1u << end(first)) - 1u;
-    return (first >> 32 << 32) | (both & up_to_end);
-  }
-  // All rows up to the one that ends the prefix.
-  static __device__ __forceinline__ bool is_complete(unsigned long long state) {
-    return (state & kEnds) != 0 && (rows(state) & (rows(state) + 1)) == 0;
+  // All rows up to the one that ends the prefix are complete. From then on no other can take its place.
+  static __device__ __forceinline__ bool is_decided(unsigned long long state, int block_size) {
+    if (state >> kRowBits == 0) return false;
+    const unsigned up_to_end = 2u * (1u << end(state, block_size)) - 1u;
+    return (static_cast<unsigned>(state) & up_to_end) == up_to_end;
   }
 };
 
@@ -372,21 +389,27 @@ struct ReadNeeded {
     const int lane = threadIdx.x % 32, block_size = p.block_size, j = position(n), b = request(n, j);
     const int64_t guess = load_guess(p, b, j);
     uint32_t index;
-    if (!join_row(p.workspace.row(b, j), key, slices, index)) return;
+    if (!add_to_row(RowWord{p.workspace.row(b, j), slices}, key, false, index)) return;
     trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
     const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
-    unsigned long long state = State::of_row(j, ends, index);
-    bool complete = false;
+    int accept_len = -1;  // not decided, or not by this
+    uint32_t bonus = 0;
     if (lane == 0) {
       // A later row may take the place of an earlier one. All units up to the later one have been taken by then: of
       // those between, the few that are not looked up yet may be read in vain.
       if (ends) store_relaxed(p.workspace.known_end(b), static_cast<uint8_t>(block_size - j));
-      complete = join(p.workspace.state(b), state, State::merge, State::is_complete);
+      const uint64_t end = ends ? static_cast<uint64_t>(block_size - j) : 0;
+      const Joined joined = join(p.workspace.state(b), end, 1ull << j, State::kRowBits);
+      if (!State::is_decided(joined.before, block_size) && State::is_decided(joined.after, block_size)) {
+        accept_len = State::end(joined.after, block_size);
+        bonus = accept_len == j ? index : RowWord{p.workspace.row(b, accept_len), slices}.await();
+      }
     }
-    if (!__shfl_sync(kFullWarp, complete, 0)) return;
-    state = __shfl_sync(kFullWarp, state, 0);
-    write_outputs(p.out, request, block_size, b, lane, Accepted{State::end(state), State::token(state)});
+    accept_len = __shfl_sync(kFullWarp, accept_len, 0);
+    if (accept_len < 0) return;
+    bonus = __shfl_sync(kFullWarp, bonus, 0);
+    write_outputs(p.out, request, block_size, b, lane, Accepted{accept_len, bonus});
     trace.mark(Event::kRequest, n);
   }
 };
@@ -420,7 +443,7 @@ struct ReadShard {
 
   __device__ __forceinline__ void report(int n, uint64_t key) const {
     uint32_t index;
-    if (!join_row(p.workspace.row(n, 0), key, slices, index) || threadIdx.x % 32 != 0) return;
+    if (!add_to_row(RowWord{p.workspace.row(n, 0), slices}, key, true, index) || threadIdx.x % 32 != 0) return;
     p.ids[n] = p.vocab_start + index;
     p.values[n] = Element<kType>::value(row(n).data[index]);
   }

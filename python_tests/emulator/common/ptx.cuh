@@ -28,6 +28,10 @@ inline unsigned long long atomic_add_release(unsigned long long* counter, unsign
   return atomicAdd(counter, value);
 }
 inline uint8_t load_relaxed(const uint8_t* place) { return __ldg(place); }
+inline unsigned long long load_relaxed(const unsigned long long* place) {
+  emulator::spin();
+  return __ldg(place);
+}
 inline void store_relaxed(uint8_t* place, uint8_t value) { *place = value; }
 inline void fence_device() {}
 
