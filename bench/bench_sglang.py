@@ -109,14 +109,14 @@ def measure(args: argparse.Namespace, command: Sequence[str], order: Sequence[st
             ]
         if args.trace and seams not in traced:
             traced.add(seams)
-            folder = args.work.resolve() / f"trace-{seams.replace(',', '+')}"
+            folder = args.work.resolve() / f"trace-{seams.replace(',', '+').replace(':', '-')}"
             tasks += [
                 {"task": "trace", "concurrency": c, "prompt": args.prompt, "steps": 36, "folder": f"{folder}-{c}"}
                 for c in args.trace
             ]
         engine: dict[str, Any] = {"seams": seams, "rows": [], "traces": []}
         report["engines"].append(engine)
-        work = args.work / f"{number}-{seams.replace(',', '+')}"
+        work = args.work / f"{number}-{seams.replace(',', '+').replace(':', '-')}"
         forced = None if seams == PLAIN else args.forced
         for result in run_engine(seams, engine_arguments(args, seams), tasks, work, limit, forced):
             if result["task"] == "start":
@@ -189,7 +189,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="of each concurrency in one engine; default: 3")
     parser.add_argument("--order", default=f"{STOCK}/all/all/{STOCK}", help="engines; default: stock/all/all/stock")
     parser.add_argument("--ab", action="store_true", help="the order stock/all")
-    parser.add_argument("--seams", type=lambda s: s.split("/"), metavar="A/B,C", help="more engines: seams of each")
+    parser.add_argument(
+        "--seams",
+        type=lambda s: s.split("/"),
+        metavar="A/B,C",
+        help="more engines: seams of each, as in --order; all:fp8: with the drafter in that format",
+    )
     parser.add_argument("--trace", type=numbers, help="concurrencies to profile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, kept current")
     parser.add_argument("--append", action="store_true", help="keep the engines that the report has")

@@ -57,9 +57,13 @@ def plugin_path(where: Path) -> list[str]:
 
 
 def environment(seams: str, work: Path, forced: float | None = None) -> dict[str, str]:
-    """The child's environment: ``seams`` is PLAIN, STOCK, or what `DFLASH_KERNELS_SEAMS` takes."""
+    """The child's environment: ``seams`` is PLAIN, STOCK, or what `DFLASH_KERNELS_SEAMS` takes, and perhaps a weight
+    format (``all:fp8``).
+    """
     paths = [*plugin_path(work / "plugin"), str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     env = {**os.environ, "PYTHONPATH": ":".join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    seams, _, weights = seams.partition(":")
+    env["DFLASH_KERNELS_WEIGHTS"] = weights or env.get("DFLASH_KERNELS_WEIGHTS", "bf16")
     env["DFLASH_KERNELS_SEAMS"] = "none" if seams in (PLAIN, STOCK) else seams
     env.setdefault("DFLASH_KERNELS_STRICT", "1")
     env.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")  # a leak ends the engine
@@ -83,7 +87,7 @@ def run_engine(
     A child that is not done after ``limit`` seconds is ended, its whole process group with it.
     """
     work.mkdir(parents=True, exist_ok=True)
-    name = seams.replace(",", "+")
+    name = seams.replace(",", "+").replace(":", "-")
     spec, results, log = work / f"{name}.spec.json", work / f"{name}.jsonl", work / f"{name}.log"
     results.write_text("")
     spec.write_text(json.dumps({"engine": engine, "tasks": list(tasks), "results": str(results)}))

@@ -183,6 +183,8 @@ def test_plugin_is_discoverable_from_a_source_tree(tmp_path: Path, monkeypatch: 
     assert environment["DFLASH_KERNELS_SEAMS"] == "inject,accept" and environment["DFLASH_KERNELS_STRICT"] == "1"
     assert environment["DFLASH_FORCE_ACC_LEN"] == "6.5"
     assert sglang_engine.environment("stock", tmp_path)["DFLASH_KERNELS_SEAMS"] == "none"
+    quantised = sglang_engine.environment("all:fp8", tmp_path)
+    assert (quantised["DFLASH_KERNELS_SEAMS"], quantised["DFLASH_KERNELS_WEIGHTS"]) == ("all", "fp8")
     code = "from importlib.metadata import entry_points as e; print([p.value for p in e(group='sglang.srt.plugins')])"
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path).stdout

@@ -24,11 +24,13 @@ import torch.nn.functional as F
 from sglang_source import Source, bare_package, make_module, unavailable
 
 from dflash_kernels import ops
+from dflash_kernels.formats import WeightFormat
 from dflash_kernels.integrations.sglang import activate, plugin
 from dflash_kernels.integrations.sglang.head import DraftSampler
 from dflash_kernels.integrations.sglang.reserve import INFO_MODULE
 from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Refused, may_pack
 from dflash_kernels.integrations.sglang.settings import read_settings
+from dflash_kernels.model.quantize import quantize
 
 ACCEPT, PREPARE = "_compute_dflash_accept_bonus_triton_unchecked", "_prepare_dflash_draft_block_unchecked"
 APPEND = "_append_target_hidden_to_draft_kv_by_loc"
@@ -40,6 +42,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DFLASH_KERNELS_SEAMS", raising=False)
     monkeypatch.delenv("DFLASH_KERNELS_STRICT", raising=False)
     monkeypatch.delenv("DFLASH_KERNELS_PACK", raising=False)
+    monkeypatch.delenv("DFLASH_KERNELS_WEIGHTS", raising=False)
 
 
 # -- a drafter of torch modules whose methods are SGLang's -------------------------------------------------------------
@@ -431,6 +434,10 @@ def test_settings() -> None:
     with pytest.raises(ValueError, match="DFLASH_KERNELS_STRICT must be 0 or 1, got yes"):
         read_settings(known, {"DFLASH_KERNELS_STRICT": "yes"})
     assert read_settings(known, {}).pack == "auto" and read_settings(known, {"DFLASH_KERNELS_PACK": "0"}).pack == "0"
+    assert read_settings(known, {"DFLASH_KERNELS_WEIGHTS": "bf16"}).weights is None
+    assert read_settings(known, {"DFLASH_KERNELS_WEIGHTS": "int4-g128"}).weights == WeightFormat("int4", 128)
+    with pytest.raises(ValueError, match="DFLASH_KERNELS_WEIGHTS must be bf16 or a weight format"):
+        read_settings(known, {"DFLASH_KERNELS_WEIGHTS": "fp7"})
     rows = read_settings(known, {"DFLASH_KERNELS_ROWS": "forward=128"}).rows
     assert rows == {"inject": 1024, "forward": 128}
     for wrong in ("head=1", "inject", "inject=0", "forward=-3"):
@@ -886,6 +893,59 @@ def test_draft_head_equals_stock(engine: types.ModuleType, source: Source, rng: 
         live = batch * (T - 1)
         assert torch.equal(sampler.out[:live], reference.out[:live])
         assert (sampler.out[live:] == -9).all()
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8", "int4-g64"])
+def test_packed_draft_head(
+    engine: types.ModuleType, source: Source, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    """Few rows read the packed head, more the engine's own; it follows weights that are loaded later."""
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
+    monkeypatch.setenv("DFLASH_KERNELS_WEIGHTS", weights)
+    monkeypatch.setattr("dflash_kernels.integrations.sglang.head.MAX_TOKENS", 3 * (T - 1))
+    given = parts(source, torch.bfloat16)
+    model = given["model_runner"].model
+    model.load_weights = lambda: model.lm_head.weight.neg_()
+    worker = make_worker(engine, given)
+    sampler, head = worker._draft_sampler, model.lm_head.weight
+    assert table(worker)["head"].startswith("active packed weights")
+    place = sampler.packed.weights.data_ptr()
+    for _ in range(2):
+        exact = (
+            head[:V] if weights == "bf16" else quantize(head[:V], WeightFormat.parse(weights)).dequantize(head.dtype)
+        )
+        for batch in (1, 3, 4):
+            hidden = torch.randn(batch * T, H, generator=rng).to(torch.bfloat16)
+            sampler(hidden, None)
+            kept = hidden.view(batch, T, H)[:, 1:].reshape(-1, H).float()
+            logits = kept @ (head[:V] if batch == 4 else exact).float().T
+            chosen = logits.gather(1, sampler.out[: batch * (T - 1), None])[:, 0]
+            assert (logits.max(dim=-1).values - chosen).max() <= 2**-7 * logits.abs().max()
+        model.load_weights()
+        assert sampler.packed.weights.data_ptr() == place
+
+
+def test_quantised_drafter_drafts_what_its_dequantised_weights_do(
+    engine: types.ModuleType,
+    source: Source,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    logits_processor: None,
+) -> None:
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
+    monkeypatch.setenv("DFLASH_KERNELS_WEIGHTS", "fp8")
+    worker = make_worker(engine, parts(source, torch.bfloat16))
+    forward = worker._dflash_seams["forward"]
+    assert str(forward.packed.weight_format) == "fp8" and "in fp8" in table(worker)["forward"]
+    arguments = block(worker, 2, rng)
+    ours = worker.draft_model.forward(**arguments).hidden_states
+    plain = type(worker.draft_model).forward(worker.draft_model, **arguments).hidden_states
+    for name in ("qkv", "o", "gate_up", "down"):
+        stacked = forward.weights[name]  # the parameters are views of it
+        stacked.copy_(quantize(stacked, WeightFormat("fp8")).dequantize(torch.bfloat16))
+    theirs = type(worker.draft_model).forward(worker.draft_model, **arguments).hidden_states
+    torch.testing.assert_close(ours, theirs, rtol=2**-4, atol=2**-4)
+    assert (ours - plain).abs().max() > (ours - theirs).abs().max()
 
 
 class Group:

@@ -4,14 +4,16 @@ Installed beside SGLang, it replaces functions at *seams*; start the server as b
 ``--speculative-algorithm DFLASH``. A seam that does not fit the engine, the drafter or the pools stays stock, and a
 table in the log says which and why.
 
-=========================  ===========================================================================================
-``DFLASH_KERNELS_SEAMS``   ``all`` (default), ``none``, or a comma-separated list of seams
-``DFLASH_KERNELS_STRICT``  ``1``: refuse to start, or stop, where a seam that was asked for would fall back
-``DFLASH_KERNELS_PACK``    ``auto`` (default): where a GPU has the memory, few rows read a second copy of the weights in
-                           the order of the streaming kernels; ``0``: never; ``1``: without looking at the memory
-``DFLASH_KERNELS_ROWS``    rows (requests times block size, or tokens of a prompt) up to which a seam is used: default
-                           ``inject=1024,forward=64``
-=========================  ===========================================================================================
+==========================  ==========================================================================================
+``DFLASH_KERNELS_SEAMS``    ``all`` (default), ``none``, or a comma-separated list of seams
+``DFLASH_KERNELS_STRICT``   ``1``: refuse to start, or stop, where a seam that was asked for would fall back
+``DFLASH_KERNELS_PACK``     ``auto`` (default): where a GPU has the memory, few rows read a second copy of the weights
+                            as the streaming kernels do; ``0``: never; ``1``: without looking at the memory
+``DFLASH_KERNELS_WEIGHTS``  ``bf16`` (default), ``fp8``, ``int4-g128``, ..: weights of the packed drafter and draft head
+                            are rounded to it at the start; acceptance may change, the text does not
+``DFLASH_KERNELS_ROWS``     rows (requests times block size, or tokens of a prompt) up to which a seam is used: default
+                            ``inject=1024,forward=64``
+==========================  ==========================================================================================
 
 For comparisons within one engine, ``DFLASH_KERNELS_SEAMS_FILE`` names a file with a list of seams that is read whenever
 it changes: of the active seams, those that no CUDA graph holds are used as it says.

@@ -23,7 +23,9 @@ from dflash_kernels.integrations.sglang.seam import (
     RotaryTable,
     Seam,
     Target,
+    blocks_of,
     follow_loading,
+    for_packing,
     max_positions,
     may_pack,
     require,
@@ -171,11 +173,9 @@ class ForwardSeam(Seam):
         )
         if reason is not None:
             return None, f"weights not packed: {reason}"
-        device = matrices[0].device
-        on_cuda = device.type == "cuda"
-        blocks = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 1
-        heads = {"num_kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim}
-        self._pack_again = lambda: pack_draft(*matrices, **heads, blocks=blocks)
+        sizes = {"num_kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim}
+        sizes["blocks"] = blocks_of(matrices[0].device)
+        self._pack_again = lambda: pack_draft(*(for_packing(self.settings, m) for m in matrices), **sizes)
         return self._pack_again(), note
 
     def _repack(self) -> None:

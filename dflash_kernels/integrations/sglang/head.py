@@ -9,11 +9,24 @@ LiLiCorr) and a head that SGLang keeps eager (quantised, added vocabulary) stay 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Seam, Target, require
+from dflash_kernels.draft_stream import MAX_TOKENS
+from dflash_kernels.head_stream import PackedHead, pack_head
+from dflash_kernels.integrations.sglang.seam import (
+    WORKER_MODULE,
+    Seam,
+    Target,
+    blocks_of,
+    follow_loading,
+    for_packing,
+    may_pack,
+    require,
+)
+from dflash_kernels.tiles import Weight
 
 
 class HeadSeam(Seam):
@@ -30,6 +43,7 @@ class HeadSeam(Seam):
     )
 
     def prepare(self, worker: Any) -> None:
+        self.model = worker.model_runner.model
         require(worker.block_size > 1, "blocks of one token")
 
     def replace(self, stock: Any) -> DraftSampler:
@@ -41,7 +55,12 @@ class HeadSeam(Seam):
         require(weight.dtype is torch.bfloat16 or (on_cpu and weight.dtype is torch.float32), f"head in {weight.dtype}")
         require(weight.is_contiguous() and weight.shape[1] % 8 == 0, f"head of shape {tuple(weight.shape)}")
         require(0 < stock.num_org <= 1 << 22, f"a vocabulary shard of {stock.num_org}")
-        return DraftSampler(stock)
+        sampler = DraftSampler(stock)
+        allowed, self.note = may_pack(self.settings, [sampler.weight])
+        if allowed and sampler.weight.dtype is torch.bfloat16:
+            sampler.pack(lambda: for_packing(self.settings, sampler.weight))
+            follow_loading(self.model, sampler.repack)
+        return sampler
 
 
 class DraftSampler:
@@ -60,11 +79,25 @@ class DraftSampler:
         rows, device = self.out.numel(), self.out.device
         self.values = torch.empty(rows, dtype=torch.float32, device=device)
         self.workspace = lm_head_workspace(rows, device)
+        self.packed: PackedHead | None = None
         if self.tp_group is not None:
             world = int(self.tp_group.world_size)
             self.ids = torch.empty(rows, dtype=torch.int64, device=device)
             self.all_ids = torch.empty(world * rows, dtype=torch.int64, device=device)
             self.all_values = torch.empty(world * rows, dtype=torch.float32, device=device)
+
+    def pack(self, weight: Callable[[], Weight]) -> None:
+        """Hold the shard once more, for the kernel that streams it for few rows; one copy for all batch sizes."""
+        from dflash_kernels.ops import lm_head_argmax_packed_workspace
+
+        self._pack_again = lambda: pack_head(weight(), blocks=blocks_of(self.out.device))
+        self.packed = self._pack_again()
+        self.packed_workspace = lm_head_argmax_packed_workspace(self.packed)
+
+    def repack(self) -> None:
+        """Weights that were loaded later, at the addresses that the graphs know."""
+        assert self.packed is not None
+        self.packed.weights.copy_(self._pack_again().weights)
 
     def __call__(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> None:
         from dflash_kernels.ops import merge_vocab_shards
@@ -85,7 +118,11 @@ class DraftSampler:
         merge_vocab_shards(all_ids.view(world, rows), all_values.view(world, rows), out=out)
 
     def _best(self, hidden: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Best token of this rank's shard for each row, and its logit: the one place where the head's op is chosen."""
-        from dflash_kernels.ops import lm_head_argmax
+        """Best token of this rank's shard for each row, and its logit."""
+        from dflash_kernels.ops import lm_head_argmax, lm_head_argmax_packed
 
+        if self.packed is not None and len(hidden) <= MAX_TOKENS:
+            workspace = self.packed_workspace
+            lm_head_argmax_packed(hidden, self.packed, self.vocab_start, out=out, workspace=workspace)
+            return
         lm_head_argmax(hidden, self.weight, None, self.vocab_start, out=out, workspace=self.workspace)

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from dflash_kernels.formats import QuantizedWeight, WeightFormat, concatenate, stack
 from dflash_kernels.integrations.sglang.settings import Settings
+from dflash_kernels.tiles import Weight
 
 logger = logging.getLogger("dflash_kernels.sglang")
 
@@ -252,7 +254,8 @@ def may_pack(settings: Settings, weights: Sequence[torch.Tensor]) -> tuple[bool,
 
     While they are packed, they are there once more.
     """
-    device, size = weights[0].device, sum(weight.nbytes for weight in weights)
+    device, weight_format = weights[0].device, settings.weights
+    size = sum(weight.nbytes for weight in weights) * (16 if weight_format is None else weight_format.bits) // 16
     if settings.pack == "0":
         return False, "weights not packed: DFLASH_KERNELS_PACK=0"
     if settings.pack == "auto":
@@ -261,7 +264,28 @@ def may_pack(settings: Settings, weights: Sequence[torch.Tensor]) -> tuple[bool,
         free, _ = torch.cuda.mem_get_info(device)
         if free < 2 * size + MEMORY_LEFT:
             return False, f"weights not packed: {free / 1e9:.1f} GB free, {(2 * size + MEMORY_LEFT) / 1e9:.1f} needed"
-    return True, f"packed weights take {size / 1e9:.2f} GB more"
+    kind = "weights" if weight_format is None else f"weights in {weight_format}"
+    return True, f"packed {kind} take {size / 1e9:.2f} GB more"
+
+
+def for_packing(settings: Settings, weight: torch.Tensor) -> Weight:
+    """The weight in the format that was asked for; in parts, as rounding needs several times their memory."""
+    if settings.weights is None:
+        return weight
+    if weight.dim() == 3:
+        return stack([_quantized(one, settings.weights) for one in weight])
+    return _quantized(weight, settings.weights)
+
+
+def _quantized(weight: torch.Tensor, weight_format: WeightFormat) -> QuantizedWeight:
+    from dflash_kernels.model.quantize import quantize
+
+    return concatenate([quantize(part, weight_format) for part in weight.split(8192)])
+
+
+def blocks_of(device: torch.device) -> int:
+    """Blocks of a kernel that streams packed weights: one a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def follow_loading(model: Any, repack: Callable[[], None]) -> None:

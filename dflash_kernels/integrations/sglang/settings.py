@@ -6,12 +6,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dflash_kernels.formats import WeightFormat
+
 SEAMS_VARIABLE = "DFLASH_KERNELS_SEAMS"
 STRICT_VARIABLE = "DFLASH_KERNELS_STRICT"
 PACK_VARIABLE = "DFLASH_KERNELS_PACK"
 PACKING = ("auto", "0", "1")
 SWITCH_VARIABLE = "DFLASH_KERNELS_SEAMS_FILE"
 ROWS_VARIABLE = "DFLASH_KERNELS_ROWS"
+WEIGHTS_VARIABLE = "DFLASH_KERNELS_WEIGHTS"
 # Rows up to which a seam takes a call, where nothing else is said. Longer prompts stay with SGLang: its library GEMMs
 # gain there what the fused op gains on a few rows. A pass over more than 64 rows is no stream of weights any more.
 ROWS = {"inject": 1024, "forward": 64}
@@ -23,6 +26,7 @@ class Settings:
 
     ``pack``: "auto" where a GPU has the memory, "0" never, "1" always. ``switch``: a file that names the seams to use
     from the next step on, for comparisons within one engine. ``rows``: up to how many each seam in `ROWS` is used.
+    ``weights``: the format of the packed drafter and draft head; None: bf16.
     """
 
     seams: tuple[str, ...]
@@ -30,6 +34,7 @@ class Settings:
     pack: str = "auto"
     switch: str = ""
     rows: Mapping[str, int] = field(default_factory=lambda: dict(ROWS))
+    weights: WeightFormat | None = None
 
 
 def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
@@ -63,4 +68,9 @@ def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.envi
         if name not in ROWS or not number.isdigit() or int(number) < 1:
             raise ValueError(f"{ROWS_VARIABLE} must be a list of NAME=ROWS, NAME of {', '.join(ROWS)}, got {part}")
         rows[name] = int(number)
-    return Settings(seams, strict == "1", pack, environment.get(SWITCH_VARIABLE, "").strip(), rows)
+    named = environment.get(WEIGHTS_VARIABLE, "bf16").strip() or "bf16"
+    try:
+        weights = None if named == "bf16" else WeightFormat.parse(named)
+    except ValueError as error:
+        raise ValueError(f"{WEIGHTS_VARIABLE} must be bf16 or a weight format: {error}") from error
+    return Settings(seams, strict == "1", pack, environment.get(SWITCH_VARIABLE, "").strip(), rows, weights)
