@@ -140,10 +140,11 @@ def _case(shape: DrafterShape, batch: int, commit: float, prefill: bool = False,
         projected = torch.empty(rows, shape.L * width, device=device, dtype=torch.bfloat16)
         k_scratch, v_scratch = torch.empty(2, shape.L, rows, shape.Hkv, shape.D, device=device, dtype=torch.bfloat16)
         epsilons = torch.full((shape.L,), EPS, device=device)
+        flat_kv_weight_t = flat_kv_weight.t().contiguous()
 
         def engine() -> None:
             fused = _norm(F.linear(hidden, fc_weight), hidden_norm)
-            torch.mm(fused, flat_kv_weight.t(), out=projected)
+            torch.mm(fused, flat_kv_weight_t, out=projected)
             norm_and_rotate(
                 projected.view(rows, shape.L, width), k_norm, epsilons, cos_sin, positions, shape.Hkv, shape.D,
                 shape.D, k_out=k_scratch, v_out=v_scratch,

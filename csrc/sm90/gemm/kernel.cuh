@@ -20,8 +20,9 @@
 //
 // An epilogue is a class with
 //   kGated             W's rows are gate's and up's
-//   group_of(j)        group of columns 8 j .. 8 j + 7 of the tile; with K in parts, part s gets the groups g with
-//                      g % splits == s
+//   group_of(j)        group of columns 8 j .. 8 j + 7 of the tile, alike for j = 4 i .. 4 i + 3; with K in parts, part
+//   s
+//                      gets the groups g with g % splits == s
 //   begin(row0, live)  before the products of a tile: row0 is the first of this warp's 16 rows
 //   finish(acc, column_tile, splits, split)    accumulators as of wgmma_k16
 #pragma once
@@ -45,8 +46,8 @@ using dflash::gemm::GemmParams;
 using dflash::gemm::kMaxSources;
 
 constexpr int kProducers = 128;
-// Of 168 registers at the start, the producers' go to the consumers: 2 * 232 + 40 = 3 * 168.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+// Of 168 registers at the start, the producers' go to the consumers: 2 * 224 + 56 = 3 * 168.
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kAheadSteps = 8;  // of W that go to L2 before the wait
 
 template <int BN>
@@ -65,6 +66,7 @@ struct Schedule {
   int column_tiles;
   int steps_per_source;
   int k_steps;
+  int box_rows;  // of A that one TMA load brings
 };
 
 // What both roles know.
@@ -154,7 +156,13 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
     grid_dependency_wait();
   }
   const Work work = find_work<C>(p, schedule, split);
-  const auto bytes_of = [&](int64_t row0) { return row0 < work.live_rows ? C::kStageBytes : C::kBytesW; };
+  // Boxes of A with a live row; what the others would bring is not used.
+  const uint32_t box_bytes = static_cast<uint32_t>(schedule.box_rows) * C::BK * 2;
+  const auto boxes_of = [&](int64_t row0) {
+    const int64_t rows = min(work.live_rows - row0, int64_t{C::BM});
+    return rows <= 0 ? 0 : static_cast<int>((rows + schedule.box_rows - 1) / schedule.box_rows);
+  };
+  const auto bytes_of = [&](int64_t row0) { return C::kBytesW + static_cast<uint32_t>(boxes_of(row0)) * box_bytes; };
   const auto row_of = [&](int tile) {
     return (static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM;
   };
@@ -175,6 +183,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
   for (int tile = cluster; tile < work.tiles; tile += clusters) {
     if (leader) {
       const int64_t row0 = row_of(tile);
+      const int boxes = boxes_of(row0);
+      const uint32_t bytes = bytes_of(row0);
       Position at(work.first_step, schedule.steps_per_source);
       for (int k = 0; k < work.num_steps; ++k) {
         const uint32_t full = pipe.full(state.stage);
@@ -182,11 +192,12 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
           --ahead;
         } else {
           barrier_wait(pipe.empty(state.stage), state.parity ^ 1);
-          barrier_arrive_expect(full, bytes_of(row0));
+          barrier_arrive_expect(full, bytes);
           load_w_step<C, kGated>(p, pipe, state.stage, w_map, source_k, at, tile / work.pairs, pair);
         }
-        if (row0 < work.live_rows) {
-          tma_load(pipe.a(state.stage), &a_maps.map[at.source], at.step * C::BK, static_cast<int>(row0), full);
+        for (int i = 0; i < boxes; ++i) {
+          tma_load(pipe.a(state.stage) + i * box_bytes, &a_maps.map[at.source], at.step * C::BK,
+                   static_cast<int>(row0) + i * schedule.box_rows, full);
         }
         at.advance();
         state.advance();
@@ -209,19 +220,31 @@ __device__ __forceinline__ void reduce_over_splits(float (&acc)[C::BN / 2], unsi
     mine[j * C::kConsumers] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
   }
   cluster_sync();
+  constexpr int kBatch = 4;  // loads under way together; a batch lies in one group
 #pragma unroll
-  for (int j = 0; j < C::BN / 8; ++j) {
-    if (Epilogue::group_of(j) % splits != split) continue;
-    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  for (int j0 = 0; j0 < C::BN / 8; j0 += kBatch) {
+    static_assert(C::BN / 8 % kBatch == 0, "whole batches");
+    if (Epilogue::group_of(j0) % splits != split) continue;
+    float4 total[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 2
     for (int s = 0; s < splits; ++s) {
       const auto rank = static_cast<unsigned>(s) * pair.size + pair.index;
-      const float4 part = *cluster.map_shared_rank(mine + j * C::kConsumers, rank);
-      total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
+      const float4* from = cluster.map_shared_rank(mine, rank);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float4 part = from[(j0 + i) * C::kConsumers];
+        total[i] = make_float4(total[i].x + part.x, total[i].y + part.y, total[i].z + part.z, total[i].w + part.w);
+      }
     }
-    acc[4 * j] = total.x;
-    acc[4 * j + 1] = total.y;
-    acc[4 * j + 2] = total.z;
-    acc[4 * j + 3] = total.w;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      acc[4 * (j0 + i)] = total[i].x;
+      acc[4 * (j0 + i) + 1] = total[i].y;
+      acc[4 * (j0 + i) + 2] = total[i].z;
+      acc[4 * (j0 + i) + 3] = total[i].w;
+    }
   }
   async_proxy_fence();  // TMA writes next where the accumulators were
   cluster_sync();
@@ -265,6 +288,10 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
   cluster_sync();
 }
 
+// Where the last row tile is likely to be half empty, its dead rows are not fetched: A crosses from L2 to the SMs once
+// for every column tile, which between 129 and some 300 rows is as much as W. Otherwise one load a tile.
+inline int box_rows_of(const GemmParams& p) { return p.live.commit_lens.data != nullptr ? 32 : 128; }
+
 // A kernel of (GemmParams, SourceMaps, CUtensorMap, Schedule, more ..) around run<BN, ..>().
 template <int BN, typename Kernel, typename... More>
 void launch(Kernel kernel, const GemmParams& p, const SourceMaps& a_maps, const CUtensorMap& w_map, const Plan& plan,
@@ -280,6 +307,7 @@ void launch(Kernel kernel, const GemmParams& p, const SourceMaps& a_maps, const 
   schedule.column_tiles = static_cast<int>((p.n + BN - 1) / BN);
   schedule.steps_per_source = static_cast<int>((p.k / p.num_sources + C::BK - 1) / C::BK);
   schedule.k_steps = schedule.steps_per_source * p.num_sources;
+  schedule.box_rows = box_rows_of(p);
   const int64_t clusters =
       std::min<int64_t>(pairs_of(p.m) * schedule.column_tiles, std::max(num_sms / (plan.pair * plan.splits), 1));
   const dim3 grid(static_cast<unsigned>(clusters * plan.pair), 1, static_cast<unsigned>(plan.splits));
@@ -303,7 +331,7 @@ inline bool prepare(Operands* operands, const GemmParams& p, int granule, int nu
   operands->plan = choose_plan(rows, p.n, (source_k + 63) / 64 * p.num_sources, granule, num_sms);
   for (int s = 0; s < p.num_sources; ++s) {
     if (p.a_stride[s] < source_k ||
-        !make_tensor_map(&operands->a_maps.map[s], p.a[s], p.m, source_k, p.a_stride[s], Tiles<128>::BM)) {
+        !make_tensor_map(&operands->a_maps.map[s], p.a[s], p.m, source_k, p.a_stride[s], box_rows_of(p))) {
       return false;
     }
   }

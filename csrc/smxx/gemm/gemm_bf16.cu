@@ -7,6 +7,7 @@
 // shared memory, in a fixed order. Each SM keeps at least 32 KB of W in flight.
 #include <cooperative_groups.h>
 
+#include "common/bf16_pairs.cuh"
 #include "common/cuda_check.h"
 #include "common/dependent_launch.cuh"
 #include "sm90/gemm/launch.h"
@@ -32,14 +33,6 @@ constexpr int64_t kOneWave = C::BM == 16 ? 396 : 160;
 constexpr int64_t kMinTilesK = 8;                    // steps of K that a part keeps, so that its pipeline fills
 [[maybe_unused]] constexpr int64_t kWgmmaRows = 64;  // more rows than this go to sm90/gemm on Hopper
 constexpr int64_t kWideTiles = 256;                  // 64-column tiles from which 16 rows take them: two a SM
-
-__device__ __forceinline__ float2 load_pair(const uint16_t* from) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
-}
-
-__device__ __forceinline__ float2 pair_of(uint32_t bits) {  // of bf16, the first in the low half
-  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
-}
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
