@@ -10,8 +10,8 @@
 // bfloat16, 1.6 us at a measured read bandwidth of 3.1 TB/s; 50 us for 32 blocks. Lazily, 6.5 tokens of 16 committed on
 // average: 208 of 512 rows, 20 us. About two instructions an element, a quarter of what an SM issues in the time its
 // bytes take. What is left is a fixed cost a call, some 4 us: the launch, the way to memory and back, and at the end
-// the last slice's reduction and two trips to L2, for the row's word and the request's. From top-1 ids: some hundred
-// bytes a request; the floor is the launch.
+// the last slice's reduction and four trips to L2, two for the row's word and two for the request's. From top-1 ids:
+// some hundred bytes a request; the floor is the launch.
 //
 // Partition. A row is cut into equal slices of at most 7 KB, if possible so many that they divide the number of SMs or
 // are a multiple of it: 44 for V = 151936 in bfloat16 and 132 SMs. All slices of all rows, in order, are units 0, 1, 2,
@@ -30,8 +30,8 @@
 // that is known of a row, the largest key so far and the number of slices that it is of (join): two atomics a slice,
 // without a second try whoever else comes, and who makes the count full goes on with the row's argmax. The rows of a
 // request meet in the same way in a word of the request, and who completes it writes the outputs. Taking the word away
-// and putting it back joined would need no more words, but under the contention of slices that land together it takes
-// 5 to 20 us. Results do not depend on the order of arrival. All words are zero between calls.
+// and putting it back joined was dropped: simulated, slices that land together contend for it for 5 to 20 us. Results
+// do not depend on the order of arrival. All words are zero between calls.
 //
 // Lazily a mismatch is also published in a byte of the request; every warp reads it for its next 32 units while it
 // reduces, so that what is dead costs nothing but that look. What dead rows leave in their words is cleared by the last
