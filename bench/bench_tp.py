@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +104,7 @@ def _rank(
     device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a handful of kernels: no pool of compilers a rank
     ends = time.monotonic() + seconds
     with process_group(rank, world, device, port) as group:
         for title, measure in _cases(group, device, quick):

@@ -248,12 +248,15 @@ def _generate_rank(args: argparse.Namespace, prompts: list[str], device: Any, co
         with_compare = not args.no_compare
         with _status("loading the models", args):
             engine, ids = _build_engine(args, prompts, device, communicator)
-        with _status("warming up", args):
-            _warm_up(engine, ids, params, with_compare)
-        results = _stream(engine, ids, params, args)
-        if args.quiet and not with_compare:
-            return 0
-        return _report(engine, ids, params, results, args)
+        try:
+            with _status("warming up", args):
+                _warm_up(engine, ids, params, with_compare)
+            results = _stream(engine, ids, params, args)
+            if args.quiet and not with_compare:
+                return 0
+            return _report(engine, ids, params, results, args)
+        finally:
+            engine.close()
     except ValueError as error:
         raise UsageError(str(error)) from error
 

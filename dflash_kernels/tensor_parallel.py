@@ -9,6 +9,7 @@ way without talking.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -286,6 +287,8 @@ def quiet_environment() -> None:
 def process_group(rank: int, world: int, device: torch.device, port: int | None = None) -> Iterator[ProcessGroup]:
     """This process as a rank: NCCL for a CUDA device, which becomes the current one, gloo otherwise.
 
+    CUDA graphs that hold its sums must be gone when it ends: close the engines.
+
     Args:
         port: of the store on this host that :func:`start_ranks` opened; None: as the environment of ``torchrun`` says.
     """
@@ -301,8 +304,15 @@ def process_group(rank: int, world: int, device: torch.device, port: int | None 
         dist.init_process_group("gloo", **given)
     try:
         yield ProcessGroup()
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL waits for the end of every graph that holds one of its calls, and what was raised may still hold one.
+        if device.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+    dist.destroy_process_group()
 
 
 class Ranks:

@@ -256,6 +256,18 @@ def test_engine_suite_on_a_stand_in_pair(device: str, monkeypatch: pytest.Monkey
     assert [type(item) for item in skipped] == [Problem, Problem]
 
 
+def test_suite_over_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import bench_tp
+
+    monkeypatch.setattr(bench_tp, "wanted", (2,))
+    cpu = torch.device("cpu")
+    found = list(bench_tp.rows(cpu, True, "all_reduce", lambda: float("inf")))
+    assert [(row.op, row.shape) for row in found if isinstance(row, Row)] == [("all_reduce", "TP2 16x4096")]
+    assert found[0].ours_us > 0 and found[0].extra["what"] == "gloo"  # type: ignore[union-attr]
+    late = list(bench_tp.rows(cpu, True, "all_reduce", lambda: -1.0))
+    assert [problem.reason for problem in late if isinstance(problem, Problem)] == ["time limit"]
+
+
 def test_results_are_filed_by_card_and_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,6 +335,8 @@ def test_plot_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["tp", "--tp", "two"], "--tp must be numbers of ranks, as 2,4, got two"),
+        (["tp", "--tp", "4,1"], "--tp: at least 2 ranks are needed, got 1"),
         (["nothing", "alloc"], "unknown suite nothing; there are: verify, alloc,"),
         (["alloc", "--json", "missing/x.json"], "--json missing/x.json: its directory does not exist"),
         (["alloc", "--plot", "missing/x.png"], "--plot missing/x.png: its directory does not exist"),

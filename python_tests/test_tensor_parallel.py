@@ -30,6 +30,7 @@ from dflash_kernels.model.shard import shard_heads, shard_range  # noqa: E402
 from dflash_kernels.model.sharded_drafter import ShardedDrafter  # noqa: E402
 from dflash_kernels.tensor_parallel import (  # noqa: E402
     Communicator,
+    PeerMemory,
     VocabShards,
     process_group,
     run_simulated,
@@ -269,6 +270,43 @@ def test_processes_generate_the_same_text(world: int, tmp_path: Path) -> None:
     assert ranks.failed() == []
     for rank in range(world):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == want
+
+
+def _sum_over_peers(rank: int, world: int, port: int, folder: str) -> None:
+    """Many sums in a row, eagerly and in a graph, each from what the last left."""
+    device = torch.device("cuda", rank)
+    with process_group(rank, world, device, port):
+        peers = PeerMemory(16 * 512, torch.bfloat16, device)
+        x = torch.arange(16 * 512, device=device).remainder(7).view(16, 512).bfloat16()
+        part = peers.part_like(x)
+        assert part is not x and peers.part_like(x.float()) is not part
+
+        def step() -> None:
+            torch.div(x, world, out=part)
+            if rank == 0:
+                part.add_(1)
+            peers.sum_parts(part, x)  # x + 1
+
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(10):
+                step()
+        graph.replay()
+        Path(folder, f"{rank}.json").write_text(json.dumps(x.float().tolist()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sums_over_peer_memory(tmp_path: Path) -> None:
+    ranks = start_ranks(range(2), 2, _sum_over_peers, str(tmp_path))
+    ranks.end(120)
+    assert ranks.failed() == []
+    want = (torch.arange(16 * 512).remainder(7).view(16, 512) + 13).float()
+    for rank in range(2):
+        assert torch.equal(torch.tensor(json.loads((tmp_path / f"{rank}.json").read_text())), want)
 
 
 def command(*more: str) -> subprocess.CompletedProcess[str]:

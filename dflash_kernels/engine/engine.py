@@ -244,7 +244,8 @@ class Engine:
         return encode_prompt(self.tokenizer, text, chat)
 
     def close(self) -> None:
-        """Remove the hooks from the target model and drop its cache."""
+        """Remove the hooks from the target model, drop its cache and the captured graphs."""
+        self.steps.close()
         self.target.close()
 
     # -- requests -----------------------------------------------------------------------------------------------

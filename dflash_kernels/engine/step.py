@@ -120,6 +120,11 @@ class StepRunner:
         self._verified = {size: ops.Verified.empty(rows, size, device) for size in {1, self.block_size}}
         self._verify_workspace = ops.verify_workspace(rows, self.block_size, device, target.vocab_size)
 
+    def close(self) -> None:
+        """Drop the captured graphs."""
+        self._graphs.clear()
+        self._seen.clear()
+
     # -- rows ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
