@@ -13,7 +13,8 @@ from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.model.quantize import quantize
 from dflash_kernels.ops import draft_forward_packed, draft_forward_packed_workspace
 from dflash_kernels.reference import draft as reference
-from dflash_kernels.stream import UNIT_FIELDS, unpack_tiles
+from dflash_kernels.stream import UNIT_FIELDS
+from dflash_kernels.tiles import tile_columns, unpack_weight
 
 FORMATS = ("fp8", "int4-g64", "int4-g128", "e2m1-g64", "e2m1-g128")
 MATRICES = ("qkv_weight", "o_weight", "gate_up_weight", "down_weight")
@@ -267,7 +268,6 @@ class Interpreter:
         self.counters = [0] * packed.counters.numel()
         self.slots: dict[int, torch.Tensor] = {}
         self.read = torch.zeros(packed.weights.shape[0], dtype=torch.int64)
-        self.weight = packed.weights.float()
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.inputs["eps"]) * weight.float()
@@ -344,10 +344,14 @@ class Interpreter:
         if unit["tiles"] == 0:
             self.job(kind, layer, (unit["index0"], unit["index1"]))
         else:
-            columns = slice(64 * unit["k_tile"], 64 * (unit["k_tile"] + unit["tiles"]))
+            width = tile_columns(self.packed.weight_format)
+            columns = slice(width * unit["k_tile"], width * (unit["k_tile"] + unit["tiles"]))
             tiles = slice(unit["weight_tile"], unit["weight_tile"] + unit["tiles"])
             self.read[tiles] += 1
-            weight = unpack_tiles(self.weight[tiles][None], 128, 64 * unit["tiles"])
+            packed = unpack_weight(
+                self.packed.weights[tiles][None], 128, width * unit["tiles"], self.packed.weight_format
+            )
+            weight = packed.dequantize() if isinstance(packed, QuantizedWeight) else packed.float()
             x = self.source(kind, layer)[:, columns]
             block = weight[:, : x.shape[1]] @ x.T
             if unit["contributors"] > 1:
@@ -381,6 +385,16 @@ def test_schedule_computes_the_pass(case: Case, blocks: int, rng: torch.Generato
     inputs = make_inputs(case, rng, "cpu", torch.bfloat16)
     out = Interpreter(inputs, pack(inputs, blocks)).run(rng)
     torch.testing.assert_close(out, reference.draft_forward(**inputs, dtype=torch.float32), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4-g64"])
+@pytest.mark.parametrize("blocks", [7, 132])
+def test_schedule_of_codes_computes_the_pass(name: str, blocks: int, rng: torch.Generator) -> None:
+    """Tiles of 128 and of 256 columns, not all of them filled."""
+    inputs, weight_format = make_inputs(FORMAT_CASES[1], rng, "cpu", torch.bfloat16), WeightFormat.parse(name)
+    out = Interpreter(inputs, pack(inputs, blocks, weight_format)).run(rng)
+    exact = reference.draft_forward(**dequantized(inputs, weight_format), dtype=torch.float32)
+    torch.testing.assert_close(out, exact, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("blocks", [132, 148])

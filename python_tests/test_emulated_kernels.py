@@ -384,6 +384,20 @@ MUTATIONS = [
         id="the persistent pass does not wait for Q",
     ),
     pytest.param(
+        "smxx/head/stream.cu",
+        "    wait();\n    if (u.stage == kPublish)",
+        "    if (u.stage == kPublish)",
+        "head_packed-exact_where",
+        id="the head's first block does not wait for the others' keys",
+    ),
+    pytest.param(
+        "smxx/stream/stream.cuh",
+        "          if (tile == tiles - 1) {\n            float scale",
+        "          if (tile == 0) {\n            float scale",
+        "head_packed-exact_on_codes",
+        id="scales of rows count only for the first tile",
+    ),
+    pytest.param(
         "smxx/attention/block_attention.cu",
         "copy_async_wait<1>();",
         "copy_async_wait<2>();",

@@ -247,6 +247,36 @@ def test_without_a_kernel_the_weights_are_bf16_and_it_is_said(bf16: Path, tmp_pa
     assert torch.equal(drafter.weights.down_weight.cpu(), on_cpu.weights.down_weight)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fp8", "int4-g64", "e2m1-g64"])
+def test_few_rows_read_the_codes_on_cuda(tmp_path: Path, name: str, rng: torch.Generator) -> None:
+    """One kernel over the codes and the chain of kernels over the dequantised weights differ by rounding alone."""
+    quantize_drafter(cli.DEMO_DRAFTER, tmp_path / "out", WeightFormat.parse(name))
+    drafter = load_drafter(tmp_path / "out", device="cuda", max_positions=64)
+    plain = load_drafter(tmp_path / "out", device="cuda", max_positions=64)
+    assert drafter.weights.quantized and drafter.why_not_one_kernel(drafter.block_size) is None
+    plain.why_not_one_kernel = lambda rows: "asked not to"  # type: ignore[method-assign]
+    head = torch.nn.Linear(drafter.hidden_size, drafter.vocab_size, bias=False)
+    target = type("Target", (), {"get_input_embeddings": lambda _: head, "get_output_embeddings": lambda _: head})()
+    head = head.to("cuda", torch.bfloat16)
+    block = drafter.block_size
+    ids = torch.randint(drafter.vocab_size, (1, block), generator=rng).cuda()
+    shape = (64, drafter.num_kv_heads, drafter.head_dim)
+    caches = [torch.randn(2, *shape, generator=rng).bfloat16().cuda() for _ in range(drafter.num_layers)]
+    position = 20 + torch.arange(block, device="cuda")[None]
+    index = [torch.tensor([20], device="cuda"), torch.tensor([0], device="cuda")]
+    table = torch.arange(64, device="cuda")[None]
+    results = []
+    for one in (drafter, plain):
+        one.bind(target)
+        k, v = [cache[0] for cache in caches], [cache[1] for cache in caches]
+        results.append(one.forward(ids, position, position, *index, table, k, v).float().clone())
+    packed = drafter._pack_layers()
+    assert packed is not None and str(packed.weight_format) == name and plain._packed is None
+    difference = (results[0] - results[1]).norm() / results[1].norm()
+    assert 0 < difference < 0.03
+
+
 @pytest.mark.parametrize("name", ["fp8", "int4-g64", "e2m1-g64"])
 def test_shards_are_parts_of_codes_and_scales(bf16: Path, tmp_path: Path, name: str) -> None:
     quantize_drafter(bf16, tmp_path / "out", WeightFormat.parse(name))

@@ -24,6 +24,8 @@ FORMATS = {
     "e2m1-g128": "E2m1<128>",
 }
 
+INT4_FACTORS = torch.tensor([64.0, 4.0, 64.0, 4.0])  # of the registers: the scales make up for it
+
 # stdin: words to convert, or a tile; stdout: pairs of bf16, or fragments and scales, in the order of the loops.
 PROGRAM = """
 #include <cuda_runtime.h>
@@ -173,7 +175,7 @@ def test_every_int4_code_in_every_nibble(program: Path) -> None:
             codes = torch.full((16, 8), others, dtype=torch.uint8)
             codes[:, nibble] = torch.arange(16, dtype=torch.uint8)
             got = pairs(ask(program, "convert", "int4", join_nibbles(codes))).transpose(1, 2).flatten(1)
-            assert torch.equal(got, codes.float() - 8), (nibble, others)
+            assert torch.equal(got, (codes.float() - 8) / INT4_FACTORS.repeat(2)), (nibble, others)
 
 
 def test_every_e2m1_code_in_every_place(program: Path) -> None:
@@ -197,7 +199,8 @@ def test_every_e2m1_code_in_every_place(program: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_fragments_are_those_of_the_bf16_weights(program: Path, name: str) -> None:
-    """A tile gives the tensor cores, bit for bit, what the bf16 tiles of the codes' values give them."""
+    """A tile gives the tensor cores, bit for bit, what the bf16 tiles of the codes' values give them; int4 a part of it,
+    a power of two for each row, that the scale of the row puts right."""
     f = WeightFormat.parse(name)
     columns = tile_columns(f)
     weight = random_weight(f, 256, 2 * columns, 9)
@@ -207,9 +210,11 @@ def test_fragments_are_those_of_the_bf16_weights(program: Path, name: str) -> No
     size = steps * 4 * 2 * 32 * 16 * 4
     output = ask(program, "tile", FORMATS[name], tiles[row, k])
     want = b"".join(ask(program, "tile", "Bf16", dense[row, k * steps + s]) for s in range(steps))
-    assert len(want) == size and output[:size] == want
+    factors = INT4_FACTORS if f.kind == "int4" else torch.ones(4)
+    fragments = torch.frombuffer(bytearray(want), dtype=torch.bfloat16).view(-1, 4, 2) / factors[:, None].bfloat16()
+    assert len(want) == size and output[:size] == fragments.view(torch.uint8).numpy().tobytes()
     # Scales of the lane's rows in every step.
     got = torch.frombuffer(bytearray(output[size:]), dtype=torch.float32).view(steps, 4, 8, 4, 2, 2)
     full = weight.scale.float().repeat_interleave(2 * columns // weight.scale.shape[1], dim=1)
-    part = full[128:, columns::64].view(4, 2, 2, 8, steps)  # part i e row step
+    part = full[128:, columns::64].view(4, 2, 2, 8, steps) * factors[:2, None, None]  # part i e row step
     assert torch.equal(got, part.permute(4, 0, 3, 1, 2)[:, :, :, None].expand(got.shape))

@@ -5,8 +5,8 @@
 // once. What a smaller exponent bias makes too small by a power of two, one multiplication puts right; it also makes
 // the small format's subnormal numbers right, because bf16's own are exact in it.
 //
-// sm_90 code for a lane's 8 codes, without loads: fp8 14 integer operations + 4 multiplications, int4 11 + 4 additions,
-// e2m1 11 + 4 multiplications. Packing is done in dflash_kernels/tiles.py.
+// sm_90 code for a lane's 8 codes, without loads: fp8 14 integer operations + 4 multiplications, int4 5 + 4 with an
+// addition, e2m1 11 + 4. Packing is done in dflash_kernels/tiles.py.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ inline uint32_t bf16_pair(float low, float high) {
   return a >> 16 | (b & 0xffff0000u);
 }
 
-// Each half of a pair times (plus) the same half of another.
+// Each half of a pair times the same half of another (plus that of a third).
 DFLASH_HOST_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   const __nv_bfloat162 product =
@@ -38,14 +38,16 @@ DFLASH_HOST_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
                    float_from_bits(a & 0xffff0000u) * float_from_bits(b & 0xffff0000u));
 #endif
 }
-DFLASH_HOST_DEVICE uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+DFLASH_HOST_DEVICE uint32_t multiply_add_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDA_ARCH__)
   const __nv_bfloat162 sum =
-      __hadd2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+      __hfma2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b),
+              reinterpret_cast<const __nv_bfloat162&>(c));
   return reinterpret_cast<const uint32_t&>(sum);
 #else
-  return bf16_pair(float_from_bits(a << 16) + float_from_bits(b << 16),
-                   float_from_bits(a & 0xffff0000u) + float_from_bits(b & 0xffff0000u));
+  return bf16_pair(
+      float_from_bits(a << 16) * float_from_bits(b << 16) + float_from_bits(c << 16),
+      float_from_bits(a & 0xffff0000u) * float_from_bits(b & 0xffff0000u) + float_from_bits(c & 0xffff0000u));
 #endif
 }
 
@@ -58,15 +60,19 @@ DFLASH_HOST_DEVICE void dequantize_e4m3(uint32_t word, uint32_t& even, uint32_t&
   odd = multiply_bf16x2((word & kSign) | (word >> 4 & kRest), kScale);
 }
 
-// Eight int4 codes, each value + 8. Nibbles i and i + 4 are the halves of a[i]. A code in the last bits of 128 is 128
-// + code.
+// Eight int4 codes, each value + 8. Nibbles i and i + 4 are the halves of a[i]: value / 64 for even i, value / 4 for
+// odd. A code in the last eight bits of bf16, where subnormal numbers end and the first normal ones go on in equal
+// steps, is a multiple of 2^-133 or 2^-129 as it stands; 2^127 is the largest power of two there is to multiply it
+// with.
 DFLASH_HOST_DEVICE void dequantize_int4(uint32_t word, uint32_t (&a)[4]) {
-  constexpr uint32_t kNibble = 0x000f000fu, kMagic = 0x43004300u, kOffset = 0xc308c308u;  // 128 and -136
-  a[0] = add_bf16x2((word & kNibble) | kMagic, kOffset);
-  a[1] = add_bf16x2((word >> 4 & kNibble) | kMagic, kOffset);
-  a[2] = add_bf16x2((word >> 8 & kNibble) | kMagic, kOffset);
-  a[3] = add_bf16x2((word >> 12 & kNibble) | kMagic, kOffset);
+  constexpr uint32_t kLow = 0x000f000fu, kHigh = 0x00f000f0u, kScale = 0x7f007f00u;  // 2^127
+  constexpr uint32_t kLowOffset = 0xbe00be00u, kHighOffset = 0xc000c000u;            // -8 / 64 and -8 / 4
+  a[0] = multiply_add_bf16x2(word & kLow, kScale, kLowOffset);
+  a[1] = multiply_add_bf16x2(word & kHigh, kScale, kHighOffset);
+  a[2] = multiply_add_bf16x2(word >> 8 & kLow, kScale, kLowOffset);
+  a[3] = multiply_add_bf16x2(word >> 8 & kHigh, kScale, kHighOffset);
 }
+constexpr int kInt4Even = 64, kInt4Odd = 4;  // what makes up for it
 
 // Eight e2m1 codes, sign and three bits; in each half of the word one for each register, so that one shift serves sign
 // and rest of three of them:

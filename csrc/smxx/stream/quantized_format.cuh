@@ -42,7 +42,9 @@ struct Fp8 {
 
 // 128 x 256 of 4 bits: [step 4][part 4][half 2][lane 32][i 2][s 2][8 codes] | bf16 scale[group][part 4][row of 8][i
 // 2][e 2].
-template <int kGroup, void (*dequantize)(uint32_t, uint32_t (&)[4])>
+// `dequantize` gives 1 / kEven of the values in registers 0 and 2, rows l / 4, and 1 / kOdd in the others, rows l / 4 +
+// 8.
+template <int kGroup, void (*dequantize)(uint32_t, uint32_t (&)[4]), int kEven, int kOdd>
 struct FourBit {
   static_assert(kGroup == 64 || kGroup == 128, "a group is one or two steps");
   static constexpr int kSteps = 4;
@@ -64,16 +66,16 @@ struct FourBit {
     const int group = step * 64 / kGroup;
     const uint2 v =
         *reinterpret_cast<const uint2*>(tile + kTileBytes + group * (2 * kTileRows) + (8 * part + lane / 4) * 8);
-    scale[0][0] = __uint_as_float(v.x << 16);
-    scale[0][1] = __uint_as_float(v.x & 0xffff0000u);
-    scale[1][0] = __uint_as_float(v.y << 16);
-    scale[1][1] = __uint_as_float(v.y & 0xffff0000u);
+    scale[0][0] = kEven * __uint_as_float(v.x << 16);
+    scale[0][1] = kOdd * __uint_as_float(v.x & 0xffff0000u);
+    scale[1][0] = kEven * __uint_as_float(v.y << 16);
+    scale[1][1] = kOdd * __uint_as_float(v.y & 0xffff0000u);
   }
 };
 template <int kGroup>
-using Int4 = FourBit<kGroup, dequantize_int4>;
+using Int4 = FourBit<kGroup, dequantize_int4, kInt4Even, kInt4Odd>;
 template <int kGroup>
-using E2m1 = FourBit<kGroup, dequantize_e2m1>;
+using E2m1 = FourBit<kGroup, dequantize_e2m1, 1, 1>;
 
 template <typename Format>
 constexpr bool is_described_by(WeightFormat format) {
