@@ -199,8 +199,10 @@ def test_every_e2m1_code_in_every_place(program: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_fragments_are_those_of_the_bf16_weights(program: Path, name: str) -> None:
-    """A tile gives the tensor cores, bit for bit, what the bf16 tiles of the codes' values give them; int4 a part of it,
-    a power of two for each row, that the scale of the row puts right."""
+    """A tile gives the tensor cores, bit for bit, what the bf16 tiles of the codes' values give them.
+
+    int4: a part of it, a power of two, which the scale of the row puts right.
+    """
     f = WeightFormat.parse(name)
     columns = tile_columns(f)
     weight = random_weight(f, 256, 2 * columns, 9)
