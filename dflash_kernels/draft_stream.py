@@ -35,12 +35,13 @@ class Kind(IntEnum):
 class PackedDraft:
     """The four matrices of every layer as `draft_forward_packed` streams them, and its schedule.
 
-    One launch at a time may use it: the counters are its state. They start at zero and only grow.
+    One launch at a time may use it: the counters are its state.
 
     Attributes:
         weights: [tiles, elements of a tile], layer by layer qkv, o, gate_up, down
             (:func:`dflash_kernels.tiles.pack_weight`).
-        units: [blocks, most units of a block, 16] int32; counters: [n] int32; slots: of the partial sums.
+        units: [blocks, most units of a block + 1, 16] int32; counters: [n] int32, see
+            :meth:`dflash_kernels.stream.Schedule.state`; slots: of the partial sums behind the counters.
         hidden_size, intermediate_size, num_q_heads, num_kv_heads, head_dim, num_layers: what it was made for.
         weight_format: of the weights; None: bf16.
     """
@@ -211,5 +212,5 @@ def pack_draft(
     sizes = (hidden, inter, qkv_width // head_dim - 2 * num_kv_heads, num_kv_heads, head_dim, layers, weight_format)
     plain = PackedDraft(weights, weights.new_empty(0), weights.new_empty(0), 0, *sizes)
     schedule = draft_schedule(plain.shapes(), layers, blocks, weight_format)
-    counters = torch.zeros(schedule.counters, dtype=torch.int32, device=weights.device)
-    return PackedDraft(weights, schedule.units().to(weights.device), counters, schedule.slots, *sizes)
+    state = schedule.state(weights.device)
+    return PackedDraft(weights, schedule.units().to(weights.device), state, schedule.slots, *sizes)

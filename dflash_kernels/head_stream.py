@@ -28,11 +28,12 @@ class Stage(IntEnum):
 class PackedHead:
     """An LM head as `lm_head_argmax_packed` streams it, and its schedule.
 
-    One launch at a time may use it: the counters are its state. They start at zero and only grow.
+    One launch at a time may use it: the counters are its state.
 
     Attributes:
         weights: [tiles, elements of a tile] (:func:`dflash_kernels.tiles.pack_weight`).
-        units: [blocks, most units of a block, 16] int32; counters: [n] int32; slots: of the partial sums.
+        units: [blocks, most units of a block + 1, 16] int32; counters: [n] int32, see
+            :meth:`dflash_kernels.stream.Schedule.state`; slots: of the partial sums behind the counters.
         vocab_size, hidden_size: of the weights, V and H.
         bias: [V] bf16 or None; token_ids: [V] int64, ascending, what each row stands for; None: row v is token v.
         weight_format: of the weights; None: bf16.
@@ -125,7 +126,7 @@ def pack_head(
     weights, weight_format = pack_weight(weight).flatten(0, 1), format_of(weight)
     schedule = head_schedule(vocab, hidden, blocks, weight_format)
     device = weights.device
-    counters = torch.zeros(schedule.counters, dtype=torch.int32, device=device)
+    counters = schedule.state(device)
     units = schedule.units().to(device)
     return PackedHead(weights, units, counters, schedule.slots, vocab, hidden, bias, token_ids, weight_format)
 

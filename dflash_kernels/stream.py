@@ -17,11 +17,12 @@ TILE_ROWS = 128
 TILE_K = 64  # columns of a tile of bf16
 TILE_ELEMENTS = TILE_ROWS * TILE_K
 
-# A unit's 16 int32 (csrc/smxx/stream/schedule.h). The last three are a job's own.
+# A unit's 16 int32 (csrc/smxx/stream/schedule.h). The last four are a job's own.
 UNIT_FIELDS = (
-    "stage", "weight_tile", "tiles", "row_tile", "k_tile", "contributors", "rank", "slot", "ticket",
-    "wait", "wait_shift", "wait_target", "signal", "index0", "index1", "index2",
+    "stage", "weight_tile", "tiles", "row_tile", "k_tile", "contributors", "rank", "slot",
+    "wait", "wait_shift", "wait_target", "signal", "index0", "index1", "index2", "index3",
 )  # fmt: skip
+SLOT_FLOATS = 64 * TILE_ROWS  # a part of a sum, of 64 tokens
 FIRST_COUNTER = 2  # the two before count the blocks that ever started
 ONE_COUNTER = 31  # wait_shift: all tiles of K wait for the same counter
 
@@ -117,7 +118,6 @@ class Schedule:
         next_slot = first_slot
         for row, parts in enumerate(pieces):
             split = len(parts) > 1
-            ticket = self.new_counters() if split else -1
             for rank, (block, start, stop) in enumerate(parts):
                 unit = [
                     stage,
@@ -128,8 +128,8 @@ class Schedule:
                     len(parts),
                     rank,
                 ]
-                unit += [next_slot if split else 0, ticket, *wait]
-                unit += [signal + row if signal_each and signal >= 0 else signal, 0, 0, 0]
+                unit += [next_slot if split else 0, *wait]
+                unit += [signal + row if signal_each and signal >= 0 else signal, 0, 0, 0, 0]
                 self._units[block].append(unit)
             next_slot += len(parts) if split else 0
         self.slots = max(self.slots, next_slot)
@@ -138,7 +138,7 @@ class Schedule:
         """Deal out whole row tiles, the first of the packed weights, in runs: blocks differ by one at most."""
         for block in range(self.blocks):
             for row in range(row_tiles * block // self.blocks, row_tiles * (block + 1) // self.blocks):
-                unit = [stage, row * k_tiles, k_tiles, row, 0, 1, 0, 0, -1, -1, ONE_COUNTER, 0, -1, 0, 0, 0]
+                unit = [stage, row * k_tiles, k_tiles, row, 0, 1, 0, 0, -1, ONE_COUNTER, 0, -1, 0, 0, 0, 0]
                 self._units[block].append(unit)
         self._tiles += row_tiles * k_tiles
 
@@ -151,10 +151,19 @@ class Schedule:
         signal: int = -1,
     ) -> None:
         """Append a unit without weights to one block: it waits for ``wait = counter, target``, runs and signals."""
-        self._units[block].append([stage, 0, 0, 0, 0, 1, 0, 0, -1, wait[0], ONE_COUNTER, wait[1], signal, *index])
+        self._units[block].append([stage, 0, 0, 0, 0, 1, 0, 0, wait[0], ONE_COUNTER, wait[1], signal, *index, 0])
+
+    def state(self, device: torch.device, slots: int | None = None) -> torch.Tensor:
+        """int32: the counters, filled up to a multiple of 4, and behind them the slots (default: those in use), empty.
+
+        Kept from launch to launch: counters only grow, slots are empty again when a launch ends.
+        """
+        counters = torch.zeros(-(-self.counters // 4) * 4, dtype=torch.int32, device=device)
+        parts = counters.new_full(((self.slots if slots is None else slots) * SLOT_FLOATS,), -1)
+        return torch.cat((counters, parts))
 
     def units(self) -> torch.Tensor:
-        """``[blocks, most units of a block, 16]`` int32, what the kernel reads."""
-        most = max(1, max(len(units) for units in self._units))
+        """``[blocks, most units of a block + 1, 16]`` int32, what the kernel reads; every list has an end."""
+        most = 1 + max(len(units) for units in self._units)
         end = [0, 0, -1] + [0] * (len(UNIT_FIELDS) - 3)
         return torch.tensor([units + [end] * (most - len(units)) for units in self._units], dtype=torch.int32)

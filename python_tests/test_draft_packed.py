@@ -336,7 +336,10 @@ class Interpreter:
         if unit["tiles"] > 0 and wanted:
             last = unit["k_tile"] + unit["tiles"] - 1
             wanted = [unit["wait"] + (k >> unit["wait_shift"]) for k in range(unit["k_tile"], last + 1)]
-        return all(self.counters[counter] >= unit["wait_target"] for counter in wanted)
+        parts = range(1, unit["contributors"] if unit["rank"] == 0 else 1)
+        return all(self.counters[counter] >= unit["wait_target"] for counter in wanted) and all(
+            unit["slot"] + rank in self.slots for rank in parts
+        )
 
     def perform(self, unit: dict[str, int]) -> None:
         layer, kind = divmod(unit["stage"], len(Kind))
@@ -355,12 +358,12 @@ class Interpreter:
             x = self.source(kind, layer)[:, columns]
             block = weight[:, : x.shape[1]] @ x.T
             if unit["contributors"] > 1:
-                self.slots[unit["slot"] + unit["rank"]] = block
-                self.counters[unit["ticket"]] += 1
-                if self.counters[unit["ticket"]] < unit["contributors"]:
+                if unit["rank"] > 0:
+                    assert unit["slot"] + unit["rank"] not in self.slots, "a part is overwritten"
+                    self.slots[unit["slot"] + unit["rank"]] = block
                     return
-                parts = [self.slots.pop(unit["slot"] + rank) for rank in range(unit["contributors"])]
-                block = torch.stack(parts).sum(0)
+                parts = [self.slots.pop(unit["slot"] + rank) for rank in range(1, unit["contributors"])]
+                block = torch.stack((block, *parts)).sum(0)
             self.finish(kind, layer, unit["row_tile"], block)
         if unit["signal"] >= 0:
             self.counters[unit["signal"]] += 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dflash_kernels.ops.inject import inject_schedule
-from dflash_kernels.stream import FIRST_COUNTER, TILE_ROWS, UNIT_FIELDS, Schedule, pack_tiles, unpack_tiles
+from dflash_kernels.stream import TILE_ROWS, UNIT_FIELDS, Schedule, pack_tiles, unpack_tiles
 
 
 @pytest.mark.parametrize(("rows", "k"), [(128, 64), (256, 192), (1, 1), (130, 72), (511, 1000)])
@@ -62,11 +62,17 @@ class Interpreter:
         return self.units[block][i]["tiles"] if i < len(self.units[block]) else -1
 
     def _may_run(self, u: dict[str, int]) -> bool:
+        if u["rank"] == 0 and not all(self._has_part(u, rank) for rank in range(1, u["contributors"])):
+            return False
         if u["wait"] < 0:
             return True
         last = u["k_tile"] + max(u["tiles"], 1) - 1
         counters = range(u["wait"] + (u["k_tile"] >> u["wait_shift"]), u["wait"] + (last >> u["wait_shift"]) + 1)
         return all(self.counters[c] >= (self.launch + 1) * u["wait_target"] for c in counters)
+
+    def _has_part(self, u: dict[str, int], rank: int) -> bool:
+        part = self.slots[u["slot"] + rank]
+        return part is not None and part[:5] == [self.launch, u["stage"], u["row_tile"], rank, False]  # type: ignore[index]
 
     def _run(self, u: dict[str, int]) -> None:
         self.weights_read += range(u["weight_tile"], u["weight_tile"] + u["tiles"])
@@ -75,12 +81,10 @@ class Interpreter:
             mine = (self.launch, u["stage"], u["row_tile"], u["rank"])
             old = self.slots[u["slot"] + u["rank"]]
             assert old is None or old[4], "a part is overwritten before it was added"  # type: ignore[index]
-            self.slots[u["slot"] + u["rank"]] = [*mine, False, u["k_tile"], u["tiles"]]
-            self.counters[u["ticket"]] += 1
-            if self.counters[u["ticket"]] != (self.launch + 1) * u["contributors"]:
+            if u["rank"] > 0:
+                self.slots[u["slot"] + u["rank"]] = [*mine, False, u["k_tile"], u["tiles"]]
                 return
-            pieces = []
-            for rank in range(u["contributors"]):
+            for rank in range(1, u["contributors"]):
                 part = self.slots[u["slot"] + rank]
                 assert part[:4] == [self.launch, u["stage"], u["row_tile"], rank]  # type: ignore[index]
                 part[4] = True  # type: ignore[index]
@@ -108,7 +112,6 @@ def test_inject_schedule(shape: str, blocks: int) -> None:
     schedule = inject_schedule(taps, hidden, heads, dim, blocks)
     fc_tiles, fc_k = -(-hidden // TILE_ROWS), -(-taps * hidden // 64)
     kv_tiles, kv_k = -(-heads // (TILE_ROWS // dim)), -(-hidden // 64)
-    assert schedule.counters <= FIRST_COUNTER + 1 + fc_tiles + kv_tiles  # what a plan has room for
     assert schedule.slots <= 4 * blocks
     machine = Interpreter(schedule, launches=2)
     machine.run(seed=blocks)

@@ -227,7 +227,7 @@ DraftParams draft_params(const Inputs& in) {
 
 int64_t workspace_bytes(const Inputs& in, const DraftSizes& s) {
   if (!in.packed) return plan_workspace(s).bytes;
-  return plan_stream_workspace(s, in.packed->units.size(0), in.packed->slots).bytes;
+  return plan_stream_workspace(s, in.packed->units.size(0)).bytes;
 }
 
 void set_outputs(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor& workspace) {
@@ -372,7 +372,7 @@ void draft_forward_packed_check_cpu(DFLASH_PACKED_PARAMETERS, std::optional<Tens
 
 int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_t hidden_size,
                                        int64_t intermediate_size, int64_t num_q_heads, int64_t num_kv_heads,
-                                       int64_t head_dim, int64_t blocks, int64_t slots) {
+                                       int64_t head_dim, int64_t blocks) {
   constexpr const char* kOp = "draft_forward_packed_workspace";
   const std::pair<const char*, int64_t> sizes[] = {{"block_size", block_size},
                                                    {"hidden_size", hidden_size},
@@ -383,7 +383,6 @@ int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_
                                                    {"blocks", blocks}};
   DFLASH_CHECK(kOp, batch >= 0, "batch", "be at least 0", batch);
   for (const auto& [name, size] : sizes) DFLASH_CHECK(kOp, size >= 1, name, "be at least 1", size);
-  DFLASH_CHECK(kOp, slots >= 0, "slots", "be at least 0", slots);
   DFLASH_CHECK(kOp, num_q_heads % num_kv_heads == 0, "num_q_heads",
                "be a multiple of num_kv_heads (" + std::to_string(num_kv_heads) + ")", num_q_heads);
   DraftSizes s;
@@ -394,27 +393,28 @@ int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_
   s.q_heads = num_q_heads;
   s.kv_heads = num_kv_heads;
   s.head_dim = head_dim;
-  return plan_stream_workspace(s, blocks, slots).bytes;
+  return plan_stream_workspace(s, blocks).bytes;
 }
 
 #if DFLASH_WITH_CUDA
 StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {
   const DraftSizes& s = p.sizes;
   const int64_t blocks = packed.units.size(0);
-  const StreamWorkspacePlan plan = plan_stream_workspace(s, blocks, packed.slots);
+  const StreamWorkspacePlan plan = plan_stream_workspace(s, blocks);
   StreamDraftParams q;
   q.stream.weights = static_cast<const uint8_t*>(packed.weights.data_ptr());
   q.stream.units = static_cast<const stream::Unit*>(packed.units.data_ptr());
   q.stream.blocks = static_cast<int>(blocks);
   q.stream.max_units = static_cast<int>(packed.units.size(1));
   q.stream.counters = static_cast<uint32_t*>(packed.counters.data_ptr());
-  q.stream.partials = reinterpret_cast<float*>(p.workspace + plan.partials);
+  q.stream.partials = api::packed_partials(packed.counters, packed.slots);
   q.batch = static_cast<int>(s.batch);
   q.block_size = static_cast<int>(s.block_size);
   q.hidden = static_cast<int>(s.hidden);
   q.intermediate = static_cast<int>(s.intermediate);
   q.q_heads = static_cast<int>(s.q_heads);
   q.kv_heads = static_cast<int>(s.kv_heads);
+  q.num_layers = static_cast<int>(p.layers.size());
   q.rotary_dim = static_cast<int>(p.rotary_dim);
   q.splits = static_cast<int>(stream_splits(s, blocks));
   q.row_tiles = static_cast<int>(stream_row_tiles(s));
@@ -439,6 +439,7 @@ StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {
   q.eps = p.eps;
   q.scale = p.softmax_scale;
   q.x = reinterpret_cast<uint16_t*>(p.workspace + plan.x);
+  q.weighted = reinterpret_cast<uint16_t*>(p.workspace + plan.weighted);
   q.qkv = reinterpret_cast<uint16_t*>(p.workspace + plan.qkv);
   q.attended = reinterpret_cast<uint16_t*>(p.workspace + plan.attended);
   q.activated = reinterpret_cast<uint16_t*>(p.workspace + plan.activated);
@@ -538,7 +539,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
   m.def("_draft_forward_packed_check(" DFLASH_PACKED_SCHEMA ", *, Tensor? out=None, Tensor? workspace=None) -> ()");
   m.def(
       "draft_forward_packed_workspace(int batch, int block_size, int hidden_size, int intermediate_size, "
-      "int num_q_heads, int num_kv_heads, int head_dim, int blocks, int slots) -> int");
+      "int num_q_heads, int num_kv_heads, int head_dim, int blocks) -> int");
   m.def("draft_forward(" DFLASH_DRAFT_SCHEMA ") -> Tensor");
   m.def("draft_forward.out(" DFLASH_DRAFT_SCHEMA ", *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
   m.def("_draft_forward_check(" DFLASH_DRAFT_SCHEMA ", *, Tensor? out=None, Tensor? workspace=None) -> ()");

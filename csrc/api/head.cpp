@@ -167,15 +167,12 @@ void check_packed_inputs(const Tensor& hidden, const PackedHead& head, int64_t v
   DFLASH_CHECK(kPackedOp, vocab_start >= 0, "vocab_start", "be at least 0", vocab_start);
 }
 
-// Keys of all blocks, then the slots of partial sums.
-int64_t packed_workspace_bytes(int64_t blocks, int64_t slots) {
-  return stream::kMaxTokens * (blocks * 8 + slots * stream::kTileRows * 4);
-}
+// Keys of all blocks.
+int64_t packed_workspace_bytes(int64_t blocks) { return stream::kMaxTokens * blocks * 8; }
 
-int64_t packed_workspace(int64_t blocks, int64_t slots) {
+int64_t packed_workspace(int64_t blocks) {
   DFLASH_CHECK("lm_head_argmax_packed_workspace", blocks >= 1, "blocks", "be at least 1", blocks);
-  DFLASH_CHECK("lm_head_argmax_packed_workspace", slots >= 0, "slots", "be at least 0", slots);
-  return packed_workspace_bytes(blocks, slots);
+  return packed_workspace_bytes(blocks);
 }
 
 void check_packed_outputs(const Tensor& hidden, const PackedHead& head, const Tensor& ids, const Tensor& values,
@@ -185,7 +182,7 @@ void check_packed_outputs(const Tensor& hidden, const PackedHead& head, const Te
   check_output(kPackedOp, "ids", ids, hidden, ScalarType::Long);
   check_output(kPackedOp, "values", values, hidden, ScalarType::Float);
   check_output(kPackedOp, "workspace", workspace, hidden, ScalarType::Byte);
-  const int64_t needed = packed_workspace_bytes(head.units.size(0), head.slots);
+  const int64_t needed = packed_workspace_bytes(head.units.size(0));
   DFLASH_CHECK(kPackedOp, workspace.numel() >= needed, "workspace",
                "hold at least " + std::to_string(needed) + " bytes", workspace.numel());
   api::check_aligned_16(kPackedOp, "workspace", workspace);
@@ -216,7 +213,7 @@ void packed_out_cuda(DFLASH_PACKED_HEAD_PARAMETERS, Tensor ids, Tensor values, T
   p.stream.blocks = static_cast<int>(units.size(0));
   p.stream.max_units = static_cast<int>(units.size(1));
   p.stream.counters = static_cast<uint32_t*>(counters.data_ptr());
-  p.stream.partials = reinterpret_cast<float*>(scratch + packed_workspace_bytes(units.size(0), 0));
+  p.stream.partials = api::packed_partials(counters, slots);
   p.hidden = static_cast<const uint16_t*>(hidden.data_ptr());
   p.hidden_stride = hidden.stride(0);
   p.rows = static_cast<int>(hidden.size(0));
@@ -237,7 +234,7 @@ std::tuple<Tensor, Tensor> packed_cuda(DFLASH_PACKED_HEAD_PARAMETERS) {
   const std::vector<int64_t> shape{hidden.size(0)};
   const Tensor ids = api::new_empty(hidden, shape, ScalarType::Long);
   const Tensor values = api::new_empty(hidden, shape, ScalarType::Float);
-  const Tensor workspace = api::new_empty(hidden, {packed_workspace_bytes(units.size(0), slots)}, ScalarType::Byte);
+  const Tensor workspace = api::new_empty(hidden, {packed_workspace_bytes(units.size(0))}, ScalarType::Byte);
   packed_out_cuda(hidden, weights, weight_format, units, counters, slots, vocab_size, bias, token_ids, vocab_start, ids,
                   values, workspace);
   return {ids, values};
@@ -374,7 +371,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
         ", *, Tensor(a!) ids, Tensor(b!) values, Tensor(c!) workspace) -> ()");
   m.def("_lm_head_argmax_packed_check(" DFLASH_PACKED_HEAD_SCHEMA
         ", *, Tensor? ids=None, Tensor? values=None, Tensor? workspace=None) -> ()");
-  m.def("lm_head_argmax_packed_workspace(int blocks, int slots) -> int");
+  m.def("lm_head_argmax_packed_workspace(int blocks) -> int");
   m.def(
       "lm_head_argmax(Tensor hidden, Tensor weight, Tensor? bias=None, int vocab_start=0) "
       "-> (Tensor ids, Tensor values)");

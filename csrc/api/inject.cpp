@@ -469,12 +469,12 @@ void stream_inject_cuda(Tensors taps, Tensor tiles, Tensor units, Tensor hidden_
     check_aligned(name, *tensor);
   }
   const int64_t blocks = units.size(0);
-  const int64_t num_counters = stream::kFirstCounter + 1 + fc_tiles + kv_tiles;
-  DFLASH_CHECK(kOp, counters.numel() >= num_counters, "counters",
-               "hold at least " + std::to_string(num_counters) + " elements", counters.numel());
-  // Parts of sums: a block shares its first and its last row tile of each of two stages.
+  // Behind the counters the parts of sums: a block shares its first and its last row tile of each of two stages.
+  const int64_t parts = 4 * blocks * stream::kSlotFloats;
+  DFLASH_CHECK(kOp, counters.numel() >= parts + 4 && counters.numel() % 4 == 0, "counters",
+               "hold a multiple of 4 elements, at least " + std::to_string(parts + 4), counters.numel());
   const int64_t squares_bytes = fc_tiles * stream::kMaxTokens * 4, fused_bytes = hidden * stream::kMaxTokens * 2;
-  const int64_t needed = squares_bytes + fused_bytes + 4 * blocks * stream::kMaxTokens * stream::kTileRows * 4;
+  const int64_t needed = squares_bytes + fused_bytes;
   DFLASH_CHECK(kOp, workspace.numel() >= needed, "workspace", "hold at least " + std::to_string(needed) + " bytes",
                workspace.numel());
   if (rows == 0) return;
@@ -482,7 +482,7 @@ void stream_inject_cuda(Tensors taps, Tensor tiles, Tensor units, Tensor hidden_
   auto* scratch = static_cast<uint8_t*>(workspace.data_ptr());
   p.squares = reinterpret_cast<float*>(scratch);
   p.fused = reinterpret_cast<uint16_t*>(scratch + squares_bytes);
-  p.stream.partials = reinterpret_cast<float*>(scratch + squares_bytes + fused_bytes);
+  p.stream.partials = static_cast<float*>(counters.data_ptr()) + (counters.numel() - parts);
   p.stream.weights = static_cast<const uint8_t*>(tiles.data_ptr());
   p.stream.units = static_cast<const stream::Unit*>(units.data_ptr());
   p.stream.blocks = static_cast<int>(blocks);

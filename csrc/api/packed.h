@@ -40,7 +40,8 @@ inline void check_aligned_16(const char* op, const char* argument, const Tensor&
   DFLASH_CHECK(op, tensor.is_cpu() || address % 16 == 0, argument, "start at a multiple of 16 bytes", address % 16);
 }
 
-// weights [tiles, elements of a tile], units [blocks, n, 16], counters [n], on the device of `first`.
+// weights [tiles, elements of a tile], units [blocks, n, 16], counters [n] (Schedule.state in Python), on the device of
+// `first`.
 inline void check_packed(const char* op, const Tensor& weights, stream::WeightFormat format, int64_t tiles,
                          const Tensor& units, const Tensor& counters, int64_t slots, const Tensor& first) {
   const bool is_bf16 = format == stream::WeightFormat::kBf16;
@@ -57,7 +58,16 @@ inline void check_packed(const char* op, const Tensor& weights, stream::WeightFo
     check_contiguous(op, name, *tensor);
     check_aligned_16(op, name, *tensor);
   }
-  DFLASH_CHECK(op, slots >= 0, "slots", "be at least 0", slots);
+  DFLASH_CHECK(op, slots >= 0 && slots < (1 << 20), "slots", "be in 0..2^20", slots);
+  const int64_t parts = slots * stream::kSlotFloats, others = counters.numel() - parts;
+  DFLASH_CHECK(op, others > stream::kFirstCounter && others % 4 == 0, "counters",
+               "hold a multiple of 4 counters and " + std::to_string(parts) + " words of parts of sums",
+               counters.numel());
+}
+
+// The parts of sums behind the counters.
+inline float* packed_partials(const Tensor& counters, int64_t slots) {
+  return static_cast<float*>(counters.data_ptr()) + (counters.numel() - slots * stream::kSlotFloats);
 }
 
 }  // namespace dflash::api

@@ -84,6 +84,15 @@ __device__ __forceinline__ void store_relaxed(uint8_t* place, uint8_t value) {
 // Acquire and release; __threadfence() would be sequentially consistent, which nobody here needs.
 __device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+// Brings what a later load through the L1 will read into it.
+__device__ __forceinline__ void prefetch_l1(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];\n" ::"l"(global));
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
+}
+
 // ---- mbarriers and bulk copies ------------------------------------------------------------------------------------
 // An mbarrier is 8 bytes of shared memory. Its phases alternate in parity; a fresh one counts as having just ended a
 // phase of parity 1.
@@ -146,6 +155,14 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint
       : "memory");
 }
 
+// One arrival of this thread at `barrier` when all copy_async_16 that it started before have landed. It has to be among
+// the arrivals that the barrier was made for.
+__device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
+               : "memory");
+}
+
 // ---- parts of a block, blocks of a grid -------------------------------------------------------------------------
 
 // Barrier `id` (1..15; 0 is __syncthreads) of `threads` threads, whole warps.
@@ -163,6 +180,23 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
 
 __device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(counter), "r"(value) : "memory");
+}
+
+// Words that another block writes while this one looks: each of the four is whole, and nothing else is said about other
+// memory, so no fence is waited for.
+__device__ __forceinline__ uint4 load_relaxed(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_relaxed(uint4* to, const uint4& v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
 }
 
 // Returns the value before.

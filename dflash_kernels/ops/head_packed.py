@@ -21,7 +21,7 @@ def lm_head_argmax_packed_workspace(packed: PackedHead) -> torch.Tensor:
     Returns:
         uint8, on the device of the weights.
     """
-    size = torch.ops.dflash.lm_head_argmax_packed_workspace(packed.blocks, packed.slots)
+    size = torch.ops.dflash.lm_head_argmax_packed_workspace(packed.blocks)
     return torch.empty(size, dtype=torch.uint8, device=packed.weights.device)
 
 

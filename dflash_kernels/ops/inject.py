@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dflash_kernels.ops._errors import dflash_errors
-from dflash_kernels.stream import FIRST_COUNTER, TILE_ELEMENTS, TILE_K, TILE_ROWS, Schedule, pack_tiles, unpack_tiles
+from dflash_kernels.stream import TILE_ELEMENTS, TILE_K, TILE_ROWS, Schedule, pack_tiles, unpack_tiles
 
 __all__ = [
     "InjectPlan",
@@ -63,7 +63,7 @@ class InjectPlan:
     Attributes:
         tiles: ``[tiles, 8192]`` bf16, fc's row tiles of 128, then those of the KV projection, whole heads each.
         units: ``[blocks, units, 16]`` int32, see :mod:`dflash_kernels.stream`.
-        counters: int32, written by every call; workspace: uint8 scratch. One call at a time may use a plan.
+        counters: int32, see :meth:`dflash_kernels.stream.Schedule.state`, written by every call; workspace: uint8 scratch. One call at a time may use a plan.
     """
 
     tiles: torch.Tensor
@@ -124,11 +124,11 @@ def inject_kv_plan(
     schedule = inject_schedule(fc_weight.shape[1] // hidden, hidden, num_heads, head_dim, blocks)
     fc_tiles, kv_tiles = _ceil_div(hidden, TILE_ROWS), _ceil_div(num_heads, TILE_ROWS // head_dim)
     tiles = [pack_tiles(fc_weight).view(-1, TILE_ELEMENTS), _pack_heads(kv_weight, head_dim).view(-1, TILE_ELEMENTS)]
-    scratch = MAX_PLAN_ROWS * (4 * fc_tiles + 2 * hidden + 4 * blocks * TILE_ROWS * 4)
+    scratch = MAX_PLAN_ROWS * (4 * fc_tiles + 2 * hidden)
     return InjectPlan(
         torch.cat(tiles),
         schedule.units().to(device),
-        torch.zeros(FIRST_COUNTER + 1 + fc_tiles + kv_tiles, dtype=torch.int32, device=device),
+        schedule.state(device, 4 * blocks),
         torch.empty(scratch, dtype=torch.uint8, device=device),
     )
 

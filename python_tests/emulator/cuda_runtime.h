@@ -137,6 +137,10 @@ template <typename T>
 T __ldcg(const T* place) {
   return __ldg(place);
 }
+template <typename T>
+T __ldca(const T* place) {
+  return __ldg(place);
+}
 
 // One thread runs at a time, and none is interrupted here; but after a maximum of words another may come.
 template <typename T, typename Change>

@@ -1,9 +1,10 @@
 // draft_forward for at most 64 rows as one persistent kernel over the stream of weights (stream/stream.cuh).
 //
 // Stages of a layer; W streams through all of them, a hand-off is a counter that the next stage's blocks watch:
-//   qkv      x is normed by the loaders on its way to shared memory: bf16(x * rsqrt(mean x^2 + eps) * input_norm). The
-//            sums of squares come with x, one for 128 features, from whoever wrote these. A row tile holds whole heads;
-//            the block that finishes it adds the bias, norms and rotates q and k, and writes [B * T, heads, D].
+//   qkv      reads bf16(x * input_norm), which whoever wrote x left beside it; the norm's factor of a token,
+//            rsqrt(mean x^2 + eps), comes after the product, so that nobody waits for it (the sums of squares come with
+//            x, one for 128 features). A row tile holds whole heads; the block that finishes it adds the bias, norms
+//            and rotates q and k, and writes [B * T, heads, D].
 //   attend   (request, KV head, split of the keys, 64 query rows) dealt to the blocks; a first tile of context keys and
 //            values is fetched before the wait for qkv, as it does not depend on this pass. Writes parts, fp32.
 //   merge    adds the parts, a warp a (token, head), all blocks: the last block to arrive would be alone with up to 1
@@ -123,21 +124,74 @@ struct Draft {
     return rsqrtf(warp_sum(sum) / static_cast<float>(p.hidden) + p.eps);
   }
 
+  // ---- geometry of the attention ------------------------------------------------------------------------------------
+
+  static constexpr int kMostAhead = 1024;                       // keys of a unit that the loaders fetch ahead
+  static constexpr int kKeys = 64;                              // of a tile
+  static constexpr int kChunks = D / 8;                         // 16-byte pieces of a row
+  static constexpr int kCopies = kKeys * kChunks / kConsumers;  // of K, and of V, a thread and tile
+  static_assert(kStreamQueryRows * D * 2 <= stream::kTokenBuffers * stream::kTokenBufferBytes);
+  static_assert(kStreamQueryRows == kKeys, "Q is copied as K is");
+  static_assert(2 * kKeys * D * 2 <= stream::kBlockBytes);
+
+  struct Keys {  // of one request in one layer
+    int low;     // first context key that any query of the block sees
+    int tiles;   // of context; one more holds the block's own keys
+    int per_split;
+    // The last of them takes the block's own keys too.
+    __device__ __forceinline__ int used_splits() const { return max(1, (tiles + per_split - 1) / per_split); }
+  };
+
+  static __device__ __forceinline__ Keys keys_of(const Params& p, const Shared& shared, int layer, int b) {
+    Keys keys{};
+    const int window = p.layers[layer].window, prefix = shared.prefix[b];
+    if (window > 0) keys.low = clamp_to(static_cast<int64_t>(shared.earliest[b]) - window + 1, 0, prefix);
+    keys.tiles = (prefix - keys.low + kKeys - 1) / kKeys;
+    keys.per_split = max(1, (keys.tiles + p.splits - 1) / p.splits);
+    return keys;
+  }
+
+  // Unit: ((b * Hkv + KV head) * splits + split) * row_tiles + row tile.
+  struct Part {
+    int row0, kv_head, b;
+    int begin, end;  // tiles of keys; keys.tiles is the block's own. Empty: nobody reads what the unit leaves
+    Keys keys;
+  };
+
+  static __device__ __forceinline__ int num_parts(const Params& p) {
+    return p.batch * p.kv_heads * p.splits * p.row_tiles;
+  }
+
+  static __device__ __forceinline__ Part part_of(const Params& p, const Shared& shared, int layer, int unit) {
+    Part part;
+    part.row0 = unit % p.row_tiles * kStreamQueryRows;
+    const int split = unit / p.row_tiles % p.splits, pair = unit / (p.row_tiles * p.splits);
+    part.kv_head = pair % p.kv_heads;
+    part.b = pair / p.kv_heads;
+    part.keys = keys_of(p, shared, layer, part.b);
+    part.begin = split * part.keys.per_split;
+    const int last = part.keys.used_splits() - 1;
+    part.end = split == last ? part.keys.tiles + 1 : split < last ? part.begin + part.keys.per_split : part.begin;
+    return part;
+  }
+
   // ---- tokens on their way to shared memory ------------------------------------------------------------------------
 
   class Loader {
    public:
-    __device__ __forceinline__ Loader(const Params& p, Shared& shared, int) : p_(p), shared_(shared) {}
+    __device__ __forceinline__ Loader(const Params& p, Shared& shared) : p_(p), shared_(shared) {}
 
     __device__ __forceinline__ void enter(const Unit& u) {
       const int kind = u.stage % kKinds;
-      const int64_t layer = u.stage / kKinds;
-      const uint16_t* stack = kind == kQkv ? p_.input_norm : p_.post_norm;
-      norm_ = kind == kQkv || kind == kGateUp ? stack + layer * p_.hidden : nullptr;
-      from_ = kind == kOut ? p_.attended : kind == kDown ? p_.activated : p_.x;
+      normed_ = kind == kQkv || kind == kGateUp;
+      from_ = kind == kOut ? p_.attended : kind == kDown ? p_.activated : p_.weighted;
       width_ = kind == kOut ? p_.q_heads * D : kind == kDown ? p_.intermediate : p_.hidden;
-      if (norm_ == nullptr) return;
-      // Four lanes a token.
+    }
+
+    __device__ __forceinline__ bool has_more() const { return normed_; }
+
+    // The norm's factors. Four lanes a token.
+    __device__ __forceinline__ void more() {
       const int thread = static_cast<int>(threadIdx.x) - kConsumers, tiles = squares_of_token(p_);
       const int tokens = p_.batch * p_.block_size;
 #pragma unroll 1
@@ -156,26 +210,40 @@ struct Draft {
       named_barrier(stream::kLoaderBarrier, stream::kLoaders);
     }
 
+    // Brings the context's keys and values of this block's units into the L2: by the time that q is there they are,
+    // too.
+    __device__ __forceinline__ void job(const Unit& u) {
+      if (u.stage % kKinds != kAttend) return;
+      const int layer = u.stage / kKinds, thread = static_cast<int>(threadIdx.x) - kConsumers;
+      const StreamLayer& cache = p_.layers[layer];
+      for (int unit = u.index[0]; unit < num_parts(p_); unit += p_.stream.blocks) {
+        const Part part = part_of(p_, shared_, layer, unit);
+        const int first = part.keys.low + part.begin * kKeys;
+        const int last = min(part.keys.low + part.end * kKeys, shared_.prefix[part.b]);
+        for (int key = first + thread; key < min(last, first + kMostAhead); key += stream::kLoaders) {
+          const int64_t slot = p_.req_to_token.at(shared_.table_rows[part.b], key);
+          if (slot < 0 || slot >= cache.num_slots) continue;
+          const uint16_t* k = cache.k + slot * cache.k_slot_stride + part.kv_head * D;
+          const uint16_t* v = cache.v + slot * cache.v_slot_stride + part.kv_head * D;
+#pragma unroll
+          for (int i = 0; i < D; i += 64) {  // 128 bytes
+            prefetch_l2(k + i);
+            prefetch_l2(v + i);
+          }
+        }
+      }
+    }
+
     __device__ __forceinline__ const uint16_t* source(int k) const { return k < width_ ? from_ + k : nullptr; }
 
-    __device__ __forceinline__ uint4 load(const uint16_t* source, int token) const {
-      if (source == nullptr) return make_uint4(0, 0, 0, 0);
-      return __ldcg(reinterpret_cast<const uint4*>(source + static_cast<uint32_t>(token * width_)));
-    }
-
-    __device__ __forceinline__ uint4 factor(int k) const {
-      if (norm_ == nullptr || k >= width_) return make_uint4(0, 0, 0, 0);
-      return __ldg(reinterpret_cast<const uint4*>(norm_ + k));
-    }
-
-    __device__ __forceinline__ uint4 finish(const uint4& factor, int token, const uint4& x) const {
-      return norm_ == nullptr ? x : normed(x, shared_.scales[token], factor);
+    __device__ __forceinline__ const uint16_t* address(const uint16_t* source, int token) const {
+      return source == nullptr ? nullptr : source + static_cast<uint32_t>(token * width_);
     }
 
    private:
     const Params& p_;
     Shared& shared_;
-    const uint16_t* norm_ = nullptr;
+    bool normed_ = false;
     const uint16_t* from_ = nullptr;
     int width_ = 0;
   };
@@ -188,10 +256,34 @@ struct Draft {
     if (kind == kQkv) {
       finish_heads(p, shared, layer, u.row_tile, block, tokens, thread);
     } else if (kind == kGateUp) {
-      finish_gated(p, u.row_tile, block, tokens, thread);
+      finish_gated(p, shared, u.row_tile, block, tokens, thread);
     } else {
       const uint16_t* bias = kind == kOut && p.o_bias != nullptr ? p.o_bias + int64_t{layer} * p.hidden : nullptr;
-      finish_residual(p, bias, u.row_tile, block, tokens, thread);
+      // Of the norm that follows; after the last layer nobody reads x weighted.
+      const uint16_t* norm = kind == kOut ? p.post_norm + int64_t{layer} * p.hidden
+                                          : p.input_norm + int64_t{min(layer + 1, p.num_layers - 1)} * p.hidden;
+      finish_residual(p, bias, norm, u.row_tile, block, tokens, thread);
+    }
+  }
+
+  // What the end of a tile reads and no block writes, on its way while other blocks' parts are waited for.
+  static __device__ __forceinline__ void expect(const Params& p, const Shared& shared, const Unit& u, int tokens,
+                                                int thread) {
+    const int kind = u.stage % kKinds, layer = u.stage / kKinds;
+    if (kind == kQkv) {
+      const int lines = (p.rotary_dim + 31) / 32;  // of 128 bytes
+      for (int i = thread; i < tokens * lines; i += kConsumers) {
+        const int64_t row = clamp_to(shared.positions[i / lines], 0, p.max_positions - 1);
+        prefetch_l1(p.cos_sin + row * p.rotary_dim + i % lines * 32);
+      }
+      if (thread < 2 && p.q_norm != nullptr) prefetch_l1(p.q_norm + int64_t{layer} * D + 64 * thread);
+      if (thread >= 2 && thread < 4 && p.k_norm != nullptr)
+        prefetch_l1(p.k_norm + int64_t{layer} * D + 64 * (thread - 2));
+    } else if (kind != kGateUp && thread < 2) {
+      const int feature = u.row_tile * kTileRows + 64 * thread;
+      const int next = kind == kOut ? layer : min(layer + 1, p.num_layers - 1);
+      if (feature < p.hidden)
+        prefetch_l1((kind == kOut ? p.post_norm : p.input_norm) + int64_t{next} * p.hidden + feature);
     }
   }
 
@@ -223,7 +315,7 @@ struct Draft {
         if (p.qkv_bias != nullptr) {
           bias = from_bf16(__ldg(p.qkv_bias + (int64_t{layer} * all_heads + head) * D + i));
         }
-        value[j] = rounded(x[i] + bias);
+        value[j] = rounded(x[i] * shared.scales[token] + bias);
         sum += value[j] * value[j];
       }
       const float scale = rsqrtf(warp_sum(sum) / static_cast<float>(D) + p.eps);
@@ -246,13 +338,14 @@ struct Draft {
   }
 
   // A warp takes a token at a time, a lane four features. All of x is on its way before the first is changed.
-  static __device__ __forceinline__ void finish_residual(const Params& p, const uint16_t* bias, int row_tile,
-                                                         const float* block, int tokens, int thread) {
+  static __device__ __forceinline__ void finish_residual(const Params& p, const uint16_t* bias, const uint16_t* norm,
+                                                         int row_tile, const float* block, int tokens, int thread) {
     constexpr int kMost = kMaxTokens / kConsumerWarps;
     const int lane = thread % 32, warp = thread / 32;
     const int feature = row_tile * kTileRows + 4 * lane;
     const bool live = feature < p.hidden;
-    uint2 before[kMost], added = make_uint2(0, 0);
+    uint2 before[kMost], added = make_uint2(0, 0), weight = make_uint2(0, 0);
+    if (live) weight = __ldg(reinterpret_cast<const uint2*>(norm + feature));
     if (live && bias != nullptr) added = __ldg(reinterpret_cast<const uint2*>(bias + feature));
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
@@ -274,6 +367,9 @@ struct Draft {
       if (live) {
         *reinterpret_cast<uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature) =
             make_uint2(pack_bf16(a, b), pack_bf16(c, d));
+        *reinterpret_cast<uint2*>(p.weighted + static_cast<int64_t>(token) * p.hidden + feature) =
+            make_uint2(pack_bf16(a * low_half(weight.x), b * high_half(weight.x)),
+                       pack_bf16(c * low_half(weight.y), d * high_half(weight.y)));
       }
       const float squares = warp_sum(live ? a * a + b * b + c * c + d * d : 0.0f);
       if (lane == 0) p.squares[token * squares_of_token(p) + row_tile] = squares;
@@ -281,16 +377,17 @@ struct Draft {
   }
 
   // A warp takes a token at a time, a lane two features.
-  static __device__ __forceinline__ void finish_gated(const Params& p, int row_tile, const float* block, int tokens,
-                                                      int thread) {
+  static __device__ __forceinline__ void finish_gated(const Params& p, const Shared& shared, int row_tile,
+                                                      const float* block, int tokens, int thread) {
     const int lane = thread % 32, feature = row_tile * (kTileRows / 2) + 2 * lane;
     if (feature >= p.intermediate) return;
     for (int token = thread / 32; token < tokens; token += kConsumerWarps) {
       const float2 g = *reinterpret_cast<const float2*>(block + token * kBlockPitch + 2 * lane);
       const float2 u = *reinterpret_cast<const float2*>(block + token * kBlockPitch + kTileRows / 2 + 2 * lane);
+      const float scale = shared.scales[token];
       const auto gated = [](float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; };
       *reinterpret_cast<uint32_t*>(p.activated + static_cast<int64_t>(token) * p.intermediate + feature) =
-          pack_bf16(gated(g.x, u.x), gated(g.y, u.y));
+          pack_bf16(gated(g.x * scale, u.x * scale), gated(g.y * scale, u.y * scale));
     }
   }
 
@@ -316,17 +413,33 @@ struct Draft {
     const int64_t id = p.block_ids.at(token / p.block_size, token % p.block_size);
     const bool known = id >= 0 && id < p.vocab;
     const uint16_t* from = p.embed_weight + (known ? id : 0) * p.hidden;
-    const int tiles = squares_of_token(p);
-    for (int tile = thread / 32; tile < tiles; tile += kConsumerWarps) {
-      const int feature = tile * kTileRows + thread % 32 * 4;
-      uint2 x = make_uint2(0, 0);
-      if (known && feature < p.hidden) x = __ldg(reinterpret_cast<const uint2*>(from + feature));
-      if (feature < p.hidden) {
-        *reinterpret_cast<uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature) = x;
+    const int tiles = squares_of_token(p), lane = thread % 32;
+    constexpr int kAtOnce = 4;  // so that their trips to memory overlap
+    for (int first = thread / 32; first < tiles; first += kAtOnce * kConsumerWarps) {
+      uint2 x[kAtOnce], weight[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int feature = (first + i * kConsumerWarps) * kTileRows + 4 * lane;
+        x[i] = weight[i] = make_uint2(0, 0);
+        if (feature >= p.hidden) continue;
+        if (known) x[i] = __ldg(reinterpret_cast<const uint2*>(from + feature));
+        weight[i] = __ldg(reinterpret_cast<const uint2*>(p.input_norm + feature));
       }
-      const float a = low_half(x.x), b = high_half(x.x), c = low_half(x.y), d = high_half(x.y);
-      const float squares = warp_sum(a * a + b * b + c * c + d * d);
-      if (thread % 32 == 0) p.squares[token * tiles + tile] = squares;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int tile = first + i * kConsumerWarps, feature = tile * kTileRows + 4 * lane;
+        if (tile >= tiles) break;
+        const float a = low_half(x[i].x), b = high_half(x[i].x), c = low_half(x[i].y), d = high_half(x[i].y);
+        if (feature < p.hidden) {
+          const int64_t at = static_cast<int64_t>(token) * p.hidden + feature;
+          *reinterpret_cast<uint2*>(p.x + at) = x[i];
+          *reinterpret_cast<uint2*>(p.weighted + at) =
+              make_uint2(pack_bf16(a * low_half(weight[i].x), b * high_half(weight[i].x)),
+                         pack_bf16(c * low_half(weight[i].y), d * high_half(weight[i].y)));
+        }
+        const float squares = warp_sum(a * a + b * b + c * c + d * d);
+        if (lane == 0) p.squares[token * tiles + tile] = squares;
+      }
     }
   }
 
@@ -341,33 +454,9 @@ struct Draft {
 
   // ---- attention ---------------------------------------------------------------------------------------------------
 
-  static constexpr int kKeys = 64;                              // of a tile
-  static constexpr int kChunks = D / 8;                         // 16-byte pieces of a row
-  static constexpr int kCopies = kKeys * kChunks / kConsumers;  // of K, and of V, a thread and tile
-  static_assert(kStreamQueryRows * D * 2 <= stream::kTokenBuffers * stream::kTokenBufferBytes);
-  static_assert(kStreamQueryRows == kKeys, "Q is copied as K is");
-  static_assert(2 * kKeys * D * 2 <= stream::kBlockBytes);
-
-  struct Keys {  // of one request in one layer
-    int low;     // first context key that any query of the block sees
-    int tiles;   // of context; one more holds the block's own keys
-    int per_split;
-    __device__ __forceinline__ int used_splits() const { return (tiles + per_split) / per_split; }
-  };
-
-  static __device__ __forceinline__ Keys keys_of(const Params& p, const Shared& shared, int layer, int b) {
-    Keys keys{};
-    const int window = p.layers[layer].window, prefix = shared.prefix[b];
-    if (window > 0) keys.low = clamp_to(static_cast<int64_t>(shared.earliest[b]) - window + 1, 0, prefix);
-    keys.tiles = (prefix - keys.low + kKeys - 1) / kKeys;
-    keys.per_split = (keys.tiles + 1 + p.splits - 1) / p.splits;
-    return keys;
-  }
-
   static __device__ __forceinline__ int k_chunk(int key, int chunk) { return chunk ^ (key & 1) << 2; }
   static __device__ __forceinline__ int v_chunk(int key, int chunk) { return chunk ^ (key & 7); }
 
-  // Unit: ((b * Hkv + KV head) * splits + split) * row_tiles + row tile.
   template <typename Wait>
   static __device__ __forceinline__ void attend(const Params& p, Shared& shared, int layer, int first, float* block,
                                                 unsigned char* q_tile, int thread, const Wait& wait) {
@@ -376,21 +465,18 @@ struct Draft {
     const int qkv_stride = (p.q_heads + 2 * p.kv_heads) * D;
     auto* k_tile = reinterpret_cast<unsigned char*>(block);
     unsigned char* v_tile = k_tile + kKeys * D * 2;
-    const int units = p.batch * p.kv_heads * p.splits * p.row_tiles;
+    const int units = num_parts(p);
     constexpr int kStep = kConsumers / kChunks;
     bool waited = false;
 
     for (int unit = first; unit < units; unit += p.stream.blocks) {
       const int here = opaque(thread);
       // This thread copies piece here % kChunks of the keys here / kChunks + i * kStep.
-      const int row0 = unit % p.row_tiles * kStreamQueryRows;
-      const int split = unit / p.row_tiles % p.splits;
-      const int pair = unit / (p.row_tiles * p.splits);
-      const int kv_head = pair % p.kv_heads, b = pair / p.kv_heads;
-      const Keys keys = keys_of(p, shared, layer, b);
-      const int prefix = shared.prefix[b];
-      const int begin = split * keys.per_split, end = min(begin + keys.per_split, keys.tiles + 1);
-      if (begin >= end) continue;  // nobody reads this unit's part
+      const Part part_here = part_of(p, shared, layer, unit);
+      const Keys& keys = part_here.keys;
+      const int row0 = part_here.row0, kv_head = part_here.kv_head, b = part_here.b;
+      const int begin = part_here.begin, end = part_here.end, prefix = shared.prefix[b];
+      if (begin >= end) continue;
 
       int32_t slots[kCopies];  // of the tile that is copied next; -1: no such key
       const auto find_slots = [&](int tile) {
@@ -450,12 +536,6 @@ struct Draft {
       const int lane = here % 32, part = here / 32 % 4, half = here / 128;
       // This thread's rows: row0 + 16 part + lane / 4 + {0, 8}.
       const bool busy = row0 + 16 * part < query_rows;
-      int query_position[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = row0 + 16 * part + lane / 4 + 8 * h;
-        query_position[h] = shared.positions[b * p.block_size + (row < query_rows ? row / group : 0)];
-      }
       const float scale_log2 = p.scale * 1.4426950408889634f;
       float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
       float out[D / 16][4] = {};  // columns half * D / 2 ..
@@ -463,6 +543,7 @@ struct Draft {
       for (int tile = begin; tile < end; ++tile) {
         tile == begin ? copy_async_wait<0>() : copy_async_wait<1>();
         named_barrier(kConsumerBarrier, kConsumers);  // K is here, first Q too
+        if (tile == begin) wait.mark(stream::kFirstWeights);
         float s[kKeys / 8][4] = {};
         if (busy) {
           const int lane = opaque(here) % 32;
@@ -483,6 +564,7 @@ struct Draft {
           }
         }
         named_barrier(kConsumerBarrier, kConsumers);  // K has been read
+        if (tile == begin) wait.mark(stream::kLastTile);
         if (tile + 1 < end) copy(true, tile + 1);
         copy_async_commit();
 
@@ -499,6 +581,12 @@ struct Draft {
             return (cache.causal == 0 || distance >= 0) && (cache.window == 0 || abs(distance) < cache.window);
           };
           const bool all_visible = !own && cache.window == 0 && first_key + kKeys <= prefix;
+          int query_position[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int row = row0 + 16 * part + lane / 4 + 8 * h;
+            query_position[h] = shared.positions[b * p.block_size + (row < query_rows ? row / group : 0)];
+          }
 #pragma unroll
           for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
@@ -532,7 +620,9 @@ struct Draft {
           }
         }
         copy_async_wait<1>();
+        if (tile == begin) wait.mark(stream::kAddedHalves);
         named_barrier(kConsumerBarrier, kConsumers);  // V is here
+        if (tile == begin) wait.mark(stream::kLeftPart);
         if (busy) {
 #pragma unroll
           for (int kk = 0; kk < kKeys / 16; ++kk) {
@@ -556,6 +646,7 @@ struct Draft {
         find_slots(tile + 2);
       }
 
+      wait.mark(stream::kAddedParts);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);

@@ -30,7 +30,7 @@ struct StreamLayer {
 struct StreamDraftParams {
   stream::StreamParams stream;
   int batch = 0, block_size = 0, hidden = 0, intermediate = 0, q_heads = 0, kv_heads = 0;
-  int rotary_dim = 0;
+  int rotary_dim = 0, num_layers = 0;
   int splits = 1;     // parts the keys of a request are cut into
   int row_tiles = 1;  // of kStreamQueryRows of the T * G query rows of a KV head
   int64_t vocab = 0, max_positions = 0, rows = 0, width = 0;
@@ -49,6 +49,7 @@ struct StreamDraftParams {
   float eps = 1e-6f, scale = 1.0f;
 
   uint16_t* x = nullptr;           // [B * T, H], the residual stream
+  uint16_t* weighted = nullptr;    // [B * T, H], x times the weights of the norm that follows
   uint16_t* qkv = nullptr;         // [B * T, (Hq + 2 * Hkv) * D], q and k normed and rotated
   uint16_t* attended = nullptr;    // [B * T, Hq * D]
   uint16_t* activated = nullptr;   // [B * T, I]
@@ -70,12 +71,12 @@ inline int64_t stream_splits(const DraftSizes& s, int64_t blocks) {
 
 // Byte offsets; every part starts at a multiple of 256 bytes.
 struct StreamWorkspacePlan {
-  int64_t x = 0, qkv = 0, attended = 0, activated = 0, squares = 0, partial_out = 0, partial_stats = 0, partials = 0;
+  int64_t x = 0, weighted = 0, qkv = 0, attended = 0, activated = 0, squares = 0, partial_out = 0, partial_stats = 0;
   int64_t bytes = 0;
 };
 
-// `slots`: of the schedule's partial sums. Of the batch: grows with it.
-inline StreamWorkspacePlan plan_stream_workspace(const DraftSizes& s, int64_t blocks, int64_t slots) {
+// Grows with the batch.
+inline StreamWorkspacePlan plan_stream_workspace(const DraftSizes& s, int64_t blocks) {
   StreamWorkspacePlan plan;
   auto take = [&plan](int64_t bytes) {
     const int64_t offset = plan.bytes;
@@ -83,15 +84,14 @@ inline StreamWorkspacePlan plan_stream_workspace(const DraftSizes& s, int64_t bl
     return offset;
   };
   const int64_t tokens = s.tokens(), units = std::max(blocks, s.batch * s.kv_heads * stream_row_tiles(s));
-  const int64_t columns = tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
   plan.x = take(tokens * s.hidden * 2);
+  plan.weighted = take(tokens * s.hidden * 2);
   plan.qkv = take(tokens * s.qkv_width() * 2);
   plan.attended = take(tokens * s.q_heads * s.head_dim * 2);
   plan.activated = take(tokens * s.intermediate * 2);
   plan.squares = take(tokens * ((s.hidden + stream::kTileRows - 1) / stream::kTileRows) * 4);
   plan.partial_out = take(units * kStreamQueryRows * s.head_dim * 4);
   plan.partial_stats = take(units * kStreamQueryRows * 2 * 4);
-  plan.partials = take(slots * columns * stream::kTileRows * 4);
   plan.bytes = std::max<int64_t>(plan.bytes, 256);
   return plan;
 }

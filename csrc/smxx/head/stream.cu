@@ -45,21 +45,27 @@ struct Argmax {
 
   class Loader {
    public:
-    __device__ __forceinline__ Loader(const Params& p, Shared&, int) : p_(p) {}
+    __device__ __forceinline__ Loader(const Params& p, Shared&) : p_(p) {}
+    __device__ __forceinline__ void job(const Unit&) {}
     __device__ __forceinline__ void enter(const Unit&) {}
+    __device__ __forceinline__ bool has_more() const { return false; }
+    __device__ __forceinline__ void more() {}
     __device__ __forceinline__ const uint16_t* source(int k) const {
       return k < p_.hidden_size ? p_.hidden + k : nullptr;
     }
-    __device__ __forceinline__ uint4 load(const uint16_t* source, int token) const {
-      if (source == nullptr) return make_uint4(0, 0, 0, 0);
-      return __ldcg(reinterpret_cast<const uint4*>(source + token * p_.hidden_stride));
+    __device__ __forceinline__ const uint16_t* address(const uint16_t* source, int token) const {
+      return source == nullptr ? nullptr : source + token * p_.hidden_stride;
     }
-    __device__ __forceinline__ int factor(int) const { return 0; }
-    __device__ __forceinline__ uint4 finish(int, int, const uint4& x) const { return x; }
 
    private:
     const Params& p_;
   };
+
+  static __device__ __forceinline__ void expect(const Params& p, const Shared&, const Unit& u, int, int thread) {
+    if (thread < 2 && p.bias != nullptr && u.row_tile * kTileRows + 64 * thread < p.vocab) {
+      prefetch_l1(p.bias + u.row_tile * kTileRows + 64 * thread);
+    }
+  }
 
   // A warp takes a token at a time, always the same ones; a lane four rows.
   static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u, const float* block,

@@ -1,11 +1,12 @@
 // inject_kv for at most 64 rows: one launch that streams fc's and the KV projection's weights (stream/stream.cuh).
 //
-//   stage 0  f = bf16(taps fc^T), row tiles of 128 features over K * H columns; a finished tile leaves f and, of each
-//            token, the sum of its 128 squares. The taps' rows are read where they lie: no concatenation, dead rows
-//            never.
-//   stage 1  k | v = bf16(x kv^T + bias) with x = bf16(f * rsqrt(mean f^2 + eps) * hidden_norm) made by the loaders on
-//            the way to shared memory; row tiles hold whole heads, so that the block that finishes a tile norms,
-//            rotates and writes its heads into the caches. k and v are never in memory elsewhere.
+//   stage 0  f = bf16(taps fc^T), row tiles of 128 features over K * H columns; a finished tile leaves g = bf16(f *
+//            hidden_norm) and, of each token, the sum of 128 f^2. The taps' rows are read where they lie: no
+//            concatenation, dead rows never.
+//   stage 1  k | v = bf16(scale (g kv^T) + bias), scale = rsqrt(mean f^2 + eps) of the token: the norm's factor comes
+//            after the product, so that nobody waits for it, and x = f * scale * hidden_norm is rounded once, as in the
+//            definition. Row tiles hold whole heads, so that the block that finishes a tile norms, rotates and writes
+//            its heads into the caches. k and v are never in memory elsewhere.
 // Stage 1 needs all of f (the mean), so the hand-off is one counter of stage 0's row tiles; W keeps streaming
 // meanwhile.
 //
@@ -82,11 +83,15 @@ struct Inject {
       int64_t stride;
     };
 
-    __device__ __forceinline__ Loader(const Params& p, Shared& shared, int) : p_(p), shared_(shared) {}
+    __device__ __forceinline__ Loader(const Params& p, Shared& shared) : p_(p), shared_(shared) {}
 
-    __device__ __forceinline__ void enter(const Unit& u) {
-      stage_ = u.stage;
-      if (stage_ == 0) return;
+    __device__ __forceinline__ void enter(const Unit& u) { stage_ = u.stage; }
+
+    __device__ __forceinline__ void job(const Unit&) {}
+
+    __device__ __forceinline__ bool has_more() const { return stage_ == 1; }
+
+    __device__ __forceinline__ void more() {
       const int token = static_cast<int>(threadIdx.x) - stream::kConsumers;
       if (token < shared_.tokens) {
         float sum = 0.0f;
@@ -106,26 +111,9 @@ struct Inject {
       return {k < p_.hidden ? p_.fused + k : nullptr, p_.hidden};
     }
 
-    __device__ __forceinline__ uint4 load(const Source& source, int token) const {
-      if (source.from == nullptr) return make_uint4(0, 0, 0, 0);
-      const int row = stage_ == 0 ? shared_.rows[token] : token;
-      return __ldcg(reinterpret_cast<const uint4*>(source.from + row * source.stride));
-    }
-
-    // Eight of hidden_norm.
-    __device__ __forceinline__ uint4 factor(int k) const {
-      if (stage_ == 0 || k >= p_.hidden) return make_uint4(0, 0, 0, 0);
-      return __ldg(reinterpret_cast<const uint4*>(p_.hidden_norm + k));
-    }
-
-    __device__ __forceinline__ uint4 finish(const uint4& factor, int token, uint4 x) const {
-      if (stage_ == 0) return x;
-      const float scale = shared_.scales[token];
-      const auto pair = [&](uint32_t f, uint32_t w) {
-        return pack_bf16(from_bf16(f & 0xffffu) * scale * from_bf16(w & 0xffffu),
-                         from_bf16(f >> 16) * scale * from_bf16(w >> 16));
-      };
-      return make_uint4(pair(x.x, factor.x), pair(x.y, factor.y), pair(x.z, factor.z), pair(x.w, factor.w));
+    __device__ __forceinline__ const uint16_t* address(const Source& source, int token) const {
+      if (source.from == nullptr) return nullptr;
+      return source.from + (stage_ == 0 ? shared_.rows[token] : token) * source.stride;
     }
 
    private:
@@ -133,6 +121,21 @@ struct Inject {
     Shared& shared_;
     int stage_ = 0;
   };
+
+  // What the end of a tile reads and no block writes, on its way while other blocks' parts are waited for.
+  static __device__ __forceinline__ void expect(const Params& p, const Shared& shared, const Unit& u, int tokens,
+                                                int thread) {
+    const WriteParams& w = p.write;
+    if (u.stage == 0) {
+      const int feature = u.row_tile * kTileRows + 64 * thread;
+      if (thread < 2 && feature < p.hidden) prefetch_l1(p.hidden_norm + feature);
+      return;
+    }
+    const int lines = (w.rotary_dim + 31) / 32;  // of 128 bytes
+    for (int i = thread; i < tokens * lines; i += stream::kConsumers) {
+      prefetch_l1(w.cos_sin + shared.positions[i / lines] * w.cos_sin_stride + i % lines * 32);
+    }
+  }
 
   static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u, float* block,
                                                 int tokens, int thread) {
@@ -144,12 +147,15 @@ struct Inject {
                                                       int thread) {
     const int lane = thread % 32;
     const int feature = u.row_tile * kTileRows + 4 * lane;
+    uint2 weight = make_uint2(0, 0);
+    if (feature < p.hidden) weight = __ldg(reinterpret_cast<const uint2*>(p.hidden_norm + feature));
     for (int token = thread / 32; token < tokens; token += kConsumerWarps) {
       float4 f = *reinterpret_cast<const float4*>(block + token * kBlockPitch + 4 * lane);
       f = make_float4(rounded(f.x), rounded(f.y), rounded(f.z), rounded(f.w));
       if (feature < p.hidden) {
         *reinterpret_cast<uint2*>(p.fused + static_cast<int64_t>(token) * p.hidden + feature) =
-            make_uint2(pack_bf16(f.x, f.y), pack_bf16(f.z, f.w));
+            make_uint2(pack_bf16(f.x * from_bf16(weight.x & 0xffffu), f.y * from_bf16(weight.x >> 16)),
+                       pack_bf16(f.z * from_bf16(weight.y & 0xffffu), f.w * from_bf16(weight.y >> 16)));
       }
       const float sum = warp_sum(f.x * f.x + f.y * f.y + f.z * f.z + f.w * f.w);
       if (lane == 0) p.squares[u.row_tile * kMaxTokens + token] = sum;
@@ -174,7 +180,7 @@ struct Inject {
       float* x = block + token * kBlockPitch + head * dim;
       float sum = 0.0f;
       for (int i = lane; i < dim; i += 32) {
-        float value = x[i];
+        float value = x[i] * shared.scales[token];
         if (p.kv_bias != nullptr) value += from_bf16(__ldg(p.kv_bias + static_cast<int64_t>(row) * dim + i));
         value = rounded(value);
         x[i] = value;
@@ -221,3 +227,11 @@ void launch_stream_inject_kv(const StreamInjectParams& p, cudaStream_t stream) {
 }
 
 }  // namespace dflash::inject
+
+#ifdef DFLASH_STREAM_TRACE
+// [kTraceBlocks][kTraceUnits][kEvents] uint32 of the last launch.
+extern "C" __attribute__((visibility("default"))) int dflash_trace_inject(void* host) {
+  using dflash::stream::trace_times;
+  return static_cast<int>(cudaMemcpyFromSymbol(host, trace_times, sizeof trace_times));
+}
+#endif

@@ -19,7 +19,7 @@ struct StreamInjectParams {
   int fc_tiles = 0;                       // row tiles of stage 0
   const uint16_t* hidden_norm = nullptr;  // [H]
   const uint16_t* kv_bias = nullptr;      // [L * 2 * Hkv * D]; nullptr: none
-  uint16_t* fused = nullptr;              // [64, H] scratch: f
+  uint16_t* fused = nullptr;              // [64, H] scratch: f * hidden_norm
   float* squares = nullptr;               // [fc_tiles, 64] scratch: sums of f^2
   WriteParams write;                      // kv and order left empty
 };

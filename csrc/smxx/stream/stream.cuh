@@ -12,33 +12,49 @@
 //               W is the M side (m16), tokens the N side (n8), so a block of 16 tokens is two n8 tiles and nothing is
 //               padded. At a unit's end the two halves of K are added in shared memory, then the parts of other blocks,
 //               in a fixed order, whatever arrives first: results do not depend on timing or on the number of tokens.
-//   warps 8-10  loaders: global (L2) -> registers -> whatever the policy does with them -> shared memory, each warp one
-//               8 KB buffer of tokens: 64 columns of 64 tokens, 128 of 32 or 256 of 16. Only they wait for other
-//               blocks.
-//   warp 11     producer: bulk copies of W into the ring, L2 evict-first.
+//   warps 8, 9  loaders: asynchronous copies of tokens from global memory (L2) to four buffers of 8 KB in turn, 64
+//               columns of 64 tokens, 128 of 32 or 256 of 16. Only they wait for other blocks' counters.
+//   warp 10     producer: bulk copies of W into the ring, L2 evict-first.
 //
-// Shared memory: [kStages][16 KB] W | [3][8 KB] tokens | [64][132] fp32 finished block, [token][row] | Control.
+// The ring holds 10 tiles, 7 us of the memory's time: that much of a hand-off between stages costs nothing. But only
+// kInFlight tiles are under way at a time. They are enough for the full rate, and all that is under way beyond that
+// waits in queues, with everybody else's loads and atomics behind it; worse, a release (any fence of the device's
+// scope) waits for what its SM has under way. Measured on an H100, ns a trip (tools/probes/stream_latency.cu):
+//     tiles under way   TB/s   L2 load   store, red.release
+//            2          3.05     350         1290
+//            3          3.13     620         2420
+//            6          3.15    1250         6440
+//           12          3.15    4010        13660
+// For the same reason parts of sums are passed without a fence: words that are kNothing until they are written.
+//
+// Shared memory: [kStages][16 KB] W | [4][8 KB] tokens | [64][132] fp32 finished block, [token][row] | Control.
 // A token buffer: [64 columns of K][half of 32 columns][token][32 columns], tokens 2 i and 2 i + 1 swapped in the
 // second half, so that a warp reads an n8 tile as 512 consecutive bytes and a row's stores fall on both halves of the
 // banks.
 //
-// Barriers: weights_full 1 arrival + 16 KB; weights_empty 8 (consumer warps); tokens_full 1 (the loader warp);
-// tokens_empty 8; named barriers 1: 256 consumers, 2: all 384 threads once, 3: 96 loaders (policies).
+// mbarriers: weights_full 1 arrival + 16 KB; weights_empty 8 (consumer warps); tokens_full 33 (a loader warp's copies,
+// and its lane 0 for what it wrote itself); tokens_empty 8; prepared 320, all but the producer. Named barriers: 1 of
+// the 256 consumers, 3 of the 64 loaders (policies).
 //
 // Instructions for a tile and warp, 16 tokens: 4 + 2 loads of 16 bytes a lane, 8 mma, some 20 for the ring: 8 warps
 // issue for about 70 cycles on each of the four schedulers. 64 tokens: 32 mma; shared memory is then the most used, 24
 // KB written and 48 KB read, 580 cycles.
 //
 // A policy says what the stages are:
-//   Params   with a member `StreamParams stream`;  Format  see format.cuh;  Shared  a struct of its own in shared
-//   memory static void prepare(p, shared, thread)    352 threads, before anything else; a barrier follows static int
-//   tokens(p, shared)              live tokens, 0..64; the same in all blocks class Loader(p, shared, lane) of one
-//   loader warp:
+//   Params    with a member `StreamParams stream`
+//   Format    see format.cuh
+//   Shared    a struct of its own in shared memory
+//   static void prepare(p, shared, thread)    320 threads, before anything else; a barrier follows
+//   static int tokens(p, shared)              live tokens, 0..64; the same in all blocks
+//   class Loader(p, shared) of one loader warp:
+//     void job(unit)                          for a unit without weights, maybe long before it runs: may prefetch
 //     void enter(unit)                        once a stage, by all loader warps, after its first wait
+//     bool has_more() / void more()           once a stage, too: what the tiles' ends need from other blocks, written
+//                                             to `shared` by all loader warps, which meet at kLoaderBarrier
 //     Source source(k)                        where columns k .. k + 7 come from
-//     uint4 load(source, token)               the load only
-//     Factor factor(k)                        what the columns are multiplied with, say
-//     uint4 finish(factor, token, raw)        what goes to shared memory
+//     const uint16_t* address(source, token)  nullptr: zeros
+//   static void expect(p, shared, unit, tokens, thread)            256 threads, before other blocks' parts are waited
+//                                           for: may prefetch what finish will read
 //   static void finish(p, shared, unit, block, tokens, thread)     256 threads; block[token * kBlockPitch + row]
 //   static void job(p, shared, unit, block, buffers, tokens, thread, wait)   the same for units without weights. Calls
 //                                           wait() once and reads before that only what no stage of this launch writes.
@@ -54,30 +70,35 @@
 #include "common/ptx.cuh"
 #include "smxx/stream/format.cuh"
 #include "smxx/stream/schedule.h"
+#include "smxx/stream/trace.cuh"
 
 namespace dflash::stream {
 
-constexpr int kConsumerWarps = 8, kLoaderWarps = 3;  // 12 warps in all: 168 registers a thread
+constexpr int kConsumerWarps = 8, kLoaderWarps = 2;  // 11 warps in all: 184 registers a thread
 constexpr int kConsumers = 32 * kConsumerWarps, kLoaders = 32 * kLoaderWarps;
 constexpr int kThreads = kConsumers + kLoaders + 32;
-constexpr int kTokenBuffers = kLoaderWarps, kTokenBufferBytes = 8192;
+constexpr int kTokenBuffers = 4, kTokenBufferBytes = 8192;
 constexpr int kBlockPitch = kTileRows + 4;  // floats; the 4 tokens x 8 rows that a warp stores at once fall on 32 banks
 constexpr int kBlockBytes = kMaxTokens * kBlockPitch * 4;
 constexpr int kMaxSharedBytes = 232448;
 constexpr int kMostStages = 16;
-constexpr int kConsumerBarrier = 1, kPreparedBarrier = 2, kLoaderBarrier = 3;
+constexpr int kInFlight = 3;  // tiles
+constexpr int kConsumerBarrier = 1, kLoaderBarrier = 3;
 
 template <typename Policy>
 struct Control {
   uint64_t weights_full[kMostStages], weights_empty[kMostStages];
   uint64_t tokens_full[kTokenBuffers], tokens_empty[kTokenBuffers];
-  uint32_t launch;  // how many launches of this schedule came before
-  uint32_t last;    // this block finishes the row tile
+  uint64_t prepared;
+  uint64_t job_done;             // a job has read what it put into the buffers of tokens
+  uint32_t launch;               // how many launches of this schedule came before
+  int32_t unit[kConsumerWarps];  // that a consumer warp is at: neither products nor jobs have a register for it
   typename Policy::Shared policy;
 };
 
 template <typename Policy>
 struct Layout {
+  static_assert(kTokenBuffers % kLoaderWarps == 0, "a buffer has one loader");
   static constexpr int kFixed = kTokenBuffers * kTokenBufferBytes + kBlockBytes + int(sizeof(Control<Policy>));
   static constexpr int kTile = Policy::Format::kBytes;
   static constexpr int kFree = (kMaxSharedBytes - kFixed) / kTile;
@@ -89,18 +110,26 @@ struct Layout {
   static_assert(kStages >= 8, "128 KB of weights in flight");
 };
 
-// Position in a ring of `size` buffers. `parity` is that of the phase to wait for.
-template <int size>
-struct Ring {
-  int at = 0;
-  uint32_t parity;
-  __device__ __forceinline__ explicit Ring(uint32_t first_parity) : parity(first_parity) {}
+// Position in a ring of `size` buffers, and the parity of the phase to wait for: 16 bits of `state` from `shift` on, as
+// the consumers have no register to spare.
+template <int size, int shift = 0>
+class Ring {
+ public:
+  __device__ __forceinline__ explicit Ring(uint32_t& state, uint32_t first_parity) : state_(state) {
+    state_ |= first_parity << (shift + 8);
+  }
+  __device__ __forceinline__ int at() const { return static_cast<int>(state_ >> shift & 0xffu); }
+  __device__ __forceinline__ uint32_t parity() const { return state_ >> (shift + 8) & 1u; }
   __device__ __forceinline__ void advance() {
-    if (++at == size) {
-      at = 0;
-      parity ^= 1;
+    if (at() == size - 1) {
+      state_ ^= (0x100u | (size - 1)) << shift;
+    } else {
+      state_ += 1u << shift;
     }
   }
+
+ private:
+  uint32_t& state_;
 };
 
 template <typename Policy>
@@ -121,9 +150,11 @@ class Stream {
         mbarrier_init(&stream.control_.weights_empty[i], kConsumerWarps);
       }
       for (int i = 0; i < kTokenBuffers; ++i) {
-        mbarrier_init(&stream.control_.tokens_full[i], 1);
+        mbarrier_init(&stream.control_.tokens_full[i], 33);
         mbarrier_init(&stream.control_.tokens_empty[i], kConsumerWarps);
       }
+      mbarrier_init(&stream.control_.prepared, kThreads - 32);
+      mbarrier_init(&stream.control_.job_done, kConsumers);
       mbarrier_init_fence();
     }
     __syncthreads();
@@ -138,7 +169,8 @@ class Stream {
       stream.control_.launch = static_cast<uint32_t>(before / static_cast<unsigned>(p.stream.blocks));
     }
     Policy::prepare(p, stream.control_.policy, static_cast<int>(threadIdx.x));
-    named_barrier(kPreparedBarrier, kThreads);
+    mbarrier_arrive(&stream.control_.prepared);
+    mbarrier_wait(&stream.control_.prepared, 0);
     const int tokens = Policy::tokens(p, stream.control_.policy);
     if (warp < kConsumerWarps) {
       if (tokens == 0) {
@@ -176,15 +208,23 @@ class Stream {
         block_(reinterpret_cast<float*>(shared + Memory::kBlock)),
         control_(*reinterpret_cast<Control<Policy>*>(shared + Memory::kControl)) {}
 
+  // Through the L1: a unit is looked at several times, and the next one is on its way there.
   __device__ __forceinline__ Unit unit(int i) const {
-    if (i >= p_.stream.max_units) return Unit{0, 0, -1};
-    const Unit* at = p_.stream.units + static_cast<int64_t>(blockIdx.x) * p_.stream.max_units + i;
+    const Unit* at = p_.stream.units + opaque(static_cast<int>(blockIdx.x)) * int64_t{p_.stream.max_units} + i;
     Unit result;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      reinterpret_cast<int4*>(&result)[j] = __ldcg(reinterpret_cast<const int4*>(at) + j);
+      reinterpret_cast<int4*>(&result)[j] = __ldca(reinterpret_cast<const int4*>(at) + j);
     }
     return result;
+  }
+
+  __device__ __forceinline__ int unit_here() const { return control_.unit[opaque(threadIdx.x) / 32]; }
+
+  __device__ __forceinline__ void prefetch_unit(int i) const {
+    const Unit* at = p_.stream.units + opaque(static_cast<int>(blockIdx.x)) * int64_t{p_.stream.max_units} + i;
+    prefetch_l1(at);
+    prefetch_l1(reinterpret_cast<const char*>(at) + 32);
   }
 
   // The value that a counter reaches in this launch.
@@ -205,12 +245,14 @@ class Stream {
   __device__ __forceinline__ void produce() {
     const int lane = threadIdx.x % 32;
     const uint64_t policy = evict_first_policy();
-    Ring<kStages> ring(1);
+    uint32_t rings = 0;
+    Ring<kStages> ring(rings, 1);
+    Ring<kStages, 16> landed(rings, 0);
     int started = 0;
     bool joined = false;
     const auto join = [&] {  // false: nobody will consume what is under way
       joined = true;
-      named_barrier(kPreparedBarrier, kThreads);
+      mbarrier_wait(&control_.prepared, 0);
       if (Policy::tokens(p_, control_.policy) > 0) return true;
       for (int i = 0; i < started; ++i) mbarrier_wait(&control_.weights_full[i], 0);
       return false;
@@ -218,14 +260,22 @@ class Stream {
     for (int i = 0;; ++i) {
       const Unit u = unit(i);
       if (u.tiles < 0) break;
+      prefetch_unit(i + 1);
       const unsigned char* from = p_.stream.weights + static_cast<int64_t>(u.weight_tile) * kTile;
+      trace(i, kProducerBegins, lane == 0);
       for (int tile = 0; tile < u.tiles; ++tile, from += kTile) {
         if (started == kStages && !joined && !join()) return;
-        mbarrier_wait(&control_.weights_empty[ring.at], ring.parity);
-        if (lane == 0) {
-          mbarrier_arrive_expect(&control_.weights_full[ring.at], kTile);
-          copy_bulk(weights_ + ring.at * kTile, from, kTile, &control_.weights_full[ring.at], policy);
+        if (started >= kInFlight) {
+          mbarrier_wait(&control_.weights_full[landed.at()], landed.parity());
+          landed.advance();
         }
+        mbarrier_wait(&control_.weights_empty[ring.at()], ring.parity());
+        if (lane == 0) {
+          mbarrier_arrive_expect(&control_.weights_full[ring.at()], kTile);
+          copy_bulk(weights_ + ring.at() * kTile, from, kTile, &control_.weights_full[ring.at()], policy);
+        }
+        if (tile == 0) trace(i, kFirstIssued, lane == 0);
+        if (tile == u.tiles - 1) trace(i, kLastIssued, lane == 0);
         __syncwarp();
         ring.advance();
         if (started < kStages) ++started;
@@ -242,58 +292,79 @@ class Stream {
     constexpr int kSteps = kMaxTokens / kColumns;  // of 64 columns of K in a buffer
     constexpr int kChunks = kColumns / 4;          // of a lane in a step: 8 lanes a token
     const int warp = static_cast<int>(threadIdx.x) / 32 - kConsumerWarps, lane = threadIdx.x % 32;
-    typename Policy::Loader loader(p_, control_.policy, lane);
-    unsigned char* buffer = tokens_ + warp * kTokenBufferBytes;
+    typename Policy::Loader loader(p_, control_.policy);
     const int piece = lane % 8, half = piece / 4, row = lane / 8;
-    uint32_t parity = 1;
     int group = 0, stage = -1;
+    uint32_t job_parity = 0;
     for (int i = 0;; ++i) {
       const Unit u = unit(i);
       if (u.tiles < 0) break;
-      if (u.tiles == 0) continue;
+      prefetch_unit(i + 1);
+      if (u.tiles == 0) {
+        loader.job(u);
+        mbarrier_wait(&control_.job_done, job_parity);
+        job_parity ^= 1;
+        continue;
+      }
       int known = u.wait < 0 ? u.wait : u.wait + (u.k_tile >> u.wait_shift) - 1;  // counters that have been seen full
       const auto wait_for_tile = [&](int k_tile) {
         if (u.wait < 0) return;
         while (known < u.wait + (k_tile >> u.wait_shift)) wait_for_counter(++known, u.wait_target);
       };
+      bool more = false;
       if (u.stage != stage) {
         stage = u.stage;
+        trace(i, kLoaderBegins, threadIdx.x == kConsumers);
         wait_for_tile(u.k_tile);
+        trace(i, kCounterSeen, threadIdx.x == kConsumers);
         loader.enter(u);
+        more = loader.has_more();
       }
       const int steps = u.tiles * Format::kSteps;
       for (int first = 0; first < steps; first += kSteps) {
-        if (group++ % kLoaderWarps != warp) continue;
+        const int here = group++, at = here % kTokenBuffers;
+        if (here % kLoaderWarps != warp) continue;
         const int count = min(kSteps, steps - first);
         wait_for_tile(u.k_tile + (first + count - 1) / Format::kSteps);
-        uint4 raw[kSteps][kChunks];
+        mbarrier_wait(&control_.tokens_empty[at], here / kTokenBuffers % 2 == 0 ? 1 : 0);
         const int k = 64 * (u.k_tile * Format::kSteps + first) + 8 * piece;
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
           const auto source = loader.source(k + 64 * s);
 #pragma unroll
           for (int c = 0; c < kChunks; ++c) {
-            if (s < count && 4 * c + row < tokens) raw[s][c] = loader.load(source, 4 * c + row);
-          }
-        }
-        mbarrier_wait(&control_.tokens_empty[warp], parity);
-        parity ^= 1;
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          const auto factor = loader.factor(k + 64 * s);
-#pragma unroll
-          for (int c = 0; c < kChunks; ++c) {
             const int token = 4 * c + row;
             if (s >= count || token >= tokens) continue;
-            unsigned char* to = buffer + s * (kColumns * 128) + half * (kColumns * 64) + (token ^ half) * 64;
-            *reinterpret_cast<uint4*>(to + piece % 4 * 16) = loader.finish(factor, token, raw[s][c]);
+            unsigned char* to =
+                tokens_ + at * kTokenBufferBytes + s * (kColumns * 128) + half * (kColumns * 64) + (token ^ half) * 64;
+            const uint16_t* from = loader.address(source, token);
+            const void* any = p_.stream.units;
+            copy_async_16(to + piece % 4 * 16, from != nullptr ? from : any, from != nullptr ? 16 : 0);
           }
         }
+        copy_async_arrive(&control_.tokens_full[at]);
+        if (more) loader.more();
+        more = false;
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(&control_.tokens_full[warp]);
+        if (lane == 0) mbarrier_arrive(&control_.tokens_full[at]);
+        if (first == 0) trace(i, kTokensStored, lane == 0);
       }
+      if (more) loader.more();
     }
   }
+
+  // Of a job.
+  struct Wait {
+    const Stream& stream;
+    __device__ __forceinline__ void operator()() const {
+      const Unit u = stream.unit(stream.unit_here());
+      if (u.wait < 0) return;
+      if (threadIdx.x == 0) stream.wait_for_counter(u.wait, u.wait_target);
+      named_barrier(kConsumerBarrier, kConsumers);
+      mark(kFirstTokens);
+    }
+    __device__ __forceinline__ void mark(int event) const { trace(stream.unit_here(), event, threadIdx.x == 0); }
+  };
 
   // ---- consumers -------------------------------------------------------------------------------------------------
 
@@ -302,38 +373,43 @@ class Stream {
     constexpr int kColumns = 8 * kTiles;
     constexpr int kSteps = kMaxTokens / kColumns;
     constexpr int kUnrolled = kTiles == 8 ? 1 : Format::kSteps;  // 64 sums leave no registers for two steps
-    Ring<kStages> weights(0);
-    Ring<kTokenBuffers> buffers(0);
+    uint32_t rings = 0;
+    Ring<kStages> weights(rings, 0);
+    Ring<kTokenBuffers, 16> buffers(rings, 0);
     for (int i = 0;; ++i) {
       const int tiles = unit(i).tiles;
       if (tiles < 0) break;
-      const int thread = opaque(threadIdx.x), lane = thread % 32, part = thread / 32 % 4, half = thread / 128;
+      prefetch_unit(opaque(i) + 1);
+      trace(i, kUnitBegins, threadIdx.x == 0);
+      const int here = opaque(threadIdx.x), lane = here % 32, part = here / 32 % 4, half = here / 128;
+      if (lane == 0) control_.unit[here / 32] = i;
+      __syncwarp();
       if (tiles == 0) {
-        const Unit u = unit(i);
-        const auto wait = [&] {
-          if (u.wait < 0) return;
-          if (thread == 0) wait_for_counter(u.wait, u.wait_target);
-          named_barrier(kConsumerBarrier, kConsumers);
-        };
-        Policy::job(p_, control_.policy, u, block_, tokens_, tokens, thread, wait);
-        end_unit(u);
+        Policy::job(p_, control_.policy, unit(i), block_, tokens_, tokens, opaque(threadIdx.x), Wait{*this});
+        i = unit_here();
+        trace(i, kFinished, threadIdx.x == 0);
+        end_unit(unit(i));
+        mbarrier_arrive(&control_.job_done);
+        trace(i, kSignalled, threadIdx.x == 0);
         continue;
       }
 
       float sums[2][kTiles][4] = {};
       int step = 0;  // of the buffer of tokens
       for (int tile = 0; tile < tiles; ++tile) {
-        mbarrier_wait(&control_.weights_full[weights.at], weights.parity);
+        mbarrier_wait(&control_.weights_full[weights.at()], weights.parity());
+        if (tile == 0) trace(unit_here(), kFirstWeights, threadIdx.x == 0);
 #pragma unroll kUnrolled
         for (int s = 0; s < Format::kSteps; ++s) {
-          if (step == 0) mbarrier_wait(&control_.tokens_full[buffers.at], buffers.parity);
+          if (step == 0) mbarrier_wait(&control_.tokens_full[buffers.at()], buffers.parity());
+          if (tile == 0 && s == 0) trace(unit_here(), kFirstTokens, threadIdx.x == 0);
           uint32_t a[2][2][4];
           [[maybe_unused]] float scale[2][2];
-          Format::load(weights_ + weights.at * kTile, s, part, half, lane, a);
+          Format::load(weights_ + weights.at() * kTile, s, part, half, lane, a);
           if constexpr (Format::kScales == Scales::kOfGroups) {
-            Format::load_scale(weights_ + weights.at * kTile, s, part, lane, scale);
+            Format::load_scale(weights_ + weights.at() * kTile, s, part, lane, scale);
           }
-          const unsigned char* x = tokens_ + buffers.at * kTokenBufferBytes + step * (kColumns * 128) +
+          const unsigned char* x = tokens_ + buffers.at() * kTokenBufferBytes + step * (kColumns * 128) +
                                    half * (kColumns * 64) + (lane ^ half * 4) * 16;
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) {
@@ -354,7 +430,7 @@ class Stream {
           const bool last = tile == tiles - 1 && s == Format::kSteps - 1;
           if (++step == kSteps || last) {
             __syncwarp();
-            if (lane == 0) mbarrier_arrive(&control_.tokens_empty[buffers.at]);
+            if (lane == 0) mbarrier_arrive(&control_.tokens_empty[buffers.at()]);
             buffers.advance();
             step = 0;
           }
@@ -362,7 +438,7 @@ class Stream {
         if constexpr (Format::kScales == Scales::kOfRows) {
           if (tile == tiles - 1) {
             float scale[2][2];
-            Format::load_scale(weights_ + weights.at * kTile, 0, part, lane, scale);
+            Format::load_scale(weights_ + weights.at() * kTile, 0, part, lane, scale);
 #pragma unroll
             for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -372,10 +448,12 @@ class Stream {
           }
         }
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(&control_.weights_empty[weights.at]);
+        if (lane == 0) mbarrier_arrive(&control_.weights_empty[weights.at()]);
         weights.advance();
       }
 
+      trace(unit_here(), kLastTile, threadIdx.x == 0);
+      const int after = opaque(threadIdx.x);
       // block[token][row]: the second half of K, then the sum of both.
       const auto each = [&](auto&& change) {
 #pragma unroll
@@ -385,54 +463,92 @@ class Stream {
           for (int j = 0; j < kTiles; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              const int token = 8 * j + 2 * (lane % 4) + e % 2;
-              const int row = 32 * part + 16 * m + 8 * (e / 2) + lane / 4;
+              const int token = 8 * j + 2 * (after % 4) + e % 2;
+              const int row = 32 * (after / 32 % 4) + 16 * m + 8 * (e / 2) + after % 32 / 4;
               change(block_[token * kBlockPitch + row], sums[m][j][e]);
             }
         }
       };
-      if (half == 1) each([](float& at, float sum) { at = sum; });
+      if (after >= kConsumers / 2) each([](float& at, float sum) { at = sum; });
       named_barrier(kConsumerBarrier, kConsumers);
-      if (half == 0) each([](float& at, float sum) { at = sum + at; });
+      if (after < kConsumers / 2) each([](float& at, float sum) { at = sum + at; });
       named_barrier(kConsumerBarrier, kConsumers);
-      const Unit u = unit(i);  // again: its 16 registers are not spared during the product
-      if (u.contributors > 1 && !add_parts(u, tokens, kColumns)) continue;
-      Policy::finish(p_, control_.policy, u, block_, tokens, thread);
+      const Unit u = unit(unit_here());  // again: its 16 registers are not spared during the product
+      trace(unit_here(), kAddedHalves, threadIdx.x == 0);
+      if (u.rank > 0) {
+        leave_part(u, tokens, kColumns);
+        trace(unit_here(), kLeftPart, threadIdx.x == 0);
+        continue;
+      }
+      Policy::expect(p_, control_.policy, u, tokens, opaque(threadIdx.x));
+      if (u.contributors > 1) add_parts(u, tokens, kColumns);
+      trace(unit_here(), kAddedParts, threadIdx.x == 0);
+      Policy::finish(p_, control_.policy, u, block_, tokens, opaque(threadIdx.x));
+      trace(unit_here(), kFinished, threadIdx.x == 0);
       end_unit(u);
+      trace(unit_here(), kSignalled, threadIdx.x == 0);
     }
   }
 
-  // Leaves this block's part for the others; true in the block that came last, with all parts added in block_.
-  __device__ __forceinline__ bool add_parts(const Unit& u, int tokens, int columns) {
-    const int thread = threadIdx.x;
-    constexpr int kPieces = kTileRows / 4;
-    const int size = columns * kPieces;  // float4 of a slot
-    float4* parts = reinterpret_cast<float4*>(p_.stream.partials) + static_cast<int64_t>(u.slot) * size;
-    for (int i = thread; i < tokens * kPieces; i += kConsumers) {
-      parts[u.rank * size + i] = *block_piece(i);
+  static constexpr int kPieces = kTileRows / 4;  // float4 of a token
+
+  __device__ __forceinline__ uint4* part(const Unit& u, int rank, int columns) const {
+    return reinterpret_cast<uint4*>(p_.stream.partials) + static_cast<int64_t>(u.slot + rank) * (columns * kPieces);
+  }
+
+  // Leaves this block's part for rank 0.
+  __device__ __forceinline__ void leave_part(const Unit& u, int tokens, int columns) {
+    uint4* to = part(u, u.rank, columns);
+    const auto word = [](float x) {
+      const uint32_t bits = __float_as_uint(x);
+      return bits == kNothing ? kNothing >> 1 : bits;  // another NaN
+    };
+    for (int i = opaque(threadIdx.x); i < tokens * kPieces; i += kConsumers) {
+      const float4 v = *block_piece(i);
+      store_relaxed(to + i, make_uint4(word(v.x), word(v.y), word(v.z), word(v.w)));
     }
-    named_barrier(kConsumerBarrier, kConsumers);
-    if (thread == 0) {
-      control_.last = add_acquire_release(p_.stream.counters + u.ticket, 1) + 1 == goal(u.contributors);
-    }
-    named_barrier(kConsumerBarrier, kConsumers);
-    if (!control_.last) return false;
-    for (int i = thread; i < tokens * kPieces; i += kConsumers) {
-      float4 sum = __ldcg(parts + i);
-#pragma unroll 4
-      for (int rank = 1; rank < u.contributors; ++rank) {
-        const float4 part = __ldcg(parts + rank * size + i);
-        sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    named_barrier(kConsumerBarrier, kConsumers);  // block_ may be reused
+  }
+
+  // Adds the parts of ranks 1.. to block_; four ranks' words are on their way at a time.
+  __device__ __forceinline__ void add_parts(const Unit& u, int tokens, int columns) {
+    constexpr int kRanks = 4;
+    const uint4 nothing = make_uint4(kNothing, kNothing, kNothing, kNothing);
+    const auto is_whole = [](const uint4& v) {
+      return v.x != kNothing && v.y != kNothing && v.z != kNothing && v.w != kNothing;
+    };
+    const int slot = columns * kPieces;
+#pragma unroll 2
+    for (int i = opaque(threadIdx.x); i < tokens * kPieces; i += kConsumers) {
+      uint4* from = part(u, 1, columns) + i;
+      float4 sum = *block_piece(i);
+      for (int left = u.contributors - 1; left > 0; left -= kRanks, from += kRanks * slot) {
+        uint4 v[kRanks];
+        bool whole;
+        do {
+          whole = true;
+#pragma unroll
+          for (int r = 0; r < kRanks; ++r) {
+            if (r < left) v[r] = load_relaxed(from + r * slot);
+          }
+#pragma unroll
+          for (int r = 0; r < kRanks; ++r) whole &= r >= left || is_whole(v[r]);
+        } while (!whole);
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+          if (r >= left) break;
+          sum.x += __uint_as_float(v[r].x), sum.y += __uint_as_float(v[r].y);
+          sum.z += __uint_as_float(v[r].z), sum.w += __uint_as_float(v[r].w);
+          store_relaxed(from + r * slot, nothing);
+        }
       }
       *block_piece(i) = sum;
     }
     named_barrier(kConsumerBarrier, kConsumers);
-    return true;
   }
 
   // Four rows of a token; neighbours are neighbours in the row tile.
   __device__ __forceinline__ float4* block_piece(int i) const {
-    constexpr int kPieces = kTileRows / 4;
     return reinterpret_cast<float4*>(block_ + i / kPieces * kBlockPitch) + i % kPieces;
   }
 
@@ -447,10 +563,7 @@ class Stream {
     for (int i = 0;; ++i) {
       const Unit u = unit(i);
       if (u.tiles < 0) break;
-      if (u.contributors > 1) {
-        if (add_acquire_release(p_.stream.counters + u.ticket, 1) + 1 != goal(u.contributors)) continue;
-      }
-      if (u.signal >= 0) add_release(p_.stream.counters + u.signal, 1);
+      if (u.rank == 0 && u.signal >= 0) add_release(p_.stream.counters + u.signal, 1);
     }
   }
 };

@@ -45,6 +45,16 @@ inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t
   emulator::copy_bulk(shared, global, bytes, barrier);
 }
 
+// The copies land here at the latest: nothing else waits for them.
+inline void copy_async_arrive(uint64_t* barrier) {
+  emulator::commit_copies();
+  emulator::wait_for_copies(0);
+  emulator::mbarrier_arrive(barrier, 0);
+}
+
+inline void prefetch_l1(const void*) {}
+inline void prefetch_l2(const void*) {}
+
 inline void named_barrier(int id, int threads) { emulator::named_barrier(id, static_cast<unsigned>(threads)); }
 
 // A load that is repeated until another block has written lets that block run.
@@ -52,6 +62,11 @@ inline uint32_t load_acquire(const uint32_t* counter) {
   emulator::spin();
   return __ldg(counter);
 }
+inline uint4 load_relaxed(const uint4* from) {
+  emulator::spin();
+  return *from;
+}
+inline void store_relaxed(uint4* to, const uint4& v) { *to = v; }
 inline void add_release(uint32_t* counter, uint32_t value) { atomicAdd(counter, value); }
 inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) { return atomicAdd(counter, value); }
 
