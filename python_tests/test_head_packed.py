@@ -193,7 +193,7 @@ def test_errors(device: str, rng: torch.Generator) -> None:
         (hidden, with_packed(weight_format=WeightFormat("fp8")), "weights must have dtype uint8"),
         (hidden, with_packed(units=packed.units.long()), "units must have dtype int32"),
         (hidden, with_packed(counters=packed.counters[None]), r"counters must have shape \[\*\]"),
-        (hidden, with_packed(slots=-1), "slots must be at least 0, got -1"),
+        (hidden, with_packed(slots=-1), "slots must be in 0..2\\^20, got -1"),
         (hidden, with_packed(bias=values), r"bias must have shape \[300\]"),
         (hidden, with_packed(token_ids=torch.arange(300, device=device).int()), "token_ids must have dtype int64"),
     ]:

@@ -147,7 +147,9 @@ def check_against_reference(inputs: Inputs) -> None:
         elif rows:
             written = written.float()
             one_rounding = exact.abs().max() * 2.0**-8 if out.dtype == torch.bfloat16 else 1e-5
-            allowed = 2 * (rounded - exact).abs().max() + one_rounding
+            # Of a few elements the greatest error is chance: another of the chain's roundings may fall badly.
+            roundings = 1 if exact.numel() > 64 else 2
+            allowed = 2 * (rounded - exact).abs().max() + roundings * one_rounding
             assert (written - exact).abs().max() <= allowed
     untouched = torch.ones(after.shape[2], dtype=torch.bool, device=slots.device)
     untouched[slots] = False
@@ -795,7 +797,11 @@ def test_plan_opcheck(device: str, rng: torch.Generator) -> None:
     [
         ("tiles", b16(3, 8192), r"tiles must have shape \[7, 8192\], got \[3, 8192\]"),
         ("units", torch.zeros(2, 3, 15, dtype=torch.int32), r"units must have shape \[\*, \*, 16\], got \[2, 3, 15\]"),
-        ("counters", torch.zeros(4, dtype=torch.int32), r"counters must hold a multiple of 4 elements, at least \d+, got 4"),
+        (
+            "counters",
+            torch.zeros(4, dtype=torch.int32),
+            r"counters must hold a multiple of 4 elements, at least \d+, got 4",
+        ),
         ("workspace", torch.zeros(99, dtype=torch.uint8), r"workspace must hold at least \d+ bytes, got 99"),
     ],
 )

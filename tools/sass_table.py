@@ -51,6 +51,7 @@ class Rule:
     must: tuple[str, ...] = ()
     must_not: tuple[str, ...] = ()
     archs: tuple[str, ...] = ARCHS
+    stack: int = 0
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def occurrences(code: Code, opcode: str) -> int:
 def load_rules(path: Path = RULES) -> dict[str, Rule]:
     rules = {}
     for name, entry in tomllib.loads(path.read_text()).items():
-        unknown = set(entry) - {"registers", "must", "must_not", "archs"}
+        unknown = set(entry) - {"registers", "must", "must_not", "archs", "stack"}
         if unknown:
             raise ValueError(f"{path.name}: {name}: unknown {', '.join(sorted(unknown))}")
         rules[name] = Rule(
@@ -181,6 +182,7 @@ def load_rules(path: Path = RULES) -> dict[str, Rule]:
             must=tuple(entry.get("must", ())),
             must_not=tuple(entry.get("must_not", ())),
             archs=tuple(entry.get("archs", ARCHS)),
+            stack=entry.get("stack", 0),
         )
     return rules
 
@@ -196,7 +198,7 @@ def violations(grouped: Mapping[Key, list[Code]], rules: Mapping[str, Rule], arc
         for code in instances:
             for limit, value, what in (
                 (rule.registers, code.registers, "registers"),
-                (0, code.stack, "bytes of stack and local memory"),
+                (rule.stack, code.stack, "bytes of stack and local memory"),
                 (MAXIMUM_STATIC_SHARED, code.shared, "bytes of static shared memory"),
             ):
                 if value > limit:
@@ -208,7 +210,7 @@ def violations(grouped: Mapping[Key, list[Code]], rules: Mapping[str, Rule], arc
             found += [f"{arch} {name}: must contain {op}, got none" for op in rule.must if not occurrences(code, op)]
             found += [
                 f"{arch} {name}: must not contain {op}, got {code.opcodes[op]}"
-                for op in (*NEVER, *rule.must_not)
+                for op in (*(() if rule.stack else NEVER), *rule.must_not)
                 if code.opcodes[op]
             ]
     for name, rule in rules.items():

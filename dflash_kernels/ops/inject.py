@@ -63,7 +63,8 @@ class InjectPlan:
     Attributes:
         tiles: ``[tiles, 8192]`` bf16, fc's row tiles of 128, then those of the KV projection, whole heads each.
         units: ``[blocks, units, 16]`` int32, see :mod:`dflash_kernels.stream`.
-        counters: int32, see :meth:`dflash_kernels.stream.Schedule.state`, written by every call; workspace: uint8 scratch. One call at a time may use a plan.
+        counters: int32, see :meth:`dflash_kernels.stream.Schedule.state`, written by every call; workspace: uint8
+            scratch. One call at a time may use a plan.
     """
 
     tiles: torch.Tensor
@@ -122,7 +123,7 @@ def inject_kv_plan(
         blocks = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     num_heads = kv_weight.shape[0] * kv_weight.shape[1] // head_dim
     schedule = inject_schedule(fc_weight.shape[1] // hidden, hidden, num_heads, head_dim, blocks)
-    fc_tiles, kv_tiles = _ceil_div(hidden, TILE_ROWS), _ceil_div(num_heads, TILE_ROWS // head_dim)
+    fc_tiles = _ceil_div(hidden, TILE_ROWS)
     tiles = [pack_tiles(fc_weight).view(-1, TILE_ELEMENTS), _pack_heads(kv_weight, head_dim).view(-1, TILE_ELEMENTS)]
     scratch = MAX_PLAN_ROWS * (4 * fc_tiles + 2 * hidden)
     return InjectPlan(

@@ -22,9 +22,9 @@
 //
 // Pipeline. A warp owns a slot of shared memory, as large as a slice, and an mbarrier: it copies a unit there in bulk,
 // reduces it alone, starts the copy of its next unit and only then reports. Warps meet nowhere: they take the block's
-// units off a counter in shared memory, the first ones by their number. Eight slots keep some 48 KB under way, which is
-// what the memory's full rate takes; more would only queue, and everything else an SM asks of memory, the reports,
-// would queue behind it (with 128 KB under way an atomic takes ten times as long).
+// units off a counter in shared memory, the first ones by their number. Sixteen slots keep some 100 KB under way or
+// being reduced, more than what the memory's full rate takes; more would only queue, and everything else an SM asks of
+// memory, the reports, would queue behind it (with 128 KB under way an atomic takes ten times as long).
 //
 // Reports. A release or a fence waits for the copies that its SM has under way, so there is none. One word carries all
 // that is known of a row, the largest key so far and the number of slices that it is of (join): two atomics a slice,
@@ -38,7 +38,6 @@
 // block to leave; here is the one fence, when nothing is under way. (Rows of millions of elements need more bits than a
 // word has: they are joined by a maximum and a released count.)
 #include <algorithm>
-#include <limits>
 
 #include "common/cuda_check.h"
 #include "common/divisor.h"
@@ -54,14 +53,14 @@
 namespace dflash::verify {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 16;  // 8: 71 us at B 32, V 151936 on an H100, all rows; 12 and 16: 61; 24: 63
 constexpr int kThreads = 32 * kWarps;
 constexpr int kSliceBytes = 7168;  // at most
 static_assert(kSliceBytes % 128 == 0);
 
-// Bytes of logits from which rows are left out unasked: never, until this way of doing it is measured. (The one before,
-// by a cursor a request and a barrier a unit, was slower than reading all rows at B 8 and at B 32, 156 MB.)
-constexpr int64_t kLazyBytes = std::numeric_limits<int64_t>::max();
+// Bytes of logits from which rows are left out unasked. Measured on an H100, V 151936, T 16, 6.5 committed: B 8 (39 MB)
+// 19.5 us against 18.1 for all rows, B 32 (156 MB) 53 against 61.
+constexpr int64_t kLazyBytes = int64_t{96} << 20;
 
 constexpr int kTop1Threads = 128;
 constexpr int kMergeThreads = 128;
