@@ -439,8 +439,8 @@ def test_settings() -> None:
     with pytest.raises(ValueError, match="DFLASH_KERNELS_WEIGHTS must be bf16 or a weight format"):
         read_settings(known, {"DFLASH_KERNELS_WEIGHTS": "fp7"})
     rows = read_settings(known, {"DFLASH_KERNELS_ROWS": "forward=128"}).rows
-    assert rows == {"inject": 1024, "forward": 128}
-    for wrong in ("head=1", "inject", "inject=0", "forward=-3"):
+    assert rows == {"inject": 1024, "forward": 128, "head": 64}
+    for wrong in ("accept=1", "inject", "inject=0", "forward=-3"):
         with pytest.raises(ValueError, match=f"DFLASH_KERNELS_ROWS must be a list .*, got {wrong}"):
             read_settings(known, {"DFLASH_KERNELS_ROWS": wrong})
     with pytest.raises(ValueError, match="DFLASH_KERNELS_PACK must be auto, 0, 1, got 2"):

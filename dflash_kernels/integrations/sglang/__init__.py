@@ -12,7 +12,7 @@ table in the log says which and why.
 ``DFLASH_KERNELS_WEIGHTS``  ``bf16`` (default), ``fp8``, ``int4-g128``, ..: weights of the packed drafter and draft head
                             are rounded to it at the start; acceptance may change, the text does not
 ``DFLASH_KERNELS_ROWS``     rows (requests times block size, or tokens of a prompt) up to which a seam is used: default
-                            ``inject=1024,forward=64``
+                            ``inject=1024,forward=64,head=64``
 ==========================  ==========================================================================================
 
 For comparisons within one engine, ``DFLASH_KERNELS_SEAMS_FILE`` names a file with a list of seams that is read whenever

@@ -55,7 +55,7 @@ class HeadSeam(Seam):
         require(weight.dtype is torch.bfloat16 or (on_cpu and weight.dtype is torch.float32), f"head in {weight.dtype}")
         require(weight.is_contiguous() and weight.shape[1] % 8 == 0, f"head of shape {tuple(weight.shape)}")
         require(0 < stock.num_org <= 1 << 22, f"a vocabulary shard of {stock.num_org}")
-        sampler = DraftSampler(stock)
+        sampler = DraftSampler(stock, self.settings.rows["head"])
         allowed, self.note = may_pack(self.settings, [sampler.weight])
         if allowed and sampler.weight.dtype is torch.bfloat16:
             sampler.pack(lambda: for_packing(self.settings, sampler.weight))
@@ -66,12 +66,14 @@ class HeadSeam(Seam):
 class DraftSampler:
     """Greedy tokens of one rank's LM head, merged over the ranks; all buffers at fixed addresses.
 
-    The values travel as float32: a bfloat16 logit is one exactly, so ranks compare what SGLang's ranks compare.
+    Batches of more than ``max_rows`` rows (requests times block size) go to SGLang's own sampler, which has the same
+    output. The values travel as float32: a bfloat16 logit is one exactly, so ranks compare what SGLang's ranks compare.
     """
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Any, max_rows: int | None = None) -> None:
         from dflash_kernels.ops import lm_head_workspace
 
+        self.stock, self.max_rows = stock, max_rows
         self.weight = stock.weight.detach()[: stock.num_org]
         self.block_size, self.vocab_start = int(stock.block_size), int(stock.org_vocab_start)
         self.tp_group = stock.tp_group
@@ -103,6 +105,9 @@ class DraftSampler:
         from dflash_kernels.ops import merge_vocab_shards
 
         width = hidden_states.shape[-1]
+        if self.max_rows is not None and hidden_states.numel() > self.max_rows * width:
+            self.stock(hidden_states, input_ids)
+            return
         hidden = hidden_states.view(-1, self.block_size, width)[:, 1:].reshape(-1, width).to(self.weight.dtype)
         rows = hidden.shape[0]
         out = (self.out[:rows], self.values[:rows])
