@@ -414,9 +414,9 @@ MUTATIONS = [
     pytest.param(
         "smxx/inject/stream.cu",
         "u.row_tile * kMaxTokens + token] = sum",
-        "u.row_tile * kMaxTokens + token] = u.rank == 0 ? sum : 0.0f",
+        "u.row_tile * kMaxTokens + token] = u.contributors == 1 ? sum : 0.0f",
         "inject-plan_matches",
-        id="a tile's squares count only if its first part came last",
+        id="a tile's squares count only if one block reads it all",
     ),
 ]
 
