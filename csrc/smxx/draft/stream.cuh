@@ -7,18 +7,18 @@
 //            and rotates q and k, and writes [B * T, heads, D].
 //   attend   (request, KV head, split of the keys, 64 query rows) dealt to the blocks; a first tile of context keys and
 //            values is fetched before the wait for qkv, as it does not depend on this pass. Writes parts, fp32.
-//   merge    adds the parts, a warp a (token, head), all blocks: the last block to arrive would be alone with up to 1
-//   MB. out      + residual: x += o; each finished tile leaves x and its sums of squares. gate_up  normed as in qkv.
-//   W's row tile r holds gate rows 64 r .. + 63, then the up rows of the same features, so
-//            that the block that finishes it holds both: silu(g) * u.
-//   down     + residual, as out.
+//   merge    adds the parts, a warp a (token, head), all blocks: the last block to arrive would be alone with 1 MB
+//   out      + residual: x += o; a finished tile leaves x, x times the next norm's weights, and its sums of squares
+//   gate_up  normed as qkv. Row tile r of W holds gate rows 64 r .. + 63, then the up rows of the same features, so
+//            that the block that finishes it holds both: silu(g) * u
+//   down     + residual, as out
 // Before the first layer: a job that gathers the embedding; after the last: the final norm.
 //
-// Six hand-offs a layer, about 2 us each from the last multiplication of one stage to the first of the next (sums of
-// other blocks' parts, end of the tile, counter, tokens). The ring holds 160 KB of W a block, 7 us of the memory's
-// time, so they cost nothing where a stage's W is worth more than that, and about 12 us a layer where W is small.
+// Six hand-offs a layer. Between products one takes some 7 us from the last multiplication of one stage to the first of
+// the next (sums of other blocks' parts, end of the tile, counter, tokens), which is what the ring's 160 KB of W a
+// block hide; from qkv to o, with the attention, it takes 27 (traced on an H100; bench/NOTES.md).
 //
-// Floor and prediction on an H100 (3.15 TB/s), B 1, T 16, context 1024:
+// Floor and first prediction on an H100 (3.15 TB/s), B 1, T 16, context 1024; measured: bench/NOTES.md.
 //   Qwen3-8B drafter    1.93 GB of W, 21 MB of context   619 us; + start, end, 30 hand-offs partly hidden: 660-690 us
 //   397B drafter / 8    0.29 GB, 3 MB                     93 us; latency decides: 6 x (12 + 13) + 10 = 160-175 us
 //
