@@ -14,9 +14,9 @@
 //   down     + residual, as out
 // Before the first layer: a job that gathers the embedding; after the last: the final norm.
 //
-// Six hand-offs a layer. Between products one takes some 7 us from the last multiplication of one stage to the first of
-// the next (sums of other blocks' parts, end of the tile, counter, tokens), which is what the ring's 160 KB of W a
-// block hide; from qkv to o, with the attention, it takes 27 (traced on an H100; bench/NOTES.md).
+// Six hand-offs a layer. Between products one takes, from the last multiplication of one stage to the first of the next
+// (sums of other blocks' parts, end of the tile, counter, tokens), about what the ring's 160 KB of W a block hide; from
+// qkv to o, with the attention, it takes several times that (bench/NOTES.md, bench/results/*/stream_trace.txt).
 //
 // Floor and first prediction on an H100 (3.15 TB/s), B 1, T 16, context 1024; measured: bench/NOTES.md.
 //   Qwen3-8B drafter    1.93 GB of W, 21 MB of context   619 us; + start, end, 30 hand-offs partly hidden: 660-690 us
@@ -36,33 +36,25 @@
 #include <string>
 
 #include "smxx/draft/launch.h"
+#include "smxx/stream/arithmetic.cuh"
 #include "smxx/stream/stream.cuh"
 
 namespace dflash::draft {
 namespace {
 
+using stream::from_bf16;
+using stream::high_half;
 using stream::kBlockPitch;
 using stream::kConsumerBarrier;
 using stream::kConsumers;
 using stream::kConsumerWarps;
 using stream::kMaxTokens;
 using stream::kTileRows;
+using stream::low_half;
+using stream::pack_bf16;
+using stream::rounded;
 using stream::Unit;
-
-__device__ __forceinline__ float from_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
-__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(low))) |
-         static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
+using stream::warp_sum;
 
 __device__ __forceinline__ int clamp_to(int64_t value, int64_t low, int64_t high) {
   return static_cast<int>(value < low ? low : value > high ? high : value);

@@ -17,29 +17,21 @@
 #include <cuda_bf16.h>
 
 #include "smxx/inject/stream.h"
+#include "smxx/stream/arithmetic.cuh"
 #include "smxx/stream/stream.cuh"
 
 namespace dflash::inject {
 namespace {
 
+using stream::from_bf16;
 using stream::kBlockPitch;
 using stream::kConsumerWarps;
 using stream::kMaxTokens;
 using stream::kTileRows;
+using stream::pack_bf16;
+using stream::rounded;
 using stream::Unit;
-
-__device__ __forceinline__ float from_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
-__device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(low))) |
-         static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
+using stream::warp_sum;
 
 struct Inject {
   using Params = StreamInjectParams;

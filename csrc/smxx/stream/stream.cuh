@@ -19,12 +19,8 @@
 // The ring holds 10 tiles, 7 us of the memory's time: that much of a hand-off between stages costs nothing. But only
 // kInFlight tiles are under way at a time. They are enough for the full rate, and all that is under way beyond that
 // waits in queues, with everybody else's loads and atomics behind it; worse, a release (any fence of the device's
-// scope) waits for what its SM has under way. Measured on an H100, ns a trip (tools/probes/stream_latency.cu):
-//     tiles under way   TB/s   L2 load   store, red.release
-//            2          3.05     350         1290
-//            3          3.13     620         2420
-//            6          3.15    1250         6440
-//           12          3.15    4010        13660
+// scope) waits for what its SM has under way: with the whole ring under way it takes longer than the ring can hide
+// (tools/probes/stream_latency.cu, bench/results/*/stream_latency.txt).
 // For the same reason parts of sums are passed without a fence: words that are kNothing until they are written.
 //
 // Shared memory: [kStages][16 KB] W | [4][8 KB] tokens | [64][132] fp32 finished block, [token][row] | Control.

@@ -53,13 +53,13 @@
 namespace dflash::verify {
 namespace {
 
-constexpr int kWarps = 16;  // 8: 71 us at B 32, V 151936 on an H100, all rows; 12 and 16: 61; 24: 63
+constexpr int kWarps = 16;  // by measurement: bench/results/*/verify_warps.json
 constexpr int kThreads = 32 * kWarps;
 constexpr int kSliceBytes = 7168;  // at most
 static_assert(kSliceBytes % 128 == 0);
 
-// Bytes of logits from which rows are left out unasked. Measured on an H100, V 151936, T 16, 6.5 committed: B 8 (39 MB)
-// 19.5 us against 18.1 for all rows, B 32 (156 MB) 53 against 61.
+// Bytes of logits from which rows are left out unasked: between B 8 of V 151936, where reading all rows is faster, and
+// B 32, where it is not (bench/results/*/verify.json).
 constexpr int64_t kLazyBytes = int64_t{96} << 20;
 
 constexpr int kTop1Threads = 128;
