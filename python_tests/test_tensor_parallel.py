@@ -134,6 +134,13 @@ def caches(drafter: Drafter, slots: int, fill: float = 0.0) -> tuple[list[torch.
     return k, v
 
 
+def refusal(whole: Drafter, communicator: Communicator) -> str:
+    """What ShardedDrafter says to sizes that its ops do not take."""
+    with pytest.raises(ValueError) as refused:
+        ShardedDrafter(whole, communicator, "sharded")
+    return str(refused.value)
+
+
 @pytest.mark.parametrize("fc", ["replicated", "sharded"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_sharded_drafter_equals_the_whole(
@@ -141,8 +148,10 @@ def test_sharded_drafter_equals_the_whole(
 ) -> None:
     """Injected K and V are the whole's for the rank's heads, dead rows untouched; the pass gives the whole's rows."""
     whole = bound_drafter(device)
-    if device == "cuda" and fc == "sharded" and whole.hidden_size // world % 8:
-        pytest.skip("inject_kv takes rows of fc in eights on CUDA")
+    if device == "cuda" and fc == "sharded" and whole.hidden_size % (8 * world):
+        for refused in run_simulated(world, lambda communicator: refusal(whole, communicator)):
+            assert refused.endswith(f"8 times the number of ranks ({world}) to shard fc, got {whole.hidden_size}")
+        return
     batch, block = 2, whole.block_size
     lens = torch.tensor([11, 4], device=device)
     positions = torch.arange(16, device=device).repeat(2)

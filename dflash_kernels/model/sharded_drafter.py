@@ -48,7 +48,11 @@ class ShardedDrafter(Drafter):
         self._table = ShardedTable(whole.embed_weight, self.shards)
         self.embed_weight = self._table.rows
         self.lm_head_weight = whole.lm_head_weight[self.shards.start : self.shards.stop].clone()
-        start, stop = (0, config.hidden_size) if fc == "replicated" else _equal_rows(config.hidden_size, rank, world)
+        start, stop = (
+            (0, config.hidden_size)
+            if fc == "replicated"
+            else _equal_rows(config.hidden_size, rank, world, 8 if weights.device.type == "cuda" else 1)
+        )
         self._fc_rows = weights.fc_weight[start:stop]
 
     def reserve(self, batch: int, tokens: int) -> None:
@@ -154,9 +158,11 @@ class ShardedDrafter(Drafter):
         )
 
 
-def _equal_rows(hidden_size: int, rank: int, world: int) -> tuple[int, int]:
-    if hidden_size % world:
+def _equal_rows(hidden_size: int, rank: int, world: int, unit: int) -> tuple[int, int]:
+    """As many rows of fc for every rank, a multiple of `unit`: the all-gather wants equal parts, the CUDA op eights."""
+    if hidden_size % (unit * world):
+        of = f"{unit} times " if unit > 1 else ""
         raise ValueError(
-            f"shard: hidden_size must be a multiple of the number of ranks ({world}) to shard fc, got {hidden_size}"
+            f"shard: hidden_size must be a multiple of {of}the number of ranks ({world}) to shard fc, got {hidden_size}"
         )
     return shard_range(hidden_size, rank, world, "hidden_size")
