@@ -96,6 +96,13 @@ def test_same_tokens(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "5/5" in capsys.readouterr().out
 
 
+def test_nothing_compared_is_not_fine(fake: Path) -> None:
+    code, report = tokens(fake, "--engines", "all")
+    assert code == 1 and not report["fine"] and "against_stock" not in report["engines"]["all"]["passes"]["1/0"]
+    code, report = tokens(fake, "--engines", "stock")
+    assert code == 0 and report["fine"] and report["engines"]["all"]["passes"]["1/0"]["against_stock"]["identical"] == 5
+
+
 def test_different_tokens_are_found_and_a_later_run_continues(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_DIFFERS", "accept")
     code, _ = tokens(fake, "--engines", "stock")
