@@ -77,7 +77,7 @@ def _lattice_walk(
 
 @cache
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:
-    return torch.compile(function)
+    return torch.compile(function, dynamic=False)
 
 
 def _baselines(eager: Callable[..., object], compilable: Callable[..., object], args: tuple) -> dict:

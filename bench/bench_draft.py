@@ -74,7 +74,7 @@ def _add(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> tuple[torch.
 
 @cache
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:
-    return torch.compile(function)
+    return torch.compile(function, dynamic=False)
 
 
 def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFormat | None = None) -> Case:

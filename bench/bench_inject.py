@@ -70,7 +70,7 @@ def _sglang() -> tuple[str, Callable[..., tuple[torch.Tensor, torch.Tensor]], Ca
 
 @cache
 def _compiled(function: Callable[..., object]) -> Callable[..., object]:
-    return torch.compile(function)
+    return torch.compile(function, dynamic=False)
 
 
 def _case(shape: DrafterShape, batch: int, commit: float, prefill: bool = False, ranks: int = 1) -> Case:

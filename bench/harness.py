@@ -165,6 +165,7 @@ def rotation_count(call_bytes: int, set_bytes: int, l2_bytes: int) -> tuple[int,
 def measure_case(case: Case, device: torch.device, ceilings: Ceilings, samples: int = 12) -> list[Row]:
     """Time one case; its rows (cold, hot, or both). `samples` replays each of ours and of the baseline, per row."""
     measure = _measure_cuda if device.type == "cuda" else _measure_cpu
+    torch.compiler.reset()  # a compiled baseline is for this shape, whatever shapes came before
     rows = []
     for cache, ours_us, name, baseline_us, extra in measure(case, device, ceilings, samples):
         floor = ceilings.floor_us(case.bytes, case.flops, case.stream)
