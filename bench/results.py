@@ -25,6 +25,8 @@ _OTHERS = (
     "acceptance",
     "drafter",
     "sglang_tokens",
+    "sglang_tokens_nine_seams",
+    "verify_warps",
     "sglang",
     "engine_trace",
 )  # filed there too, but no runs of the suites
