@@ -20,11 +20,15 @@ from bench import bench_draft, bench_inject, shapes
 from dflash_kernels import _library, ops
 
 EVENTS = (
-    "loader begins", "counter seen", "entered", "tokens stored", "unit begins", "first weights", "first tokens",
+    "loader begins", "counter seen", "tokens stored", "unit begins", "first weights", "first tokens",
     "last tile", "added halves", "left part", "added parts", "finished", "signalled", "producer begins",
     "first issued", "last issued",
 )  # fmt: skip
 BLOCKS, UNITS = 160, 256
+# Events whose distance is of interest: of a unit with weights, and of a job, whose events mean something else
+# (csrc/smxx/stream/trace.cuh).
+STEPS = ((0, 1), (1, 2), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (7, 9), (9, 10), (10, 11))
+JOB_STEPS = ((3, 5), (5, 4), (4, 6), (6, 7), (7, 8), (8, 9), (9, 10), (10, 11))
 
 
 def times(library: str, what: str) -> torch.Tensor:
@@ -55,7 +59,8 @@ def table(when: torch.Tensor, units: torch.Tensor) -> None:
     print("\nmedian of a unit between events")
     for stage in order:
         steps = []
-        for a, b in ((0, 1), (1, 2), (2, 3), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9), (8, 10), (10, 11), (11, 12)):
+        block, first = stages[stage][0]
+        for a, b in STEPS if units[block, first, 2] > 0 else JOB_STEPS:
             lengths = [int(when[k, i, b] - when[k, i, a]) for k, i in stages[stage] if when[k, i, a] and when[k, i, b]]
             if lengths:
                 steps.append(f"{EVENTS[a]} > {EVENTS[b]} {median(lengths) / 1e3:.1f}")

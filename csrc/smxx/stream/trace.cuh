@@ -6,19 +6,20 @@
 
 namespace dflash::stream {
 
-// A unit's events, in the order of tools/stream_trace.py.
+// A unit's events, in the order of tools/stream_trace.py. An attention unit notes of its first tile of keys: K and Q
+// there (kFirstWeights), scores (kLastTile), weights (kAddedHalves), V there (kLeftPart), and the end of its last tile
+// (kAddedParts).
 enum Event {
   kLoaderBegins,  // loaders: stage entered
   kCounterSeen,
-  kEntered,
   kTokensStored,  // first buffer of tokens
   kUnitBegins,    // consumers
   kFirstWeights,
-  kFirstTokens,  // of a job: what it waits for
+  kFirstTokens,  // of a job: what it waits for is there
   kLastTile,
   kAddedHalves,
-  kLeftPart,    // for the block that comes last
-  kAddedParts,  // this block came last
+  kLeftPart,    // for rank 0
+  kAddedParts,  // rank 0
   kFinished,
   kSignalled,
   kProducerBegins,  // producer
