@@ -1,5 +1,7 @@
 """`python -m bench SUITE...`: measure the card's ceilings, then the suites; see `--help` and NOTES.md.
 `python -m bench engine-trace ...`: where a step of SGLang's DFLASH goes (`bench.engine_trace`).
+`python -m bench predict --card CARD`: what each row should take on a card (`bench.predict`); needs no GPU.
+`python -m bench first-run ...`: everything at once on a new machine (`bench.first_run`).
 
 Exit codes: 0 all rows measured (or skipped for time); 1 a case failed; 2 bad arguments; 3 the device was lost.
 """
@@ -58,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench.engine_trace import main as engine_trace
 
         return engine_trace(argv[1:])
+    if argv[:1] == ["predict"]:
+        from bench.predict import main as predict
+
+        return predict(argv[1:])
+    if argv[:1] == ["first-run"]:
+        from bench.first_run import main as first_run
+
+        return first_run(argv[1:])
     args = parse(argv)
     import torch
 

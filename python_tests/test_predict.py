@@ -1,0 +1,208 @@
+"""The predictions: the model recovers what made its rows and is judged by rows that it has not seen."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import __main__ as command_line
+from bench import predict
+from bench.cards import CARDS, PUBLISHED_STEPS, Card, Rates, card_of, rates
+from bench.model import FAMILIES, REASONS, Fit, Need, draft_handoffs, fit_all, left_out, need_of, not_modelled
+from bench.results import RESULTS
+from bench.shapes import QWEN3_8B
+
+H100 = CARDS["h100"]
+HERE = Rates(H100, 3e12, 3e12, 8e14, "made up")
+
+
+@pytest.fixture(scope="module")
+def predictor() -> predict.Predictor:
+    return predict.Predictor()
+
+
+@pytest.fixture(scope="module", params=list(CARDS))
+def card(request: pytest.FixtureRequest) -> Card:
+    return CARDS[request.param]
+
+
+def row(op: str, shape: str, dtype: str = "bf16", nbytes: float = 1e9, flops: float = 0.0) -> dict[str, Any]:
+    return {"suite": "x", "op": op, "shape": shape, "dtype": dtype, "bytes": nbytes, "flops": flops, "stream": "read"}
+
+
+TRUE = {
+    "verify": {"fixed": 3.0, "read": 1.25},
+    "stream": {
+        "fixed": 6.0, "handoff": 2.0, "handoff of 64 tokens": 3.0, "read": 1.1, "sm": 1 / 700, "code": 0.03,
+    },
+}  # fmt: skip
+
+
+def made_by(family: str, need: Need) -> float:
+    return Fit(family, TRUE[family], 0).us(need, HERE)
+
+
+def stream_needs() -> list[Need]:
+    needs = []
+    for handoffs in (1, 30):
+        for tokens in (16, 64):
+            for weights, codes in ((1e9, 0.0), (5e8, 1e9), (2e8, 8e8), (5e7, 0.0)):
+                serial = {"fixed": 1.0, "handoff": handoffs, "handoff of 64 tokens": handoffs * (tokens - 16) / 48}
+                flops = 2 * tokens * max(weights / 2, codes)
+                needs.append(Need("stream", serial, weights, flops, flops, codes=codes))
+    return needs
+
+
+def test_a_fit_recovers_what_made_its_rows() -> None:
+    needs = [Need("verify", {"fixed": 1}, bytes=size) for size in (5e6, 4e7, 2e8)]
+    rows = [(need, made_by("verify", need)) for need in needs]
+    rows += [(need, made_by("stream", need)) for need in stream_needs()]
+    fits = fit_all(rows, HERE)
+    for family, true in TRUE.items():
+        assert not fits[family].idle
+        for name, value in true.items():
+            assert fits[family].values[name] == pytest.approx(value, rel=0.05), (family, name)
+    unseen = list(left_out(rows, HERE, fits))
+    for (_, us), guess in zip(rows, unseen, strict=True):
+        assert guess == pytest.approx(us, rel=0.1)
+
+
+def test_one_odd_row_does_not_drag_the_others() -> None:
+    rows = [(need, made_by("stream", need)) for need in stream_needs()]
+    odd = (rows[0][0], 3 * rows[0][1])
+    fits = fit_all([odd, *rows[1:]], HERE)
+    for need, us in rows[1:]:
+        assert fits["stream"].us(need, HERE) == pytest.approx(us, rel=0.1)
+
+
+def test_a_parameter_that_no_row_tells_is_named() -> None:
+    """Rows of dense weights say nothing about codes: the first guess stays, and the description says so."""
+    rows = [(need, made_by("stream", need)) for need in stream_needs() if not need.codes]
+    fit = fit_all(rows, HERE)["stream"]
+    assert "code" in fit.idle and fit.values["code"] == FAMILIES["stream"].first_guess()["code"]
+    assert any("no row tells" in words for words in fit.describe())
+
+
+def test_time_scales_with_the_card() -> None:
+    fits = fit_all([(need, made_by("stream", need)) for need in stream_needs()], HERE)
+    wide = Rates(CARDS["b200"], 6e12, 6e12, 16e14, "made up")
+    streaming, waiting, working = stream_needs()[0], Need("stream", {"handoff": 100}, 1e3), stream_needs()[6]
+    assert fits["stream"].bound(streaming, HERE) == "bytes" and fits["stream"].bound(working, HERE) == "SMs"
+    assert fits["stream"].us(waiting, wide) == pytest.approx(fits["stream"].us(waiting, HERE))
+    assert fits["stream"].us(streaming, wide) < 0.6 * fits["stream"].us(streaming, HERE)
+    assert fits["stream"].us(working, wide) > 0.85 * fits["stream"].us(working, HERE), "SMs, not bandwidth, decide"
+
+
+def test_needs_come_from_the_shape() -> None:
+    dense = need_of(row("draft_forward", "qwen3-8b L5 H4096 I12288 32/8x128 B1 T16 ctx1024", flops=1e9))
+    assert dense.family == "stream" and dense.serial["handoff"] == draft_handoffs(QWEN3_8B) > QWEN3_8B.L
+    assert dense.codes == 0 and dense.serial["handoff of 64 tokens"] == 0
+    coded = need_of(row("draft_forward", "qwen3-8b L5 H4096 I12288 32/8x128 B4 T16 ctx1024", "fp8", flops=1e9))
+    assert coded.codes == QWEN3_8B.L * QWEN3_8B.layer_weights and coded.serial["handoff of 64 tokens"] > 0
+    many = need_of(row("draft_forward", "qwen3-8b L5 H4096 I12288 32/8x128 B5 T16 ctx1024", flops=1e12))
+    assert many.family == "chain" and many.padded_flops > many.flops - many.attention > 0
+    for bad in (row("sort", "B1"), row("draft_forward", "other B1 T16 ctx4"), row("lm_head_topk", "qwen3-8b T16")):
+        with pytest.raises(ValueError, match="predict: (op|the shape) must"):
+            need_of(bad)
+
+
+def test_every_bench_row_is_predicted(predictor: predict.Predictor, card: Card) -> None:
+    """No row takes less than its floor, but for what beats the measured ceiling a little."""
+    found = predictor.predict(card)
+    assert {r.suite for r in found} >= set(predict.SUITES)
+    for r in found:
+        if r.expected_us is None:
+            assert r.note and r.floor_us is None
+        else:
+            assert r.floor_us is not None and 0 <= 0.97 * r.floor_us <= r.expected_us < math.inf
+            assert r.family in REASONS and r.bound in ("latency", "bytes", "SMs", "tensor")
+
+
+def test_the_model_is_judged_by_rows_that_it_has_not_seen(predictor: predict.Predictor) -> None:
+    rows = predictor.predict(H100)
+    judged = [r for r in rows if r.judged is not None]
+    assert len(judged) >= len(predictor.rows) > 3 * predictor.parameters
+    assert sum(r.unseen is not None for r in judged) > 0.9 * len(judged)
+    result = predict.report(H100, predictor)
+    assert result["middle_error"] < 0.15
+    text = "\n".join(predict.lines(result))
+    off = [r for r in rows if r.off]
+    assert {(r.op, r.shape, r.dtype) for r in off} == {(r.op, r.shape, r.dtype) for r in result["off"]}
+    for r in off:
+        assert f"  {r.op} {r.shape} {r.dtype}: measured / expected {r.judged:.2f}" in text
+        assert f"{r.family}: {REASONS[r.family]}" in text
+    assert f"{predictor.parameters} parameters, fitted to {len(predictor.rows)} rows" in text
+
+
+def test_efficiencies_are_those_of_the_files(predictor: predict.Predictor, tmp_path: Path) -> None:
+    """With every time in the files twice as long, so is every expected time of ops that were measured."""
+    shutil.copytree(RESULTS, tmp_path / "results")
+    for path in (tmp_path / "results" / H100.folder).glob("*.json"):
+        run = json.loads(path.read_text())
+        if isinstance(run, dict) and "suites" in run and "rows" in run:
+            for one in run["rows"]:
+                one["ours_us"] *= 2
+            path.write_text(json.dumps(run))
+    after = predict.Predictor(tmp_path / "results").predict(CARDS["b200"])
+    for was, now in zip(predictor.predict(CARDS["b200"]), after, strict=True):
+        if was.expected_us and now.expected_us and not was.note and not predictor.fits[was.family].idle:
+            assert 1.4 < now.expected_us / was.expected_us < 2.6, was
+    with pytest.raises(ValueError, match="must hold"):
+        predict.Predictor(tmp_path)
+
+
+def test_rates_are_measured_where_the_card_was_there() -> None:
+    for key in ("h100", "h200"):
+        here = rates(CARDS[key])
+        assert "measured on it" in here.origin and 0.8 < here.read_bw / CARDS[key].datasheet_bw < 1
+    b200 = rates(CARDS["b200"])
+    assert b200.read_bw == CARDS["b200"].read_bw and b200.flops < CARDS["b200"].bf16
+    assert card_of("NVIDIA H100 80GB HBM3") is H100 and card_of("Some Card") is None
+
+
+def test_steps_and_publications(predictor: predict.Predictor) -> None:
+    result = predict.report(CARDS["b200"], predictor)
+    text = "\n".join(predict.lines(result))
+    assert "no code of this package has run on a B200" in text
+    assert "nothing of this package ran" in text and "No row was measured on a B200" in text
+    kinds = {(s["concurrency"], s["engine"]) for s in result["steps"]}
+    assert {(1, "stock"), (1, "all")} <= kinds and set(result["sharded"]) == {1, 32}
+    for step in result["steps"]:
+        for part in step["parts"]:
+            assert part.floor_us <= part.low_us * 1.03 and part.low_us <= part.high_us and part.measured_us is None
+    single = next(p for p in PUBLISHED_STEPS if p.tp == 1 and p.concurrency == 1)
+    assert single.step_us(6.4) == pytest.approx(6.4 / single.tokens_per_s * 1e6)
+    for found in result["published"]:
+        assert 0 < found["share"][0] <= found["share"][1] < 0.5
+        assert 0.8 < found["gain"][0] <= found["gain"][1] < 1.5
+    same = predict.single_card_steps(predictor, H100)
+    assert all(part.measured_us is not None for step in same for part in step["parts"])
+
+
+def test_a_card_that_the_fit_has_not_seen(predictor: predict.Predictor) -> None:
+    checks = predict.other_card_checks(predictor)
+    assert checks and all(0.5 < check["ratio"] < 2 for check in checks)
+
+
+def test_what_is_not_modelled_says_why(predictor: predict.Predictor) -> None:
+    rows = [r for r in predictor.predict(H100) if r.expected_us is None]
+    assert rows and all(r.note for r in rows)
+    assert not_modelled(row("draft_forward", "")) is None
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "b200.json"
+    assert command_line.main(["predict", "--card", "b200", "--json", str(path)]) == 0
+    assert "Predicted for a B200" in capsys.readouterr().out
+    stored = json.loads(path.read_text())
+    assert stored["card"]["key"] == "b200" and stored["rows"] and stored["fitted_on"]["card"] == "H100"
+    assert command_line.main(["predict", "--card", "b200", "--json", str(tmp_path / "no" / "file.json")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        command_line.main(["predict", "--card", "h300"])
+    assert left.value.code == 2
