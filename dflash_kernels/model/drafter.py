@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dflash_kernels import ops
+from dflash_kernels import ops, tuning
 from dflash_kernels.draft_stream import MAX_TOKENS, PackedDraft, pack_draft, why_not_packed
 from dflash_kernels.model.checkpoint import load_weights
 from dflash_kernels.model.config import DrafterConfig, load_config
@@ -274,6 +274,13 @@ class Drafter:
             if torch.cuda.is_current_stream_capturing():
                 return None
             w, config, codes = self.weights, self.config, self.weights.quantized or {}
+            heads = (config.num_heads, config.num_kv_heads)
+            shape = tuning.draft_shape(
+                config.num_layers, config.hidden_size, config.intermediate_size, heads, config.head_dim, w.weight_format
+            )
+            blocks = tuning.stream_blocks("draft", shape, self.device)
+            if blocks == 0:  # by measurement the chain is faster
+                return None
             self._packed = pack_draft(
                 codes.get("qkv_weight", w.qkv_weight),
                 codes.get("o_weight", w.o_weight),
@@ -281,7 +288,7 @@ class Drafter:
                 codes.get("down_weight", w.down_weight),
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
-                blocks=torch.cuda.get_device_properties(self.device).multi_processor_count,
+                blocks=blocks,
             )
         return self._packed
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dflash_kernels import tuning
 from dflash_kernels.ops._errors import dflash_errors
 from dflash_kernels.stream import TILE_ELEMENTS, TILE_K, TILE_ROWS, Schedule, pack_tiles, unpack_tiles
 
@@ -110,7 +111,7 @@ def inject_kv_plan(
     Args:
         fc_weight: ``[H, K * H]``; kv_weight: ``[L, 2 * Hkv * D, H]``; both as for :func:`inject_kv`.
         head_dim: D.
-        blocks: persistent blocks; default: the device's multiprocessors.
+        blocks: persistent blocks; default: as tuned (`dflash_kernels.tuning`), else the device's multiprocessors.
 
     Returns:
         None where few rows take the same path as many: weights that are not bf16, D over 128, H not a multiple of 8.
@@ -119,10 +120,11 @@ def inject_kv_plan(
     if fc_weight.dtype != torch.bfloat16 or head_dim > MAX_PLAN_HEAD_DIM or hidden % 8 != 0:
         return None
     device = fc_weight.device
+    taps, num_heads = fc_weight.shape[1] // hidden, kv_weight.shape[0] * kv_weight.shape[1] // head_dim
     if blocks is None:
-        blocks = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    num_heads = kv_weight.shape[0] * kv_weight.shape[1] // head_dim
-    schedule = inject_schedule(fc_weight.shape[1] // hidden, hidden, num_heads, head_dim, blocks)
+        shape = tuning.inject_shape(taps, hidden, num_heads, head_dim)
+        blocks = tuning.stream_blocks("inject", shape, device)
+    schedule = inject_schedule(taps, hidden, num_heads, head_dim, blocks)
     fc_tiles = _ceil_div(hidden, TILE_ROWS)
     tiles = [pack_tiles(fc_weight).view(-1, TILE_ELEMENTS), _pack_heads(kv_weight, head_dim).view(-1, TILE_ELEMENTS)]
     scratch = MAX_PLAN_ROWS * (4 * fc_tiles + 2 * hidden)

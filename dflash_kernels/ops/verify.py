@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from dflash_kernels import tuning
 from dflash_kernels.ops._errors import dflash_errors
 
 __all__ = [
@@ -91,7 +92,8 @@ def verify_block(
             contiguous.
         prefix_lens: [B] int32 or int64, committed length before the step.
         lazy: CUDA, from logits: 1 skips rows past a request's first mismatch once that is known, 0 reads all rows, -1
-            chooses by measurement, at present always 0. The results are the same.
+            chooses by the bytes of the logits: by what was measured on this machine (`dflash_kernels.tuning`), else by
+            the kernel's own limit. The results are the same.
         out: with ``workspace`` (see `verify_workspace`; used by logits only, still to be given): fills these tensors
             and allocates nothing.
 
@@ -103,6 +105,8 @@ def verify_block(
 
     Source: the accept step of SGLang's DFLASH worker, bit for bit.
     """
+    if lazy == -1 and target.is_cuda and target.dim() == 3 and not torch.compiler.is_compiling():
+        lazy = tuning.lazy(target)
     if out is None:
         return Verified(*torch.ops.dflash.verify_block(candidates, target, prefix_lens, lazy))
     torch.ops.dflash.verify_block.out(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dflash_kernels import tuning
 from dflash_kernels.draft_stream import MAX_TOKENS, PackedDraft, pack_draft, why_not_packed
 from dflash_kernels.integrations.sglang.seam import (
     DraftPool,
@@ -23,7 +24,6 @@ from dflash_kernels.integrations.sglang.seam import (
     RotaryTable,
     Seam,
     Target,
-    blocks_of,
     follow_loading,
     for_packing,
     max_positions,
@@ -174,7 +174,13 @@ class ForwardSeam(Seam):
         if reason is not None:
             return None, f"weights not packed: {reason}"
         sizes = {"num_kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim}
-        sizes["blocks"] = blocks_of(matrices[0].device)
+        heads, inner = (attention.num_heads, attention.num_kv_heads), self.weights["down"].shape[2]
+        shape = tuning.draft_shape(
+            len(self.windows), self.embed.shape[1], inner, heads, attention.head_dim, self.settings.weights
+        )
+        sizes["blocks"] = tuning.stream_blocks("draft", shape, matrices[0].device)
+        if sizes["blocks"] == 0:
+            return None, "weights not packed: by this machine's tuning the chain of kernels is faster"
         self._pack_again = lambda: pack_draft(*(for_packing(self.settings, m) for m in matrices), **sizes)
         return self._pack_again(), note
 

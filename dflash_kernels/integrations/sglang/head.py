@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
+from dflash_kernels import tuning
 from dflash_kernels.draft_stream import MAX_TOKENS
 from dflash_kernels.head_stream import PackedHead, pack_head
 from dflash_kernels.integrations.sglang.seam import (
     WORKER_MODULE,
     Seam,
     Target,
-    blocks_of,
     follow_loading,
     for_packing,
     may_pack,
     require,
 )
-from dflash_kernels.tiles import Weight
+from dflash_kernels.tiles import Weight, format_of
 
 
 class HeadSeam(Seam):
@@ -92,7 +92,12 @@ class DraftSampler:
         """Hold the shard once more, for the kernel that streams it for few rows; one copy for all batch sizes."""
         from dflash_kernels.ops import lm_head_argmax_packed_workspace
 
-        self._pack_again = lambda: pack_head(weight(), blocks=blocks_of(self.out.device))
+        def packed() -> PackedHead:
+            head = weight()
+            shape = tuning.head_shape(head.shape[0], head.shape[1], format_of(head))
+            return pack_head(head, blocks=tuning.stream_blocks("head", shape, self.out.device))
+
+        self._pack_again = packed
         self.packed = self._pack_again()
         self.packed_workspace = lm_head_argmax_packed_workspace(self.packed)
 

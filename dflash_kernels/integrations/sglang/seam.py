@@ -283,11 +283,6 @@ def _quantized(weight: torch.Tensor, weight_format: WeightFormat) -> QuantizedWe
     return concatenate([quantize(part, weight_format) for part in weight.split(8192)])
 
 
-def blocks_of(device: torch.device) -> int:
-    """Blocks of a kernel that streams packed weights: one a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def follow_loading(model: Any, repack: Callable[[], None]) -> None:
     """Run ``repack`` after every later load of weights into the model."""
     load = getattr(model, "load_weights", None)
