@@ -494,6 +494,12 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   }
 }
 
+bool mbarrier_test(uint64_t* barrier, unsigned parity) {
+  if (state(barrier).phase != (parity & 1)) return true;
+  spin();
+  return state(barrier).phase != (parity & 1);
+}
+
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
   Machine& m = machine();
   const auto* place = static_cast<unsigned char*>(shared);

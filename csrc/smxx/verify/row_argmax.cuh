@@ -38,43 +38,54 @@ struct Row {
   }
 };
 
-// The best of the vectors that one thread takes, in ascending order.
+// The best of the vectors that one thread takes.
 template <LogitType kType>
 struct Best {
   uint4 elements;
   float top;
-  int vector;
+  int place;  // of `elements` among all vectors; -1: none was taken
 
-  // `first`: the vector that will be taken first. Until something beats it, it stands for -inf.
-  __device__ __forceinline__ void start(int first) {
-    const uint32_t bits = Element<kType>::kNegInfBits;
-    elements = uint4{bits, bits, bits, bits};
-    top = __uint_as_float(0xff800000u);
-    vector = first;
+  // The first among equals stays, and so does the first NaN.
+  static __device__ __forceinline__ bool beats(float later, float earlier) {
+    return !(later <= earlier) && earlier == earlier;
   }
 
-  __device__ __forceinline__ void take(const uint4& v, int i) {
-    const float candidate = Element<kType>::max_of(v);
-    // The first among equals stays, and so does the first NaN.
-    const bool better = !(candidate <= top) && top == top;
-    elements.x = better ? v.x : elements.x;
-    elements.y = better ? v.y : elements.y;
-    elements.z = better ? v.z : elements.z;
-    elements.w = better ? v.w : elements.w;
-    top = better ? candidate : top;
-    vector = better ? i : vector;
+  // The lane's share of `count` vectors. Four at a time meet among themselves first, so that few steps wait for what
+  // was found before.
+  __device__ __forceinline__ void take_all(const uint4* vectors, int count, int lane) {
+    constexpr int kStep = 4;
+    const float none = __uint_as_float(0xff800000u);
+    top = none, place = lane < count ? lane : -1;
+#pragma unroll 1
+    for (int i = lane; i < count; i += 32 * kStep) {
+      float values[kStep];
+#pragma unroll
+      for (int u = 0; u < kStep; ++u) {
+        values[u] = i + 32 * u < count ? Element<kType>::max_of(vectors[i + 32 * u]) : none;
+      }
+      const bool first = beats(values[1], values[0]), second = beats(values[3], values[2]);
+      const float a = first ? values[1] : values[0], b = second ? values[3] : values[2];
+      const int at_a = first ? i + 32 : i, at_b = second ? i + 96 : i + 64;
+      const bool half = beats(b, a);
+      const float best = half ? b : a;
+      const bool better = beats(best, top);
+      top = better ? best : top;
+      place = better ? (half ? at_b : at_a) : place;
+    }
+    if (place >= 0) elements = vectors[place];
   }
 
-  // argmax_key with the index counted from the row's start. At least one vector was taken.
-  __device__ __forceinline__ uint64_t key(int head) const {
+  // argmax_key with the index counted from the row's start, for vectors from `first` on; 0 if none was taken.
+  __device__ __forceinline__ uint64_t key(int first, int head) const {
+    if (place < 0) return 0;
     float x[Element<kType>::kPerVector];
     Element<kType>::unpack(elements, x);
-    int place = 0;
+    int element = 0;
 #pragma unroll
     for (int e = Element<kType>::kPerVector - 1; e >= 0; --e) {
-      if (x[e] == top || x[e] != x[e]) place = e;
+      if (x[e] == top || x[e] != x[e]) element = e;
     }
-    return argmax_key(top, static_cast<uint32_t>(head + vector * Element<kType>::kPerVector + place));
+    return argmax_key(top, static_cast<uint32_t>(head + (first + place) * Element<kType>::kPerVector + element));
   }
 };
 

@@ -21,7 +21,6 @@ template <>
 struct Element<LogitType::kFloat32> {
   using Bits = float;
   static constexpr int kPerVector = 4;
-  static constexpr uint32_t kNegInfBits = 0xff800000u;
   static __device__ __forceinline__ float value(float bits) { return bits; }
   static __device__ __forceinline__ void unpack(const uint4& v, float (&x)[4]) {
     x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y), x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
@@ -36,7 +35,6 @@ template <>
 struct Element<LogitType::kBFloat16> {
   using Bits = uint16_t;
   static constexpr int kPerVector = 8;
-  static constexpr uint32_t kNegInfBits = 0xff80ff80u;
   static __device__ __forceinline__ float value(uint16_t bits) {
     return __uint_as_float(static_cast<uint32_t>(bits) << 16);
   }
@@ -59,7 +57,6 @@ template <>
 struct Element<LogitType::kFloat16> {
   using Bits = uint16_t;
   static constexpr int kPerVector = 8;
-  static constexpr uint32_t kNegInfBits = 0xfc00fc00u;
   static __device__ __forceinline__ float value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
   static __device__ __forceinline__ void unpack(const uint4& v, float (&x)[8]) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
