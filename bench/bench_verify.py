@@ -93,8 +93,8 @@ def _lengths(batch: int, block_size: int, mean_committed: float) -> list[int]:
     mean = mean_committed - 1.0
     if batch == 1:
         return [round(mean)]
-    top = min(2.0 * mean, block_size - 1.0)
-    return [round(top * i / (batch - 1)) for i in range(batch)]
+    low, high = max(2.0 * mean - (block_size - 1.0), 0.0), min(2.0 * mean, block_size - 1.0)
+    return [round(low + (high - low) * i / (batch - 1)) for i in range(batch)]
 
 
 def _candidates(top1: torch.Tensor, vocab: int, lengths: list[int]) -> torch.Tensor:
@@ -127,9 +127,11 @@ def _top1_case(shape: DrafterShape, batch: int) -> Case:
     return Case(SUITE, "verify_block top-1", f"B{batch} T{shape.T}", "i64", _regime(batch), traffic, 0, "copy", make)
 
 
-def _logits_case(shape: DrafterShape, batch: int, dtype: torch.dtype, lazy: int) -> Case:
+def _logits_case(
+    shape: DrafterShape, batch: int, dtype: torch.dtype, lazy: int, committed: float = MEAN_COMMITTED
+) -> Case:
     rows = batch * shape.T
-    lengths = _lengths(batch, shape.T, MEAN_COMMITTED)
+    lengths = _lengths(batch, shape.T, committed)
 
     def make(device: torch.device) -> Calls:
         logits = torch.randn(batch, shape.T, shape.V, device=device, dtype=dtype)
@@ -154,7 +156,7 @@ def _logits_case(shape: DrafterShape, batch: int, dtype: torch.dtype, lazy: int)
         )
 
     read = sum(length + 1 for length in lengths) if lazy == 1 else rows
-    mode = "full" if lazy == 0 else f"lazy, acc {MEAN_COMMITTED}"
+    mode = "full" if lazy == 0 else f"lazy, acc {committed:g}"
     return Case(
         SUITE,
         f"verify_block {mode}",
@@ -403,7 +405,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield _logits_case(shape, batch, torch.bfloat16, 0)
         for name in _reader_names():
             yield _read_case(shape, batch, name)
-    yield _logits_case(shape, 32, torch.bfloat16, 1)
+    for committed in (MEAN_COMMITTED, float(shape.T)):  # all of them: where nothing can be left out
+        yield _logits_case(shape, 32, torch.bfloat16, 1, committed)
     for batch in (1, 32) if quick else (1, 8, 32):
         yield _sampled_case(shape, batch, "token")
     if quick:
