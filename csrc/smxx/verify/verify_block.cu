@@ -88,10 +88,12 @@ struct Unit {
 };
 constexpr int kNone = -1;
 
-// A row that is complete: its argmax, and what the draft has in its place.
+// A row that is complete: its argmax, what the draft has in its place, and the request's word as it was a little
+// before.
 struct EndedRow {
   uint32_t index;
   int64_t guess;
+  unsigned long long state;
 };
 
 // What is copied of a unit.
@@ -127,19 +129,20 @@ struct Block {
   unsigned next;  // unit of this block
 };
 
-// Called by a warp, each lane with the argmax_key of `count` slices of row n, or 0 slices. job.add(n, key, count,
-// ended) is called by each of those lanes and says whether the row is complete with them; then all lanes call
-// job.end_row(n, ended).
+// Called by a warp, each lane with the argmax_key of `count` slices of row n, or 0 slices, and with what the row's word
+// held a while ago (0: not known). job.add(n, key, count, seen, ended) is called by each of those lanes and says
+// whether the row is complete with them; then all lanes call job.end_row(n, ended).
 template <typename Job>
-__device__ __forceinline__ void report(const Job& job, int n, uint64_t key, uint32_t count) {
+__device__ __forceinline__ void report(const Job& job, int n, uint64_t key, uint32_t count, unsigned long long seen) {
   EndedRow ended{};
-  const bool complete = count > 0 && job.add(n, key, count, ended);
+  const bool complete = count > 0 && job.add(n, key, count, seen, ended);
   unsigned left = __ballot_sync(kFullWarp, complete);
   while (left != 0) {
     const int lane = __ffs(left) - 1;
     left &= left - 1;
     job.end_row(__shfl_sync(kFullWarp, n, lane),
-                EndedRow{__shfl_sync(kFullWarp, ended.index, lane), __shfl_sync(kFullWarp, ended.guess, lane)});
+                EndedRow{__shfl_sync(kFullWarp, ended.index, lane), __shfl_sync(kFullWarp, ended.guess, lane),
+                         __shfl_sync(kFullWarp, ended.state, lane)});
   }
 }
 
@@ -149,10 +152,14 @@ __device__ __forceinline__ void report_boxes(Block<kBoxes>& block, const Job& jo
   const int lane = threadIdx.x % 32;
   uint32_t parity = 0;
 #pragma unroll 1
-  while (__ballot_sync(kFullWarp, mbarrier_test(&block.over, 0)) == 0) {
+  while (true) {
     const bool full = lane < kBoxes && mbarrier_test(block.posted + lane, parity);
     unsigned left = __ballot_sync(kFullWarp, full);
-    if (left == 0) continue;
+    if (left == 0) {
+      // A reader ends when its box is empty.
+      if (__ballot_sync(kFullWarp, mbarrier_test(&block.over, 0)) != 0) return;
+      continue;
+    }
     int row = kNone;
     uint64_t key = 0;
     if (full) {
@@ -171,7 +178,7 @@ __device__ __forceinline__ void report_boxes(Block<kBoxes>& block, const Job& jo
       if (lane == first) best = top, count = static_cast<uint32_t>(__popc(group));
       left &= ~group;
     }
-    report(job, row, best, count);
+    report(job, row, best, count, 0);
   }
 }
 
@@ -237,12 +244,14 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     Unit following = unit_of(slices, k);
     Span span = span_of(following);
     const Watch watched = watch(slices.run.divide(k));
+    // With the last unit, what may spare the report's first trip: nearly always there is a larger key by now.
+    const unsigned long long seen = following.row == kNone && lane == 0 ? load_relaxed(job.word(now.row)) : 0;
     if (count > 0) {
       mbarrier_wait(barrier, parity);
       parity ^= 1;
     }
     trace.mark(Event::kLanded, now.row);
-    const int seen = watched.look();  // not before: what was known when the copy began is old news
+    const int end = watched.look();  // not before: what was known when the copy began is old news
 
     Best<kType> best;
     best.take_all(slot, count, lane);
@@ -250,7 +259,7 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     trace.mark(Event::kReduced, now.row);
 
     if constexpr (Job::kSkips) {
-      bool wanted = seen <= watched.most;
+      bool wanted = end <= watched.most;
       while (true) {
         const unsigned needed = __ballot_sync(kFullWarp, wanted);  // bit i: run `run` + i
         if ((needed & 1) != 0) break;
@@ -273,7 +282,7 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     if (scalar >= 0) key = max(key, argmax_key(scalar_value, static_cast<uint32_t>(scalar)));
     key = warp_max(key);
     if (following.row == kNone) {
-      report(job, now.row, key, lane == 0 ? 1 : 0);
+      report(job, now.row, key, lane == 0 ? 1 : 0, seen);
     } else {
       posted ^= 1;
       if (lane == 0) {  // alone: another lane might look when the next key is taken already
@@ -324,13 +333,15 @@ struct RowWord {
     return ~static_cast<uint32_t>(word >> slices.count_bits) & ((1u << (32 - slices.count_bits)) - 1);
   }
 
-  // The argmax_key of `count` slices: true with the last ones to arrive; row_index is the row's argmax then.
-  __device__ __forceinline__ bool add(uint64_t key, uint32_t count, uint32_t& row_index) const {
+  // The argmax_key of `count` slices: true with the last ones to arrive; row_index is the row's argmax then. `seen`:
+  // what *words was a while ago.
+  __device__ __forceinline__ bool add(uint64_t key, uint32_t count, unsigned long long seen,
+                                      uint32_t& row_index) const {
     if (slices.count_bits > 0) {
       const int index_bits = 32 - slices.count_bits;
       const uint32_t low = ~argmax_index(key) & ((1u << index_bits) - 1);
       const uint64_t high = static_cast<uint64_t>(argmax_order_key(key)) << index_bits | low;
-      const Joined joined = join(words, high, count, slices.count_bits);
+      const Joined joined = join(words, high > seen >> slices.count_bits ? high : 0, count, slices.count_bits);
       row_index = index(joined.after);
       return is_complete(joined.after);
     }
@@ -383,11 +394,18 @@ struct ReadAll {
     return Row<kType>(p.logits, b, n - b * p.block_size, p.vocab_size);
   }
 
-  __device__ __forceinline__ bool add(int n, uint64_t key, uint32_t count, EndedRow& ended) const {
-    const int b = request(n), j = n - b * p.block_size;
-    const RowWord row{p.workspace.row(b, j), slices};
-    ended.guess = load_guess(p, b, j);
-    if (!row.add(key, count, ended.index)) return false;
+  __device__ __forceinline__ unsigned long long* word(int n) const {
+    const int b = request(n);
+    return p.workspace.row(b, n - b * p.block_size);
+  }
+
+  __device__ __forceinline__ bool add(int n, uint64_t key, uint32_t count, unsigned long long seen,
+                                      EndedRow& ended) const {
+    const int b = request(n);
+    const RowWord row{word(n), slices};
+    ended.guess = load_guess(p, b, n - b * p.block_size);
+    ended.state = load_relaxed(p.workspace.state(b));
+    if (!row.add(key, count, seen, ended.index)) return false;
     row.clear();
     return true;
   }
@@ -398,6 +416,7 @@ struct ReadAll {
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
     const bool ends = j == block_size - 1 || static_cast<int64_t>(ended.index) != ended.guess;
     uint64_t first = ends ? static_cast<uint64_t>(block_size - j) << kTokenBits | ended.index : 0;
+    if (first <= ended.state >> kCountBits) first = 0;  // an earlier row is there already
     bool complete = false;
     if (lane == 0) {
       const Joined joined = join(p.workspace.state(b), first, 1, kCountBits);
@@ -464,10 +483,17 @@ struct ReadNeeded {
     return Watch{p.workspace.known_end(request(n, j)), p.block_size - j};
   }
 
-  __device__ __forceinline__ bool add(int n, uint64_t key, uint32_t count, EndedRow& ended) const {
+  __device__ __forceinline__ unsigned long long* word(int n) const {
+    const int j = position(n);
+    return p.workspace.row(request(n, j), j);
+  }
+
+  __device__ __forceinline__ bool add(int n, uint64_t key, uint32_t count, unsigned long long seen,
+                                      EndedRow& ended) const {
     const int j = position(n), b = request(n, j);
     ended.guess = load_guess(p, b, j);
-    return RowWord{p.workspace.row(b, j), slices}.add(key, count, ended.index);
+    ended.state = load_relaxed(p.workspace.state(b));
+    return RowWord{word(n), slices}.add(key, count, seen, ended.index);
   }
 
   __device__ __forceinline__ void end_row(int n, const EndedRow& ended) const {
@@ -478,10 +504,11 @@ struct ReadNeeded {
     int accept_len = -1;  // not decided, or not by this
     uint32_t bonus = 0;
     if (lane == 0) {
-      // A later row may take the place of an earlier one. All units up to the later one have been taken by then: of
-      // those between, the few that are not looked up yet may be read in vain.
-      if (ends) store_relaxed(p.workspace.known_end(b), static_cast<uint8_t>(block_size - j));
-      const uint64_t end = ends ? static_cast<uint64_t>(block_size - j) : 0;
+      uint64_t end = ends ? static_cast<uint64_t>(block_size - j) : 0;
+      if (end <= ended.state >> State::kRowBits) end = 0;  // an earlier row is there already
+      // At times a later row still takes the place of an earlier one. All units up to the later one have been taken by
+      // then: of those between, the few that are not looked up yet may be read in vain.
+      if (end != 0) store_relaxed(p.workspace.known_end(b), static_cast<uint8_t>(end));
       const Joined joined = join(p.workspace.state(b), end, 1ull << j, State::kRowBits);
       if (!State::is_decided(joined.before, block_size) && State::is_decided(joined.after, block_size)) {
         accept_len = State::end(joined.after, block_size);
@@ -523,10 +550,13 @@ struct ReadShard {
 
   __device__ __forceinline__ Row<kType> row(int n) const { return Row<kType>(p.logits, n, 0, p.vocab_size); }
 
-  __device__ __forceinline__ bool add(int n, uint64_t key, uint32_t count, EndedRow& ended) const {
-    const RowWord word{p.workspace.row(n, 0), slices};
-    if (!word.add(key, count, ended.index)) return false;
-    word.clear();
+  __device__ __forceinline__ unsigned long long* word(int n) const { return p.workspace.row(n, 0); }
+
+  __device__ __forceinline__ bool add(int n, uint64_t key, uint32_t count, unsigned long long seen,
+                                      EndedRow& ended) const {
+    const RowWord row{word(n), slices};
+    if (!row.add(key, count, seen, ended.index)) return false;
+    row.clear();
     return true;
   }
 
