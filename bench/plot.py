@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.results import preferred_rows
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_predicted"]
 
 _COLOURS = ("#4477aa", "#66a182", "#ccaa44", "#aa6677", "#775599", "#55a0b4", "#888888")
 _BASELINE = "#222222"
@@ -70,6 +70,37 @@ def draw(run: dict[str, Any], path: Path) -> None:
         Line2D([], [], color=_COLOURS[n % len(_COLOURS)], linewidth=6, label=suite) for n, suite in enumerate(suites)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_predicted(compared: dict[str, Any], path: Path) -> None:
+    """Measured against expected times, of `bench.first_run.compare`, into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in compared["rows"] if row["expected_us"] and row["measured_us"]]
+    tolerance = compared["tolerance"]
+    figure, axis = pyplot.subplots(figsize=(8, 7), layout="constrained")
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    for number, family in enumerate(families):
+        mine = [row for row in rows if row["family"] == family]
+        x, y = [row["expected_us"] for row in mine], [row["measured_us"] for row in mine]
+        axis.scatter(x, y, s=22, color=_COLOURS[number % len(_COLOURS)], label=f"{family} ({len(mine)})", zorder=3)
+    ends = [
+        min((row["expected_us"] for row in rows), default=1.0) / 2,
+        max((r["expected_us"] for r in rows), default=1) * 2,
+    ]
+    axis.plot(ends, ends, color=_BASELINE, linewidth=1, label="as expected")
+    lower, upper = ([end * (1 + sign * tolerance) for end in ends] for sign in (-1, 1))
+    axis.fill_between(ends, lower, upper, color="#dddddd", label=f"within {tolerance:.0%}")
+    axis.set(xscale="log", yscale="log", xlabel="expected us", ylabel="measured us", xlim=ends)
+    axis.set_title(
+        f"{compared['card']}: {compared['within']} of {compared['compared']} rows within {tolerance:.0%}", fontsize=10
+    )
+    axis.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

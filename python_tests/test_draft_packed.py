@@ -382,7 +382,7 @@ class Interpreter:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("blocks", [1, 7, 132])
+@pytest.mark.parametrize("blocks", [1, 7, 132, 148])
 def test_schedule_computes_the_pass(case: Case, blocks: int, rng: torch.Generator) -> None:
     """Whatever block runs first: nothing is read before it is written, everything once, and the result is right."""
     inputs = make_inputs(case, rng, "cpu", torch.bfloat16)

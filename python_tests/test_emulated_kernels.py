@@ -41,7 +41,7 @@ FOLDER = ROOT / "build" / "emulator"
 LIBRARY = "DFLASH_EMULATED_LIBRARY"  # of the mutation checks: the library to test
 
 # Order of threads and CTAs (emulator.h), multiprocessors: with few, launches take the paths of a full GPU.
-ORDERS = {"forward": (0, 132), "reversed": (1, 132), "random": (2, 4)}
+ORDERS = {"forward": (0, 132), "reversed": (1, 148), "random": (2, 4)}
 
 
 @pytest.fixture(scope="module")

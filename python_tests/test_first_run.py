@@ -1,0 +1,287 @@
+"""The first-run kit with fake stages: order, limits, budget, resuming, the report; and what it says without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import __main__ as command_line
+from bench import first_run
+from bench.cards import CARDS, rates
+from bench.first_run import Outcome, Stage, chosen_stages, make_stages, read_state, run_stages, why_not, write_report
+from bench.model import need_of
+from bench.predict import Predictor, bench_rows
+
+H100 = {
+    "name": "NVIDIA H100 80GB HBM3", "multiprocessors": 132, "capability": [9, 0], "count": 1, "torch": "2.11.0",
+    "cuda": "13.0", "l2_bytes": 50 << 20, "memory_bytes": 80 << 30,
+}  # fmt: skip
+B200 = {**H100, "name": "NVIDIA B200", "multiprocessors": 148, "capability": [10, 0]}
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def stage(name: str, code: str = "", limit: float = 20.0, **options: Any) -> Stage:
+    return Stage(name, f"fake {name}", python(code), limit, **{"least": 0.0, **options})
+
+
+def appending(path: Path, word: str) -> str:
+    return f"open({str(path)!r}, 'a').write({word + ' '!r})"
+
+
+def test_order_failures_and_resuming(tmp_path: Path) -> None:
+    """Stages run in order, whatever becomes of one; a second call runs only what is not done, or is asked for again."""
+    ran = tmp_path / "ran"
+    stages = [
+        stage("first", appending(ran, "first")),
+        stage("broken", appending(ran, "broken") + "; raise SystemExit('it is broken')"),
+        Stage("absent", "fake", None, 10, missing="nothing to run it with"),
+        Stage("nonsense", "fake", ["/no/such/program"], 10, 0.0),
+        stage("last", appending(ran, "last")),
+    ]
+    out = tmp_path / "out"
+    found = run_stages(stages, out, H100, commit="abc")
+    assert ran.read_text().split() == ["first", "broken", "last"]
+    states = {name: outcome.state for name, outcome in found.items()}
+    assert states == {"first": "ok", "broken": "failed", "absent": "skipped", "nonsense": "failed", "last": "ok"}
+    assert found["broken"].code == 1 and "it is broken" in found["broken"].note
+    assert found["absent"].note == "nothing to run it with" and "FileNotFoundError" in found["nonsense"].note
+    assert found["first"].commit == "abc" and (out / "first.log").is_file()
+    # What is done stays; what was skipped is looked at again.
+    stages[2] = stage("absent", appending(ran, "absent"))
+    again = run_stages(stages, out, H100, again=["broken"], commit="def")
+    assert ran.read_text().split() == ["first", "broken", "last", "broken", "absent"]
+    assert again["first"].commit == "abc" and again["absent"].state == "ok" and again["broken"].commit == "def"
+    assert read_state(out, H100) == again
+
+
+def test_a_hanging_stage_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    """Its children too, also where they ignore the polite signal; then the next stage runs."""
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    pid_file = tmp_path / "pid"
+    hang = (
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        f"open({str(pid_file)!r}, 'w').write(str(p.pid)); print('waiting', flush=True); time.sleep(600)"
+    )
+    started = time.monotonic()
+    found = run_stages([stage("hang", hang, limit=3.0), stage("next")], tmp_path / "out", H100)
+    assert found["hang"].state == "timeout" and found["hang"].code is None and found["next"].state == "ok"
+    assert time.monotonic() - started < 30
+    pid = int(pid_file.read_text())
+    deadline = time.monotonic() + 10
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_budget(tmp_path: Path) -> None:
+    """What it is too short for waits, and what fits still runs; what it ends is cut; both run the next time."""
+    stages = [
+        stage("needs much", least=50.0),
+        stage("short"),
+        stage("long", "import time; time.sleep(600)", limit=100.0),
+        stage("after", least=1.0),
+    ]
+    out = tmp_path / "out"
+    found = run_stages(stages, out, H100, budget=4.0)
+    assert [found[s.name].state for s in stages] == ["waiting", "ok", "cut", "waiting"]
+    assert "50 needed" in found["needs much"].note
+    stages[2] = stage("long", "print('done now')")
+    found = run_stages(stages, out, H100, budget=300.0)
+    assert {outcome.state for outcome in found.values()} == {"ok"}
+
+
+def test_limits_reach_the_stage(tmp_path: Path) -> None:
+    code = "import os, sys; print(sys.argv[1:], os.environ['LIMIT'])"
+    command = [*python(code), "--time-limit", "{limit}"]
+    run_stages([Stage("a", "", command, 100.0, 0.0, environment={"LIMIT": "{limit}"})], tmp_path, H100)
+    assert "['--time-limit', '85'] 85" in (tmp_path / "a.log").read_text()
+    run_stages([Stage("b", "", command, 100.0, 0.0, environment={"LIMIT": "{limit}"})], tmp_path, H100, budget=60.0)
+    assert "'45'] 45" in (tmp_path / "b.log").read_text() or "'44'] 44" in (tmp_path / "b.log").read_text()
+
+
+def test_files_of_an_earlier_attempt_do_not_count(tmp_path: Path) -> None:
+    """A bench that dies at once is not reported with the rows of the attempt before."""
+    path = tmp_path / "bench.x.json"
+    path.write_text(json.dumps({"rows": [1], "geomean": {}, "errors": [], "skipped": []}))
+    dead = stage("bench.x", "raise SystemExit(3)", produces=[path], note=lambda: first_run._bench_note(path))
+    found = run_stages([dead], tmp_path, H100)["bench.x"]
+    assert found.state == "failed" and "cannot be read" in found.note and not path.exists()
+    silent = stage("bench.y", "", note=lambda: first_run._bench_note(path))
+    assert run_stages([silent], tmp_path, H100)["bench.y"].state == "failed", "exit code 0 without a file is no success"
+
+
+def test_another_machine_needs_another_directory(tmp_path: Path) -> None:
+    run_stages([stage("a")], tmp_path, H100)
+    with pytest.raises(ValueError, match="another machine .NVIDIA H100"):
+        run_stages([stage("a")], tmp_path, B200)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not the state of a first run"):
+        run_stages([stage("a")], tmp_path, H100)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"torch": "2.13.0+cpu", "cuda": None, "count": 0}, "a CPU build"),
+        ({"torch": "2.11.0", "cuda": "13.0", "count": 0}, "CUDA 13.0"),
+        ({**H100, "name": "NVIDIA A100", "capability": [8, 0]}, "found NVIDIA A100 .8.0."),
+        ({**H100, "name": "RTX 5090", "capability": [12, 0]}, "found RTX 5090 .12.0."),
+    ],
+)
+def test_what_is_needed(facts: dict[str, Any], words: str) -> None:
+    reason = why_not(facts)
+    assert reason is not None and reason.startswith("a CUDA GPU of compute capability 9.0")
+    assert re.search(words, reason)
+    assert why_not(H100) is None and why_not(B200) is None
+
+
+def test_without_a_gpu_the_command_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"torch": "2.13.0+cpu", "cuda": None, "count": 0}
+    monkeypatch.setattr(first_run, "device_facts", lambda: facts)
+    assert command_line.main(["first-run", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "a CUDA GPU of compute capability 9.0" in said and "bench predict --card" in said
+    assert not (tmp_path / "out").exists()
+    assert command_line.main(["first-run", "--list", "--out", str(tmp_path / "out")]) == 0
+    assert "bench.verify" in capsys.readouterr().out
+    assert command_line.main(["first-run", "--stages", "bench,tset"]) == 2
+    assert "there is no stage tset" in capsys.readouterr().err
+
+
+def test_facts_of_this_machine() -> None:
+    facts = first_run.device_facts()
+    assert facts["torch"] and (facts["count"] == 0 or facts["multiprocessors"] > 0)
+
+
+def test_stages_are_what_they_should_be(tmp_path: Path) -> None:
+    """Every suite, test and tool of the tree has its stage; what is missing is said, not run."""
+    stages = {s.name: s for s in make_stages(tmp_path, {**H100, "count": 1}, quick=False, recipe=None)}
+    from bench.runner import SUITES
+
+    assert {f"bench.{suite}" for suite in SUITES} <= set(stages)
+    order = list(stages)
+    assert order[0] == "doctor" and order.index("tests") < order.index("tune") < order.index("bench.verify")
+    assert (
+        stages["bench.tp"].missing and "installed" in stages["sglang"].missing or "recipe" in stages["sglang"].missing
+    )
+    for s in stages.values():
+        assert s.command and 0 < s.least <= s.limit <= 600, "a machine may be lent for 10 minutes"
+        for part in s.command[1:]:
+            if part.startswith("tools/"):
+                assert (first_run.ROOT / part).is_file()
+    two = {s.name: s for s in make_stages(tmp_path, {**H100, "count": 2}, quick=True, recipe=tmp_path)}
+    assert not two["bench.tp"].missing and two["bench.tp"].command[-1] == "2"  # type: ignore[index]
+    assert "--quick" in two["bench.draft"].command and two["bench.draft"].environment["DFLASH_TUNING"] == "off"  # type: ignore[operator]
+    assert [s.name for s in chosen_stages(list(stages.values()), ["bench.head", "doctor"])] == ["doctor", "bench.head"]
+    assert len(chosen_stages(list(stages.values()), ["bench"])) == len(SUITES)
+
+
+def a_run(suite: str, factor: float) -> dict[str, Any]:
+    """The file of a bench run whose rows take `factor` times what an H100 is expected to take."""
+    predictor, here = Predictor(), rates(CARDS["h100"])
+    rows = []
+    for row in (r for r in bench_rows() if r["suite"] == suite):
+        us = factor * predictor.us(need_of(row), here)
+        rows.append({**row, "cache": "cold", "ours_us": us, "baseline": "theirs", "baseline_us": 2 * us, "ratio": 0.5})
+    ceilings = {"read_bw": 3.1e12, "copy_bw": 3e12, "flop_rate": 8e14, "flop_dtype": "bf16"}
+    return {"rows": rows, "geomean": {suite: 0.5}, "errors": [], "skipped": [], "ceilings": ceilings, "suites": {}}
+
+
+TUNED = {
+    "file": "/some/tuning.json",
+    "parameters": {"verify_block": {"lazy_bytes": 1 << 62}},
+    "failures": ["RuntimeError: one question failed"],
+    "answers": [
+        {
+            "kind": "draft", "shape": "L5 H4096", "default": 132, "chosen": 0, "gain": 1.25,
+            "times": {"132": {"B1": 10.0}, "0": {"B1": 8.0}}, "wrong": {"66": "B1: error 1, allowed 0.1"},
+        }
+    ],
+}  # fmt: skip
+
+
+def test_report(tmp_path: Path) -> None:
+    """Measured beside predicted, off rows marked, stages with their reasons, what is still to do."""
+    (tmp_path / "bench.draft.json").write_text(json.dumps(a_run("draft", 1.0)))
+    (tmp_path / "bench.head.json").write_text(json.dumps(a_run("head", 1.5)))
+    (tmp_path / "tuning.json").write_text(json.dumps(TUNED))
+    stages = [stage("tests"), stage("bench.draft"), stage("bench.head"), stage("sanitize"), stage("sglang")]
+    outcomes = {
+        "tests": Outcome("failed", 12.0, 1, "exit code 1; 3 | 4 passed", commit="abc"),
+        "bench.draft": Outcome("ok", 30.0, 0, "15 rows", commit="abc"),
+        "sanitize": Outcome("cut", 9.0, None, "", commit="def"),
+        "sglang": Outcome("skipped", note="SGLang is not installed"),
+    }
+    write_report(tmp_path, H100, outcomes, stages, "python -m bench first-run --quick")
+    text = (tmp_path / "report.md").read_text()
+    assert "# First run on NVIDIA H100 80GB HBM3" in text and "commit abc, def" in text
+    assert "| tests | **failed** | 12 | exit code 1; 3 \\| 4 passed |" in text
+    assert "| sglang | **skipped** |  | SGLang is not installed |" in text and "| bench.head | not run | | |" in text
+    assert "Still to do, by the same command: bench.head, sanitize." in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    compared = summary["compared"]
+    drafts = [row for row in compared["rows"] if row["suite"] == "draft"]
+    heads = [row for row in compared["rows"] if row["suite"] == "head"]
+    assert all(row["ratio"] == pytest.approx(1.0) for row in drafts) and compared["within"] == len(drafts)
+    assert all(row["ratio"] == pytest.approx(1.5) for row in heads) and compared["compared"] == len(drafts) + len(heads)
+    assert text.count("| **1.50** | 0.50 |") == len(heads) and "What the model leaves out" in text
+    assert "| draft | L5 H4096 | 132 | 0 | 1.250 |" in text and "66 wrong: B1: error 1" in text
+    assert "skips rows nowhere" in text and "fixed when the library is compiled" in text
+    assert "one question failed" in text and not summary["problems"]
+    if (tmp_path / "predicted.png").is_file():
+        assert "![predicted.png](predicted.png)" in text
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    write_report(tmp_path, B200, {}, [stage("tests")], "x")
+    text = (tmp_path / "report.md").read_text()
+    assert "No suite has written rows yet." in text and "Still to do, by the same command: tests." in text
+
+
+def test_a_card_that_the_table_lacks() -> None:
+    """Predicted with its own multiprocessors and the ceilings of the run."""
+    runs = [{"ceilings": {"read_bw": 7e12, "copy_bw": 6e12, "flop_rate": 2e15}}]
+    card, origin = first_run.this_card({**B200, "name": "NVIDIA B300", "multiprocessors": 160}, runs)
+    assert (card.sms, card.name, card.folder) == (160, "NVIDIA B300", "") and "measured in this run" in origin
+    here = rates(card)
+    assert here.read_bw == 7e12 and here.flops == pytest.approx(2e15)
+    known, origin = first_run.this_card(B200, runs)
+    assert known is CARDS["b200"] and "published" in origin
+
+
+def test_the_whole_command_on_fakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes = [stage("doctor"), stage("bench.x", "raise SystemExit(1)")]
+    monkeypatch.setattr(first_run, "device_facts", lambda: H100)
+    monkeypatch.setattr(first_run, "make_stages", lambda *_: fakes)
+    out = tmp_path / "out"
+    assert first_run.main(["--out", str(out)]) == 1
+    assert "bench.x: failed" in capsys.readouterr().out and (out / "report.md").is_file()
+    fakes[1] = stage("bench.x")
+    assert first_run.main(["--out", str(out), "--again", "bench"]) == 0
+    assert "doctor: ok already" in capsys.readouterr().out
+    monkeypatch.setattr(first_run, "device_facts", lambda: B200)
+    assert first_run.main(["--out", str(out)]) == 2
+    assert "another machine" in capsys.readouterr().err
+    assert os.path.getsize(out / "summary.json") > 0
