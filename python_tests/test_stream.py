@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 
+from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, QWEN35_397B_TP8, DrafterShape
+from dflash_kernels.draft_stream import PackedDraft, draft_schedule
 from dflash_kernels.ops.inject import inject_schedule
 from dflash_kernels.stream import TILE_ROWS, UNIT_FIELDS, Schedule, pack_tiles, unpack_tiles
 
@@ -122,6 +124,24 @@ def test_inject_schedule(shape: str, blocks: int) -> None:
     assert stages == sorted(stages), "the projection needs all of fc"
     loads = [sum(max(u["tiles"], 0) for u in units) for units in machine.units]
     assert max(loads) - min(loads) <= 1, "every block reads the same"
+
+
+@pytest.mark.parametrize("blocks", [132, 148])
+@pytest.mark.parametrize("shape", [QWEN3_8B, QWEN35_397B_TP8, DEMO, DFLASH2_27B], ids=lambda shape: shape.name)
+def test_draft_schedule(shape: DrafterShape, blocks: int) -> None:
+    """Two layers of every published shape, as many blocks as an H100 and a B200 have multiprocessors."""
+    layers, none = 2, torch.empty(0)
+    shapes = PackedDraft(none, none, none, 0, shape.H, shape.I, shape.Hq, shape.Hkv, shape.D, layers).shapes()
+    machine = Interpreter(draft_schedule(shapes, layers, blocks), launches=2)
+    machine.run(seed=blocks)
+    tiles = [(-(-rows // TILE_ROWS), -(-k // 64)) for rows, k in shapes]
+    assert sorted(machine.weights_read) == list(range(layers * sum(rows * k for rows, k in tiles)))
+    products = [(stage, row, k) for stage, row, k in machine.finished if k]
+    stages = list(dict.fromkeys(stage for stage, _, _ in products))
+    assert len(stages) == layers * len(tiles)
+    for stage, (rows, k) in zip(stages, tiles * layers, strict=True):
+        assert sorted(p for p in products if p[0] == stage) == [(stage, row, k) for row in range(rows)]
+    assert [p[0] for p in products] == sorted(p[0] for p in products), "each product needs all of the one before"
 
 
 def test_an_impossible_wait_is_found() -> None:
