@@ -150,35 +150,57 @@ def _generate(engine: Any, ids: list[list[int]], new_tokens: int, ignore_eos: bo
 def _tokens(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Greedy tokens of every prompt, ``concurrency`` requests at a time, in fixed groups.
 
-    ``rotated`` prompts begin that much later, so that other prompts share a batch; ``seams`` are switched to.
+    ``rotated`` prompts begin that much later, so that other prompts share a batch; ``seams`` are switched to. Of
+    ``count`` prompts, those are left out whose turn has not come ``until`` then; of rotated ones, all.
     """
-    prompts, width = json.loads(Path(task["prompts"]).read_text()), task["concurrency"]
+    prompts, width = json.loads(Path(task["prompts"]).read_text())[: task.get("count")], task["concurrency"]
+    until = task.get("until", float("inf"))
     rotated = task.get("rotated", 0) % max(1, len(prompts))
     prompts = prompts[rotated:] + prompts[:rotated]
     if "seams" in task:
         switch = Path(os.environ["DFLASH_KERNELS_SEAMS_FILE"])
         Path(f"{switch}.new").write_text(task["seams"])
         os.replace(f"{switch}.new", switch)
-    _generate(engine, prompts[:width], 8, False)
-    tokens, steps, seconds = [], [], 0.0
+    tokens: list[list[int]] = []
+    steps: list[int] = []
+    seconds = 0.0
+    if time.time() < until:
+        _generate(engine, prompts[:width], 8, False)
     for start in range(0, len(prompts), width):
+        if time.time() >= until:
+            break
         taken, out = _generate(engine, prompts[start : start + width], task["new_tokens"], False)
         seconds += taken
         tokens += [o["output_ids"] for o in out]
         steps += [o["meta_info"].get("spec_verify_ct", len(o["output_ids"])) for o in out]
+    cut = len(tokens) < len(prompts)
+    if cut and rotated:
+        tokens, steps = [], []
     back = len(prompts) - rotated
     yield {
         "seconds": seconds,
+        "cut": cut,
         "steps": steps[back:] + steps[:back],
         "tokens": tokens[back:] + tokens[:back],
     }
 
 
 def _gaps(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The two likeliest tokens after each text and the difference of their logits, of an engine without speculation."""
+    """The two likeliest tokens after each text and the difference of their logits, of an engine without speculation.
+
+    The file of the texts is waited for ``until`` then.
+    """
+    while not Path(task["texts"]).is_file() and time.time() < task["until"]:
+        time.sleep(0.2)
+    if not Path(task["texts"]).is_file():
+        yield {"gaps": {}}
+        return
     texts = json.loads(Path(task["texts"]).read_text())
     params = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
     names = list(texts)
+    if not names:
+        yield {"gaps": {}}
+        return
     out = engine.generate(
         input_ids=[texts[name] for name in names], sampling_params=params, return_logprob=True, top_logprobs_num=2
     )
@@ -224,6 +246,9 @@ def _faults(engine: Any, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         gate, jobs = asyncio.Semaphore(2 * task["concurrency"]), []
         ends = time.monotonic() + task["seconds"]
         while time.monotonic() < ends:
+            if counts["arrivals"] - counts["completed"] - counts["aborted"] > 4 * task["concurrency"]:
+                await asyncio.sleep(0.01)  # what a slow engine has not begun would all come after the end
+                continue
             counts["arrivals"] += 1
             jobs.append(asyncio.ensure_future(one(counts["arrivals"], gate)))
             await asyncio.sleep(rng.expovariate(task["rate"]))

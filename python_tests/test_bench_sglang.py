@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dflash_kernels.integrations.sglang.plugin import SEAMS
 
 # Counts in base `width`: a text depends on its prompt and, where asked, on the seams.
 FAKE = """
-import asyncio, gzip, json, os, pathlib, types
+import asyncio, gzip, json, os, pathlib, time, types
 __version__ = "0.0"
 def seams():
     switch = pathlib.Path(os.environ["DFLASH_KERNELS_SEAMS_FILE"])
@@ -41,6 +42,7 @@ class Engine:
             with gzip.open(self.profile + "/t.trace.json.gz", "wt") as file:
                 file.write(pathlib.Path(os.environ["FAKE_TRACE"]).read_text())
         n = sampling_params["max_new_tokens"]
+        time.sleep(float(os.environ.get("FAKE_SLEEPS", 0)))
         shift = seams() == os.environ.get("FAKE_DIFFERS")
         out = []
         for ids in input_ids:
@@ -146,6 +148,104 @@ def test_faults_are_counted_and_completed_texts_compared(fake: Path, monkeypatch
     assert entry["texts"] == {"identical": counts["completed"], "texts": counts["completed"]}
     assert sglang_tokens.against_one([(0, [1]), (1, [2]), (0, [3])], [[1], [9]]) == {"identical": 1, "texts": 3}
     assert sglang_tokens.against_one([(0, [1]), (0, [1]), (0, [3])], None) == {"identical": 2, "texts": 3}
+
+
+def test_engines_at_once_report_what_they_report_alone(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DIFFERS", "accept")
+    monkeypatch.setattr(sglang_tokens, "FAULT_IDLE", 0.0)
+    more = ["--fault-seconds", "0.5", "--fault-rate", "100", "--concurrency", "8,1", "--faults"]
+    code, alone = tokens(fake, *more)
+    assert code == 1
+    (fake / "report.json").unlink()
+    code, found = tokens(fake, *more, "--at-once", "4", "--switched", "3")
+    assert code == 1 and not found["fine"] and found["at_once"] == 4
+
+    def passes(report: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: entry["passes"] for name, entry in report["engines"].items() if entry["passes"]}
+        for rows in kept.values():
+            for row in rows.values():
+                del row["tokens_per_s"]
+        return kept
+
+    assert passes(found) == passes(alone) and found["gaps"] == alone["gaps"] != {}
+    parts = ["switched:inject,accept", "switched:logits,prepare", "switched:metadata,reserve"]
+    assert [name for name in found["engines"] if name.startswith("switched")] == parts
+    assert all(entry["code"] == 0 for entry in found["engines"].values())
+    assert list(found["engines"])[0] == "stock" and list(found["engines"])[-2:] == ["plain", "faults"]
+    faults = found["engines"]["faults"]
+    assert faults["texts"] == {"identical": faults["faults"]["completed"], "texts": faults["faults"]["completed"]}
+
+
+def test_engines_at_once_start_when_the_first_is_up(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans: dict[str, list[float]] = {}
+    arguments: dict[str, dict[str, Any]] = {}
+    run_engine = sglang_tokens.run_engine
+
+    def noted(seams: str, given: dict[str, Any], *rest: Any) -> Any:
+        arguments[seams] = given
+        spans[seams] = [time.monotonic()]
+        for result in run_engine(seams, given, *rest):
+            if result["task"] in ("start", "exit"):
+                spans[seams].append(time.monotonic())
+            yield result
+
+    monkeypatch.setattr(sglang_tokens, "run_engine", noted)
+    code, _ = tokens(fake, "--engines", "stock/all/inject", "--at-once", "2", "--concurrency", "1")
+    assert code == 0
+    (began, up, _), third = spans["stock"], spans["inject"]
+    assert began < up < spans["all"][0] < third[0] and third[0] > min(spans["stock"][2], spans["all"][2])
+    assert len({given["nccl_port"] for given in arguments.values()}) == 3
+    assert {given["max_total_tokens"] for given in arguments.values()} == {2048}
+
+
+def test_the_first_engine_at_once_may_refuse(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_BREAKS", "all")
+    code, report = tokens(fake, "--engines", "all/stock/accept", "--at-once", "3", "--concurrency", "1")
+    assert code == 1 and report["engines"]["all"]["code"] == 1
+    assert report["engines"]["accept"]["passes"]["1/0"]["against_stock"]["identical"] == 5
+
+
+def test_texts_that_the_time_limit_cuts_off_are_not_compared(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow engine ends in time by itself, with the prompts it got through."""
+    engines = ["--concurrency", "8,1", "--start-seconds", "1"]
+    assert tokens(fake, "--engines", "stock", *engines)[0] == 0
+    monkeypatch.setenv("FAKE_SLEEPS", "1.0")
+    monkeypatch.setattr(sglang_tokens, "END_SECONDS", 2.0)
+    code, report = tokens(fake, "--engines", "all", *engines, "--time-limit", "7")
+    entry = report["engines"]["all"]
+    assert code == 1 and entry["code"] == 0 and entry["cut"] == ["1/0"]
+    assert entry["passes"]["8/0"]["against_stock"]["prompts"] == 5
+    assert entry["passes"].get("1/0", {"against_stock": {"prompts": 1}})["against_stock"]["prompts"] < 5
+    monkeypatch.delenv("FAKE_SLEEPS")
+    code, report = tokens(fake, "--engines", "all", *engines)  # cut off is missing
+    assert code == 0 and report["engines"]["all"]["passes"]["1/0"]["against_stock"]["prompts"] == 5
+
+
+def test_one_seam_alone_may_take_fewer_prompts_one_by_one(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DIFFERS", "inject")
+    code, report = tokens(fake, "--engines", "stock/all/inject", "--single-count", "4", "--concurrency", "1,8")
+    counts = {name: [row["against_stock"]["prompts"] for key, row in entry["passes"].items() if key in ("1/0", "8/0")]
+              for name, entry in report["engines"].items() if name != "stock"}  # fmt: skip
+    assert code == 1 and counts == {"all": [5, 5], "inject": [4, 5]}
+    row = report["engines"]["inject"]["passes"]["1/0"]
+    assert row["against_stock"]["identical"] == 3 and row["acceptance"] == (4 * 9 - 4) / (4 * 4)
+
+
+def test_a_smaller_share_of_differences_is_fine() -> None:
+    def row(identical: int, prompts: int) -> dict[str, Any]:
+        return {"against_stock": {"identical": identical, "prompts": prompts}}
+
+    assert sglang_tokens.differing_share(row(0, 0)) == 1  # nothing compared
+    for ours, fine in ((row(9, 10), False), (row(18, 20), False), (row(19, 20), True), (row(20, 20), True)):
+        engines = {"stock": {"passes": {"1/1": row(38, 40)}}, "all": {"passes": {"1/0": ours}}}
+        assert sglang_tokens.summarise({"engines": engines}, {}) == fine
+
+
+def test_a_run_without_engines_or_prompts_is_refused(fake: Path) -> None:
+    for option in ("--at-once", "--switched", "--count", "--single-count"):
+        with pytest.raises(SystemExit) as refused:
+            tokens(fake, option, "0")
+        assert refused.value.code == 2
 
 
 def test_an_engine_that_refuses_is_reported(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
