@@ -1,10 +1,12 @@
 """`python -m bench.bench_sglang RECIPE`: step time of SGLang's DFLASH, stock and with the plugin, in fresh engines.
 
-RECIPE holds target/config.json and draft/config.json; the weights are random (``load_format="dummy"``) and the
-acceptance length is forced, so that a step is a step whatever the tokens. Engines run in the order A B B A (stock,
-plugin, plugin, stock; --ab: once each); the ratio is that of the medians over the repeats of all engines of a kind. As
-an engine takes minutes to start, each start measures all concurrencies. --seams adds engines with these seams only,
---trace a profiler trace of each kind, reduced to microseconds a step (`bench.engine_trace`).
+RECIPE holds target/config.json and draft/config.json (`tools/sglang_recipe.py` writes them); the weights are random
+(``load_format="dummy"``) and the acceptance length is forced, so that a step is a step whatever the tokens. Engines run
+in the order A B B A (stock, plugin, plugin, stock; --ab: once each); the ratio is that of the medians over the repeats
+of all engines of a kind. As an engine takes minutes to start, each start measures all concurrencies. --seams adds
+engines with these seams only, --trace a profiler trace of each kind, reduced to microseconds a step
+(`bench.engine_trace`). --append joins the engines of an earlier report of the same card, recipe, prompts and
+acceptance.
 
 Exit codes: 0 every engine ran; 1 otherwise; 2 bad arguments or something missing.
 """
@@ -81,13 +83,15 @@ def measure(args: argparse.Namespace, command: Sequence[str], order: Sequence[st
         "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment_facts(),
-        "recipe": {name: json.loads((args.recipe / name / "config.json").read_text()) for name in ("target", "draft")},
+        "recipe": recipe_of(args.recipe),
         "prompt": args.prompt,
         "forced_tokens_per_step": args.forced,
         "engines": [],
     }
     if args.json is not None and args.append and args.json.is_file():
-        report["engines"] = json.loads(args.json.read_text())["engines"]
+        older = json.loads(args.json.read_text())
+        report["engines"] = older["engines"]
+        report["command"] = f"{older['command']}; {report['command']}"
     started = time.monotonic()
     complete, traced = True, set()
     for number, seams in enumerate(order):
@@ -162,6 +166,29 @@ def missing_file(recipe: Path) -> Path | None:
     return next((file for file in files if not file.is_file()), None)
 
 
+def unlike(args: argparse.Namespace) -> str | None:
+    """Why the engines of --append's report must not be compared with new ones; None: nothing is known against it."""
+    if not args.append or args.json is None or not args.json.is_file():
+        return None
+    older = json.loads(args.json.read_text())
+    wanted = {
+        "card": environment_facts()["card"],
+        "recipe": recipe_of(args.recipe),
+        "prompt": args.prompt,
+        "forced_tokens_per_step": args.forced,
+    }
+    for name, value in wanted.items():
+        found = older["environment"]["card"] if name == "card" else older[name]
+        if found != value:
+            return f"{args.json} has another {name}" + (f": {found}, not {value}" if name != "recipe" else "")
+    return None
+
+
+def recipe_of(path: Path) -> dict[str, Any]:
+    """Both configurations."""
+    return {name: json.loads((path / name / "config.json").read_text()) for name in ("target", "draft")}
+
+
 def numbers(text: str) -> list[int]:
     """A comma-separated list of whole numbers."""
     return [int(part) for part in text.split(",")]
@@ -204,6 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (missing := missing_file(args.recipe)) is not None:
         print(f"python -m bench.bench_sglang: {missing} is not there", file=sys.stderr)
+        return 2
+    if (reason := unlike(args)) is not None:
+        print(f"python -m bench.bench_sglang: --append: {reason}", file=sys.stderr)
         return 2
     return run(args, argv)
 

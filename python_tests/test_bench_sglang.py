@@ -16,6 +16,8 @@ import pytest
 from bench import __main__ as bench_main
 from bench import bench_sglang, engine_trace, sglang_engine, sglang_tokens
 from dflash_kernels.integrations.sglang.plugin import SEAMS
+from dflash_kernels.model.config import load_config
+from tools.sglang_recipe import main as recipe_tool
 
 # Counts in base `width`: a text depends on its prompt and, where asked, on the seams.
 FAKE = """
@@ -271,6 +273,55 @@ def test_step_times(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kinds[1, "all"]["samples"] == 4 and "over_stock" in kinds[1, "all"] and "over_stock" not in kinds[1, "stock"]
     assert kinds[4, "stock"]["tokens_per_step"] == pytest.approx(2.0, rel=0.02)
     assert "over stock" in capsys.readouterr().out
+
+
+def test_later_engines_join_a_report_of_the_same_conditions(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = fake / "step.json"
+    arguments = [str(fake), "--concurrency", "1", "--repeats", "1", "--json", str(report), "--work", str(fake / "work")]
+    assert bench_sglang.main([*arguments, "--order", "stock"]) == 0
+    assert bench_sglang.main([*arguments, "--order", "all:fp8", "--append"]) == 0
+    found = json.loads(report.read_text())
+    assert [row["seams"] for row in found["summary"]] == ["all:fp8", "stock"]
+    assert "over_stock" in found["summary"][0] and found["command"].count("bench_sglang") == 2
+    before = report.read_text()
+    assert bench_sglang.main([*arguments, "--order", "all", "--append", "--forced", "3"]) == 2
+    assert "another forced_tokens_per_step: 6.5, not 3.0" in capsys.readouterr().err
+    (fake / "draft/config.json").write_text('{"num_hidden_layers": 1}')
+    assert bench_sglang.main([*arguments, "--order", "all", "--append"]) == 2
+    assert "another recipe" in capsys.readouterr().err and report.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "taps", "parameters"),
+    [
+        # Parameters of the published models, in billions; of the drafters by their shapes.
+        ("qwen3-4b", 36, (1, 9, 17, 25, 33), (4.02, 0.54)),
+        ("qwen3-8b", 36, (1, 9, 17, 25, 33), (8.19, 1.05)),
+        ("qwen3-30b-a3b", 48, (1, 12, 23, 34, 45), (30.53, 0.474)),
+        ("qwen3-30b-a3b", 24, (1, 6, 11, 16, 21), (15.57, 0.474)),
+    ],
+)
+def test_recipes(tmp_path: Path, model: str, layers: int, taps: tuple[int, ...], parameters: tuple[float, ...]) -> None:
+    assert recipe_tool([str(tmp_path), "--model", model, "--layers", str(layers)]) == 0
+    target = json.loads((tmp_path / "target/config.json").read_text())
+    draft = load_config(tmp_path / "draft")
+    assert draft.target_layer_ids == taps and draft.block_size == 16 and target["num_hidden_layers"] == layers
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    h, heads, kv, d = (target[name] for name in names)
+    assert (draft.hidden_size, draft.num_heads, draft.num_kv_heads, draft.head_dim) == (h, heads, kv, d)
+    attention = 2 * h * d * (heads + kv)
+    mlp = 3 * h * target["intermediate_size"]
+    experts = 3 * h * target.get("moe_intermediate_size", 0) * target.get("num_experts", 0)
+    vocabulary = target["vocab_size"] * h * (1 if target["tie_word_embeddings"] else 2)
+    found = layers * (attention + (experts or mlp)) + vocabulary, draft.num_layers * (attention + mlp) + 5 * h * h
+    assert [n / 1e9 for n in found] == pytest.approx(parameters, rel=0.005)
+
+
+def test_recipes_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for layers in ("7", "37"):
+        assert recipe_tool([str(tmp_path / "out"), "--model", "qwen3-8b", "--layers", layers]) == 2
+        assert f"--layers must be from 8 to 36 for qwen3-8b, got {layers}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_summary_is_the_ratio_of_medians() -> None:
