@@ -23,7 +23,8 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMaxSharedBytes = 232448, kDefaultSharedBytes = 48 << 10;
 constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kPoison = 0xff;
-constexpr int kIdleRounds = 1000;  // in a row, in which every thread that ran only looked whether it may go on
+constexpr int kIdleRounds = 1000;    // in a row, in which every thread that ran only looked whether it may go on
+constexpr int kVainTests = 1 << 22;  // of mbarriers, in a row
 
 uint64_t count(const dim3& size) { return uint64_t{size.x} * size.y * size.z; }
 
@@ -115,6 +116,7 @@ struct Machine {
   Fiber* current = nullptr;
   jmp_buf scheduler;
   std::string error;
+  int vain_tests = 0;
 
   Cta& cta() { return ctas[current->cta]; }
   unsigned live() const {
@@ -258,6 +260,7 @@ void run_cluster(const Launch& launch) {
     std::reverse(lane_order.begin(), lane_order.end());
   }
   int idle_rounds = 0;
+  m.vain_tests = 0;
   while (m.live() > 0) {
     bool progress = false, all_spin = true;
     if (m.order == Order::kRandom) std::shuffle(lane_order.begin(), lane_order.end(), m.random);
@@ -495,9 +498,14 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
 }
 
 bool mbarrier_test(uint64_t* barrier, unsigned parity) {
-  if (state(barrier).phase != (parity & 1)) return true;
-  spin();
-  return state(barrier).phase != (parity & 1);
+  Machine& m = machine();
+  if (state(barrier).phase == (parity & 1)) {
+    if (++m.vain_tests > kVainTests) fail("deadlock, a warp tests mbarriers that nobody completes");
+    spin();
+  }
+  if (state(barrier).phase == (parity & 1)) return false;
+  m.vain_tests = 0;
+  return true;
 }
 
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
