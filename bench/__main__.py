@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     import torch
 
-    import dflash_kernels  # noqa: F401 - registers the ops
     from bench import ceilings
     from bench.runner import DeviceLost, Run, commit_id
+    from dflash_kernels import tuning
 
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"# ceilings measured now: read {rates.read_bw / 1e9:.0f} GB/s ({rates.read_kernel}), "
         f"copy {rates.copy_bw / 1e9:.0f} GB/s, {rates.flop_dtype} {rates.flop_rate / 1e12:.3g} TFLOP/s"
     )
+    where = tuning.path()
+    if device.type == "cuda" and where is not None and where.is_file():
+        print(f"# tuned by {where}; DFLASH_TUNING=off measures the defaults")
     run = Run(
         command=shlex.join(["python", "-m", "bench", *argv]),
         device=device,

@@ -278,7 +278,7 @@ def make_stages(out: Path, facts: Mapping[str, Any], quick: bool, recipe: Path |
             60,
             no_checkout or ("" if find_spec("pytest") else "pytest is not installed"),
             {"OUT": str(out / "tests"), "PYTHON": python, "TESTS_LIMIT": "{limit}", "MODULE_LIMIT": "150"},
-            lambda: _tests_note(out / "tests.log"),
+            note=lambda: _tests_note(out / "tests.log"),
         ),
         Stage(
             "tune",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import median
 from typing import Any
@@ -45,6 +45,7 @@ class Need:
         flops: of the tensor cores (floor); padded_flops: with rows filled up to whole tiles, what is really done.
         attention: operations of attention kernels, after one another with the GEMMs.
         codes: weights that are dequantised.
+        skippable: bytes beside `bytes` that a call which reads no more than it needs leaves out.
     """
 
     family: str
@@ -55,6 +56,11 @@ class Need:
     attention: float = 0.0
     codes: float = 0.0
     stream: str = "read"
+    skippable: float = 0.0
+
+    def overshot(self, share: float) -> Need:
+        """With so much of the skippable bytes read."""
+        return replace(self, bytes=self.bytes + share * self.skippable, skippable=0.0)
 
     def floors_us(self, rates: Rates) -> tuple[float, float]:
         """Lower bounds by bytes and by operations, at full rates."""
@@ -71,7 +77,8 @@ class Family:
         memory: whether an efficiency of the bandwidth is fitted (else bytes go at the full rate).
         arithmetic: "tensor": operations at an efficiency of the attainable FLOP/s; "sm": FLOP for each SM and cycle,
             and cycles for a dequantised weight; "": none.
-        of: another family whose whole prediction is divided by an efficiency, the only parameter.
+        of: another family, whose costs are also this one's; the only parameter is the share of the bytes which need not
+            be read that is read all the same.
         borrows: parameters that are another family's, whose rows tell them better.
     """
 
@@ -85,7 +92,7 @@ class Family:
     @property
     def parameters(self) -> list[str]:
         if self.of:
-            return ["relative"]
+            return ["overshoot"]
         names = list(self.costs) + (["read"] if self.memory else [])
         if self.arithmetic == "tensor":
             names.append("tensor")
@@ -94,7 +101,7 @@ class Family:
         return names
 
     def first_guess(self) -> dict[str, float]:
-        rest = {"relative": 1.5, "read": 1.1, "tensor": 1.3, "sm": 1 / 800.0, "code": 0.05}
+        rest = {"overshoot": 0.5, "read": 1.1, "tensor": 1.3, "sm": 1 / 800.0, "code": 0.05}
         return {name: self.costs.get(name, rest.get(name, 1.0)) for name in self.parameters}
 
 
@@ -126,7 +133,7 @@ FAMILIES: Mapping[str, Family] = {
 REASONS = {
     "small": "a launch, a trip and a barrier cost one figure each; how far apart entries lie is not modelled",
     "verify": "a fixed cost and a rate; the ends of a call grow a little with the number of units",
-    "lazy": "few rows; which rows are read beyond the needed ones depends on timing, not on bytes",
+    "lazy": "few rows; how much is read beyond the needed rows depends on timing, not on bytes alone",
     "sampled": "a fixed cost and a rate; the block rule looks at more rows than the token rule's bytes say",
     "probe": "a launch of Triton's, fitted for comparison only",
     "stream": "hand-offs cost one figure, though those around attention cost more and grow with tokens and context, "
@@ -166,7 +173,8 @@ def need_of(row: Mapping[str, Any]) -> Need:
     if op == "select_path":
         return Need("small", {"launch": 1, "trip": 2, "barrier": _number("T", shape) - 1}, **size)
     if op.startswith("verify_block lazy"):
-        return Need("lazy", {"fixed": 1}, **size)
+        everything = _number("B", shape) * _number("T", shape) * _number("V", shape) * (2 if dtype == "bf16" else 4)
+        return Need("lazy", {"fixed": 1}, **size, skippable=max(everything - size["bytes"], 0.0))
     if op == "verify_block full":
         return Need("verify", {"fixed": 1}, **size)
     if op.startswith("verify_block_sampled"):
@@ -286,8 +294,8 @@ class Fit:
     """Costs of one family, on the card that they were fitted on.
 
     Attributes:
-        values: of each parameter: us for a cost; time over its floor for "read", "tensor" and "relative"; SM-cycles
-            of one operation or code for "sm", "attend" and "code".
+        values: of each parameter: us for a cost; time over its floor for "read" and "tensor"; a share for "overshoot";
+            SM-cycles of one operation or code for "sm", "attend" and "code".
         rows: how many it was fitted to.
         idle: parameters that no row tells anything about, left at their first guess.
     """
@@ -323,13 +331,15 @@ class Fit:
     def us(self, need: Need, rates: Rates) -> float:
         """Predicted time of a call."""
         if self.of is not None:
-            return self.values["relative"] * self.of.us(need, rates)
+            return self.of.us(need.overshot(self.values["overshoot"]), rates)
         serial, memory, arithmetic = self.parts_us(need, rates)
         return serial + max(memory, arithmetic)
 
     def bound(self, need: Need, rates: Rates) -> str:
         """What takes most of it."""
-        serial, memory, arithmetic = (self.of or self).parts_us(need, rates)
+        if self.of is not None:
+            return self.of.bound(need.overshot(self.values["overshoot"]), rates)
+        serial, memory, arithmetic = self.parts_us(need, rates)
         if serial > max(memory, arithmetic):
             return "latency"
         if memory >= arithmetic:
@@ -341,8 +351,10 @@ class Fit:
         words = []
         for name in FAMILIES[self.family].parameters:
             value = self.values[name]
-            if name in ("read", "tensor", "relative"):
-                what = {"read": "of the read ceiling", "tensor": "of the bf16 rate", "relative": "of full reads' rate"}
+            if name == "overshoot":
+                text = f"as {FAMILIES[self.family].of}, and {100 * value:.0f} % of the rows that need not be read"
+            elif name in ("read", "tensor"):
+                what = {"read": "of the read ceiling", "tensor": "of the bf16 rate"}
                 text = f"{100 / value:.0f} % {what[name]}"
             elif name in ("sm", "attend"):
                 text = f"{1 / value:.0f} FLOP an SM and cycle" + (" in attention" if name == "attend" else "")
@@ -403,9 +415,13 @@ def _fit_family(
     names = [parameter for parameter in guess if parameter not in lent]
     of = fits[family.of] if family.of else None
     if of is not None:
-        ratio = [math.log(us / of.us(need, rates)) for need, us in zip(needs, measured, strict=True)]
-        value = math.exp(median(ratio)) if ratio else guess["relative"]
-        return Fit(name, {"relative": value}, len(needs), frozenset() if ratio else frozenset(names), of)
+
+        def off(share: float) -> float:
+            times = [of.us(need.overshot(share), rates) for need in needs]
+            return sum(abs(math.log(us / time)) for us, time in zip(measured, times, strict=True))
+
+        share = min((n / 100 for n in range(201)), key=off) if needs else guess["overshoot"]
+        return Fit(name, {"overshoot": share}, len(needs), frozenset() if needs else frozenset(names), of)
     shape = Fit(name, guess, len(needs))
     terms = [shape.terms(need, rates) for need in needs]
     logs = np.array([math.log(guess[n]) for n in names])

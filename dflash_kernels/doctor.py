@@ -171,6 +171,29 @@ def _check_ops() -> Finding:
     return Finding("ops", "ok", f"prepare_block gives the known result on {' and '.join(devices)}")
 
 
+def _check_tuning() -> Finding:
+    if dflash_kernels.load_error is not None:
+        return Finding("tuning", "ok", "not looked at: the library is not loaded")
+    import torch
+
+    from dflash_kernels import tuning
+
+    where = tuning.path()
+    if where is None:
+        return Finding("tuning", "ok", f"switched off by {tuning.VARIABLE}: defaults")
+    if not where.is_file():
+        return Finding("tuning", "ok", f"no {where}: defaults")
+    try:
+        machines = tuning.read(where)
+    except (OSError, ValueError) as error:
+        return Finding("tuning", "note", f"left out: {error}", f"remove {where}, and tune again if you want to")
+    if not torch.cuda.is_available():
+        return Finding("tuning", "ok", f"{where} has {len(machines)} machines; without a GPU nothing is tuned")
+    if tuning.machine(torch.device("cuda", torch.cuda.current_device())) in machines:
+        return Finding("tuning", "ok", f"{where} has values for this card and library")
+    return Finding("tuning", "note", f"{where} has none for this card and library: defaults", "python -m bench.tune")
+
+
 def _check_demo() -> Finding:
     from dflash_kernels.cli import DEMO_DRAFTER
 
@@ -212,6 +235,7 @@ _CHECKS: dict[str, Callable[[], Finding]] = {
     "install": _check_copies,
     "device": _check_device,
     "ops": _check_ops,
+    "tuning": _check_tuning,
     "demo": _check_demo,
     "sglang": _check_sglang,
 }

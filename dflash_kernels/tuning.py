@@ -39,6 +39,7 @@ __all__ = [
     "lazy",
     "machine",
     "path",
+    "read",
     "save",
     "stream_blocks",
 ]
@@ -141,7 +142,7 @@ def save(where: Path, key: str, found: dict[str, Any]) -> None:
         ValueError: the file holds something else than tuning.
         OSError: it cannot be written.
     """
-    whole = _read(where) if where.is_file() else {}
+    whole = read(where) if where.is_file() else {}
     whole[key] = {**whole.get(key, {}), **found}
     where.parent.mkdir(parents=True, exist_ok=True)
     partial = where.with_name(where.name + ".part")
@@ -161,13 +162,18 @@ def _entry(kind: str, device: torch.device) -> dict[str, Any]:
 @cache
 def _load(where: Path) -> dict[str, dict[str, Any]]:
     try:
-        return _read(where)
+        return read(where)
     except (OSError, ValueError) as error:
         _warn(str(error))
         return {}
 
 
-def _read(where: Path) -> dict[str, dict[str, Any]]:
+def read(where: Path) -> dict[str, dict[str, Any]]:
+    """All machines of a file.
+
+    Raises:
+        ValueError: it is no JSON, or something else; OSError: it cannot be read.
+    """
     try:
         whole = json.loads(where.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -128,6 +128,16 @@ def test_files_of_an_earlier_attempt_do_not_count(tmp_path: Path) -> None:
     assert run_stages([silent], tmp_path, H100)["bench.y"].state == "failed", "exit code 0 without a file is no success"
 
 
+def test_what_the_tests_said(tmp_path: Path) -> None:
+    log = tmp_path / "tests.log"
+    log.write_text(
+        "== tests\n\n== gpu_round, commit abc\ntests     FAILED      43s  164 passed in 9 modules\n  test_x ok\n"
+    )
+    assert first_run._tests_note(log) == "164 passed in 9 modules"
+    log.write_text("bash: no\n")
+    assert first_run._tests_note(log) == "no summary"
+
+
 def test_another_machine_needs_another_directory(tmp_path: Path) -> None:
     run_stages([stage("a")], tmp_path, H100)
     with pytest.raises(ValueError, match="another machine .NVIDIA H100"):
@@ -186,6 +196,11 @@ def test_stages_are_what_they_should_be(tmp_path: Path) -> None:
     )
     for s in stages.values():
         assert s.command and 0 < s.least <= s.limit <= 600, "a machine may be lent for 10 minutes"
+        assert s.note is None or callable(s.note)
+        assert all(path.parent == tmp_path.resolve() for path in s.produces)
+        if s.note is not None:
+            with pytest.raises(FileNotFoundError):
+                s.note()
         for part in s.command[1:]:
             if part.startswith("tools/"):
                 assert (first_run.ROOT / part).is_file()

@@ -15,7 +15,7 @@ import torch
 from bench import tune
 from bench.shapes import DrafterShape
 from bench.tune import Question, answer, block_candidates, choose, lazy_limit
-from dflash_kernels import ops, tuning
+from dflash_kernels import doctor, ops, tuning
 from dflash_kernels.formats import WeightFormat
 from dflash_kernels.reference import verify as reference
 
@@ -90,6 +90,21 @@ def test_a_broken_file_is_left_out(content: str, card: str, file: Path) -> None:
     with pytest.raises(ValueError, match="JSON|object"):
         tuning.save(file, card, {})
     assert file.read_text() == content
+
+
+def test_doctor_says_what_is_tuned(card: str, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert "defaults" in doctor._check_tuning().what
+    tuning.save(file, "Another Card", {})
+    finding = doctor._check_tuning()
+    assert finding.status == "note" and "none for this card" in finding.what and finding.fix
+    tuning.save(file, card, {})
+    assert doctor._check_tuning().what == f"{file} has values for this card and library"
+    file.write_text("{")
+    assert doctor._check_tuning().status == "note" and "no JSON" in doctor._check_tuning().what
+    monkeypatch.setenv(tuning.VARIABLE, "off")
+    assert "switched off" in doctor._check_tuning().what
 
 
 def test_lazy_by_bytes(card: str, file: Path) -> None:
