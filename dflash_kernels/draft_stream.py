@@ -12,9 +12,9 @@ from dflash_kernels.formats import QuantizedWeight, WeightFormat, stack
 from dflash_kernels.stream import ONE_COUNTER, TILE_ROWS, Schedule
 from dflash_kernels.tiles import Weight, format_name, format_of, pack_weight, tile_columns, unpack_weight
 
-__all__ = ["MAX_LAYERS", "MAX_TOKENS", "Kind", "PackedDraft", "draft_schedule", "pack_draft", "why_not_packed"]
+__all__ = ["MAX_LAYERS", "MAX_RANKS", "MAX_TOKENS", "Exchange", "Kind", "PackedDraft", "draft_schedule", "pack_draft", "why_not_packed"]
 
-MAX_TOKENS, MAX_LAYERS = 64, 64
+MAX_TOKENS, MAX_LAYERS, MAX_RANKS = 64, 64, 8
 GATE_ROWS = TILE_ROWS // 2  # gate rows of a row tile of gate_up; the up rows of the same features follow
 
 
@@ -97,6 +97,41 @@ class PackedDraft:
         stacks[2] = [_reordered(weight, gate_up) for weight in stacks[2]]
         qkv, o, both, down = map(_stack, stacks)
         return qkv, o, both, down
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Memory through which the kernels of several ranks hand each other words, as one rank sees it.
+
+    Every rank's is filled with -1, and the ranks have met, before any of them launches a kernel that takes it; launches
+    leave it so. The ranks launch the same passes in the same order, one at a time.
+
+    Attributes:
+        words: [n] int32 of this rank, :func:`dflash_kernels.ops.draft_exchange_words` or more.
+        addresses: of the ranks' words, in their order, as this rank's device writes to them.
+        rank: this one.
+        one_device: the ranks are simulated: their kernels run on one device, each on a stream of its own, with packs of
+            so few blocks that all are resident.
+        keep: what has to live as long, because it maps the others' memory.
+    """
+
+    words: torch.Tensor
+    addresses: tuple[int, ...]
+    rank: int
+    one_device: bool = False
+    keep: object = None
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return len(self.addresses)
+
+    @staticmethod
+    def simulated(world: int, words: int, device: torch.device | str) -> list[Exchange]:
+        """Of the ranks of one process on one device."""
+        own = [torch.full((words,), -1, dtype=torch.int32, device=device) for _ in range(world)]
+        addresses = tuple(tensor.data_ptr() for tensor in own)
+        return [Exchange(tensor, addresses, rank, one_device=True) for rank, tensor in enumerate(own)]
 
 
 def _tiles(rows: int, k: int, weight_format: WeightFormat | None) -> tuple[int, int]:

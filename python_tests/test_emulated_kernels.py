@@ -24,6 +24,7 @@ import test_dflash2
 import test_draft
 import test_draft_layer
 import test_draft_packed
+import test_draft_sharded
 import test_head
 import test_head_packed
 import test_inject
@@ -181,6 +182,16 @@ CHECKS = [
         *({"case": test_draft_packed.FORMAT_CASES[0], "name": name} for name in ("fp8", "int4-g64")),
         *({"case": test_draft_packed.FORMAT_CASES[2], "name": name} for name in ("fp8", "e2m1-g128")),
     ),
+    *calls(
+        test_draft_sharded.test_ranks_give_the_whole,
+        *({"case": case, "world": 2, "on": "cpu"} for case in test_draft_sharded.CASES),
+        {"case": test_draft_sharded.CASES[1], "world": 3, "on": "cpu"},
+        {"case": test_draft_sharded.CASES[2], "world": 4, "on": "cpu"},
+    ),
+    *calls(test_draft_sharded.test_ranks_of_codes_give_the_whole, {"name": "fp8", "on": "cpu"}),
+    *calls(test_draft_sharded.test_ids_outside_the_vocabulary, {"on": "cpu"}),
+    *calls(test_draft_sharded.test_one_rank_is_the_packed_pass),
+    *calls(test_draft_sharded.test_a_rank_that_never_comes),
     *calls(
         test_inject.test_matches_reference,
         *({"shape": shape, "index": torch.int32} for shape in ({}, {"block": 16, "hidden": 96, "dim": 64})),

@@ -11,6 +11,7 @@
 #include "smxx/draft/params.h"
 #include "smxx/draft/stream.h"
 #if DFLASH_WITH_CUDA
+#include "common/cuda_check.h"
 #include "smxx/draft/launch.h"
 #endif
 
@@ -28,6 +29,18 @@ struct Packed {
   int64_t q_heads, intermediate, slots;
 };
 
+// Of a tensor-parallel drafter; embed_weight holds rows vocab_start .. of the vocabulary.
+struct Ranks {
+  Tensor exchange;
+  std::vector<int64_t> peers;  // addresses of every rank's exchange; this one's is not read
+  int64_t rank;
+  bool one_device;
+  int64_t vocab_start, vocab;
+  double patience;
+
+  int64_t world() const { return static_cast<int64_t>(peers.size()); }
+};
+
 struct Inputs {
   const char* op;
   Tensor block_ids, positions, prefix_lens, req_pool_indices, req_to_token;
@@ -41,6 +54,7 @@ struct Inputs {
   double eps;
   std::optional<double> softmax_scale;
   std::optional<Packed> packed;  // or the four weights
+  std::optional<Ranks> ranks = {};
 };
 
 const uint16_t* bf16_data(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.data_ptr()); }
@@ -245,6 +259,32 @@ void set_outputs(DraftParams& p, const Inputs& in, const Tensor& out, const Tens
   p.workspace = static_cast<unsigned char*>(workspace.data_ptr());
 }
 
+void check_ranks(const Inputs& in, const Ranks& ranks, int64_t hidden) {
+  const int64_t world = ranks.world(), held = in.embed_weight.size(0);
+  DFLASH_CHECK(in.op, world >= 1 && world <= kMostRanks, "peers", "have 1..8 addresses", world);
+  DFLASH_CHECK(in.op, ranks.rank >= 0 && ranks.rank < world, "rank", "be in 0.." + std::to_string(world - 1),
+               ranks.rank);
+  DFLASH_CHECK(in.op, ranks.vocab_start >= 0 && ranks.vocab_start <= ranks.vocab - held, "vocab_start",
+               "be in 0.." + std::to_string(ranks.vocab - held) + " (vocab_size less the rows of embed_weight)",
+               ranks.vocab_start);
+  DFLASH_CHECK(in.op, ranks.patience > 0.0 && ranks.patience < 1e9, "patience", "be above 0 and below 1e9 seconds",
+               ranks.patience);
+  api::check_shape(in.op, "exchange", ranks.exchange, {-1});
+  api::check_dtype(in.op, "exchange", ranks.exchange, {ScalarType::Int});
+  api::check_same_device(in.op, "exchange", ranks.exchange, in.block_ids);
+  api::check_contiguous(in.op, "exchange", ranks.exchange);
+  api::check_aligned_16(in.op, "exchange", ranks.exchange);
+  const int64_t needed = exchange_words(world, hidden);
+  DFLASH_CHECK(in.op, ranks.exchange.numel() >= needed, "exchange",
+               "have at least " + std::to_string(needed) + " elements", ranks.exchange.numel());
+  const auto own = reinterpret_cast<int64_t>(ranks.exchange.data_ptr());
+  for (int64_t i = 0; i < world; ++i) {
+    if (i == ranks.rank) continue;
+    DFLASH_CHECK(in.op, ranks.peers[i] != 0 && ranks.peers[i] % 16 == 0 && ranks.peers[i] != own,
+                 "peers[" + std::to_string(i) + "]", "be an address of another rank, a multiple of 16", ranks.peers[i]);
+  }
+}
+
 // What the streaming kernel needs beyond draft_params.
 void check_packed(const Inputs& in, const DraftSizes& s) {
   const Packed& packed = *in.packed;
@@ -262,10 +302,11 @@ void check_packed(const Inputs& in, const DraftSizes& s) {
                                   api::num_tiles(format, (s.intermediate + 63) / 64 * 128, s.hidden) +
                                   api::num_tiles(format, s.hidden, s.intermediate));
   api::check_dtype(in.op, "embed_weight", in.embed_weight, {ScalarType::BFloat16});
+  if (in.ranks) check_ranks(in, *in.ranks, s.hidden);
   api::check_packed(in.op, packed.weights, format, tiles, packed.units, packed.counters, packed.slots, in.block_ids);
 }
 
-IndexParams index_params(const DraftParams& p) {
+IndexParams index_params(const DraftParams& p, const Inputs& in) {
   IndexParams index;
   index.batch = p.sizes.batch;
   index.block_size = p.sizes.block_size;
@@ -274,7 +315,7 @@ IndexParams index_params(const DraftParams& p) {
   index.prefix_lens = p.prefix_lens;
   index.req_pool_indices = p.req_pool_indices;
   index.req_to_token = p.req_to_token;
-  index.vocab = p.vocab;
+  index.vocab = in.ranks ? in.ranks->vocab : p.vocab;
   index.max_positions = p.max_positions;
   index.rows = p.rows;
   index.width = p.width;
@@ -339,7 +380,7 @@ void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out,
   const Inputs in = DFLASH_DRAFT_INPUTS;
   DraftParams p = draft_params(in);
   if (out.has_value() && workspace.has_value()) set_outputs(p, in, *out, *workspace);
-  const IndexParams index = index_params(p);
+  const IndexParams index = index_params(p, in);
   for (int64_t b = 0; b < index.batch; ++b) report_fault(in.op, index, find_fault(index, b));
 }
 
@@ -360,14 +401,41 @@ void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out,
     }                                                                                                              \
   }
 
-void draft_forward_packed_check_cpu(DFLASH_PACKED_PARAMETERS, std::optional<Tensor> out,
-                                    std::optional<Tensor> workspace) {
-  const Inputs in = DFLASH_PACKED_INPUTS;
+#define DFLASH_RANKS_PARAMETERS                                                                                 \
+  Tensor exchange, std::vector<int64_t> peers, int64_t rank, bool one_device, int64_t vocab_start, \
+      int64_t vocab_size, double patience
+#define DFLASH_RANKS \
+  Ranks { exchange, peers, rank, one_device, vocab_start, vocab_size, patience }
+
+Inputs of_ranks(Inputs in, Ranks ranks) {
+  in.op = "draft_forward_sharded";
+  in.ranks = std::move(ranks);
+  return in;
+}
+
+void check_packed_cpu(const Inputs& in, const std::optional<Tensor>& out, const std::optional<Tensor>& workspace) {
   DraftParams p = draft_params(in);
   check_packed(in, p.sizes);
   if (out.has_value() && workspace.has_value()) set_outputs(p, in, *out, *workspace);
-  const IndexParams index = index_params(p);
+  const IndexParams index = index_params(p, in);
   for (int64_t b = 0; b < index.batch; ++b) report_fault(in.op, index, find_fault(index, b));
+}
+
+void draft_forward_packed_check_cpu(DFLASH_PACKED_PARAMETERS, std::optional<Tensor> out,
+                                    std::optional<Tensor> workspace) {
+  check_packed_cpu(DFLASH_PACKED_INPUTS, out, workspace);
+}
+
+void draft_forward_sharded_check_cpu(DFLASH_PACKED_PARAMETERS, DFLASH_RANKS_PARAMETERS, std::optional<Tensor> out,
+                                     std::optional<Tensor> workspace) {
+  check_packed_cpu(of_ranks(DFLASH_PACKED_INPUTS, DFLASH_RANKS), out, workspace);
+}
+
+int64_t draft_exchange_words(int64_t world, int64_t hidden_size) {
+  constexpr const char* kOp = "draft_exchange_words";
+  DFLASH_CHECK(kOp, world >= 1 && world <= kMostRanks, "world", "be in 1..8", world);
+  DFLASH_CHECK(kOp, hidden_size >= 8 && hidden_size % 8 == 0, "hidden_size", "be a multiple of 8", hidden_size);
+  return exchange_words(world, hidden_size);
 }
 
 int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_t hidden_size,
@@ -397,6 +465,30 @@ int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_
 }
 
 #if DFLASH_WITH_CUDA
+StreamRanks stream_ranks(const Ranks& ranks) {
+  StreamRanks result;
+  result.world = static_cast<int>(ranks.world());
+  result.rank = static_cast<int>(ranks.rank);
+  result.one_device = ranks.one_device;
+  result.vocab = ranks.vocab;
+  result.vocab_start = ranks.vocab_start;
+  result.patience = static_cast<unsigned long long>(ranks.patience * 1e9);
+  for (int i = 0; i < result.world; ++i) result.exchange[i] = reinterpret_cast<uint32_t*>(ranks.peers[i]);
+  result.exchange[result.rank] = static_cast<uint32_t*>(ranks.exchange.data_ptr());
+  return result;
+}
+
+// Ranks of one device wait for each other's blocks.
+void check_all_resident(const Inputs& in, const StreamDraftParams& p) {
+  int device = 0, multiprocessors = 0;
+  cuda_check(cudaGetDevice(&device), in.op);
+  cuda_check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), in.op);
+  DFLASH_CHECK(in.op, p.stream.blocks * p.ranks.world <= multiprocessors, "units",
+               "have at most " + std::to_string(multiprocessors / p.ranks.world) +
+                   " blocks where all ranks are on one device",
+               p.stream.blocks);
+}
+
 StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {
   const DraftSizes& s = p.sizes;
   const int64_t blocks = packed.units.size(0);
@@ -467,12 +559,17 @@ void run_cuda(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor&
   const torch::stable::accelerator::DeviceGuard guard(in.block_ids.get_device_index());
   const cudaStream_t stream = api::current_stream(in.op, in.block_ids);
   if (api::debug_enabled() && !is_capturing(stream)) {
-    const IndexParams index = index_params(p);
+    const IndexParams index = index_params(p, in);
     report_fault(in.op, index, check_indices(index, p.workspace, stream));
   }
   if (in.packed) {
     const stream::WeightFormat format = api::weight_format(in.op, in.packed->format);
-    launch_stream_draft_forward(stream_params(p, *in.packed), p.sizes.head_dim, format, stream);
+    StreamDraftParams q = stream_params(p, *in.packed);
+    if (in.ranks) {
+      q.ranks = stream_ranks(*in.ranks);
+      if (q.ranks.one_device) check_all_resident(in, q);
+    }
+    launch_stream_draft_forward(q, p.sizes.head_dim, format, stream);
   } else {
     launch_draft_forward(p, stream);
   }
@@ -493,21 +590,33 @@ Tensor draft_forward_cuda(DFLASH_DRAFT_PARAMETERS) {
   return out;
 }
 
-void draft_forward_packed_out_cuda(DFLASH_PACKED_PARAMETERS, Tensor out, Tensor workspace) {
-  const Inputs in = DFLASH_PACKED_INPUTS;
+void packed_out_cuda(const Inputs& in, const Tensor& out, const Tensor& workspace) {
   DraftParams p = draft_params(in);
   check_packed(in, p.sizes);
   run_cuda(p, in, out, workspace);
 }
 
-Tensor draft_forward_packed_cuda(DFLASH_PACKED_PARAMETERS) {
-  const Inputs in = DFLASH_PACKED_INPUTS;
+Tensor packed_cuda(const Inputs& in) {
   DraftParams p = draft_params(in);
   check_packed(in, p.sizes);
-  const Tensor out = api::new_empty(embed_weight, {p.sizes.tokens(), p.sizes.hidden}, embed_weight.scalar_type());
-  const Tensor workspace = api::new_empty(embed_weight, {workspace_bytes(in, p.sizes)}, ScalarType::Byte);
+  const Tensor out = api::new_empty(in.embed_weight, {p.sizes.tokens(), p.sizes.hidden}, in.embed_weight.scalar_type());
+  const Tensor workspace = api::new_empty(in.embed_weight, {workspace_bytes(in, p.sizes)}, ScalarType::Byte);
   run_cuda(p, in, out, workspace);
   return out;
+}
+
+void draft_forward_packed_out_cuda(DFLASH_PACKED_PARAMETERS, Tensor out, Tensor workspace) {
+  packed_out_cuda(DFLASH_PACKED_INPUTS, out, workspace);
+}
+
+Tensor draft_forward_packed_cuda(DFLASH_PACKED_PARAMETERS) { return packed_cuda(DFLASH_PACKED_INPUTS); }
+
+void draft_forward_sharded_out_cuda(DFLASH_PACKED_PARAMETERS, DFLASH_RANKS_PARAMETERS, Tensor out, Tensor workspace) {
+  packed_out_cuda(of_ranks(DFLASH_PACKED_INPUTS, DFLASH_RANKS), out, workspace);
+}
+
+Tensor draft_forward_sharded_cuda(DFLASH_PACKED_PARAMETERS, DFLASH_RANKS_PARAMETERS) {
+  return packed_cuda(of_ranks(DFLASH_PACKED_INPUTS, DFLASH_RANKS));
 }
 #endif
 
@@ -515,6 +624,8 @@ Tensor draft_forward_packed_cuda(DFLASH_PACKED_PARAMETERS) {
 #undef DFLASH_DRAFT_INPUTS
 #undef DFLASH_PACKED_PARAMETERS
 #undef DFLASH_PACKED_INPUTS
+#undef DFLASH_RANKS_PARAMETERS
+#undef DFLASH_RANKS
 
 }  // namespace
 }  // namespace dflash::draft
@@ -531,12 +642,22 @@ Tensor draft_forward_packed_cuda(DFLASH_PACKED_PARAMETERS) {
   "Tensor[] k_caches, Tensor[] v_caches, Tensor embed_weight, Tensor input_norm, Tensor? qkv_bias, "       \
   "Tensor? q_norm, Tensor? k_norm, Tensor? o_bias, Tensor post_norm, Tensor final_norm, Tensor cos_sin, "  \
   "Tensor weights, str weight_format, Tensor units, Tensor(c!) counters, int slots, int num_q_heads, "     \
-  "int intermediate_size, int[] windows, int[] causal, float eps, float? softmax_scale=None"
+  "int intermediate_size, int[] windows, int[] causal, float eps, float? softmax_scale"
+
+#define DFLASH_RANKS_SCHEMA \
+  "Tensor(d!) exchange, int[] peers, int rank, bool one_device, int vocab_start, int vocab_size, float patience"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
-  m.def("draft_forward_packed(" DFLASH_PACKED_SCHEMA ") -> Tensor");
-  m.def("draft_forward_packed.out(" DFLASH_PACKED_SCHEMA ", *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
-  m.def("_draft_forward_packed_check(" DFLASH_PACKED_SCHEMA ", *, Tensor? out=None, Tensor? workspace=None) -> ()");
+  m.def("draft_forward_packed(" DFLASH_PACKED_SCHEMA "=None) -> Tensor");
+  m.def("draft_forward_packed.out(" DFLASH_PACKED_SCHEMA "=None, *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+  m.def("_draft_forward_packed_check(" DFLASH_PACKED_SCHEMA
+        "=None, *, Tensor? out=None, Tensor? workspace=None) -> ()");
+  m.def("draft_forward_sharded(" DFLASH_PACKED_SCHEMA ", " DFLASH_RANKS_SCHEMA ") -> Tensor");
+  m.def("draft_forward_sharded.out(" DFLASH_PACKED_SCHEMA ", " DFLASH_RANKS_SCHEMA
+        ", *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+  m.def("_draft_forward_sharded_check(" DFLASH_PACKED_SCHEMA ", " DFLASH_RANKS_SCHEMA
+        ", *, Tensor? out=None, Tensor? workspace=None) -> ()");
+  m.def("draft_exchange_words(int world, int hidden_size) -> int");
   m.def(
       "draft_forward_packed_workspace(int batch, int block_size, int hidden_size, int intermediate_size, "
       "int num_q_heads, int num_kv_heads, int head_dim, int blocks) -> int");
@@ -549,15 +670,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
 }
 #undef DFLASH_DRAFT_SCHEMA
 #undef DFLASH_PACKED_SCHEMA
+#undef DFLASH_RANKS_SCHEMA
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CompositeExplicitAutograd, m) {
   m.impl("draft_forward_workspace", TORCH_BOX(&dflash::draft::draft_forward_workspace));
   m.impl("draft_forward_packed_workspace", TORCH_BOX(&dflash::draft::draft_forward_packed_workspace));
+  m.impl("draft_exchange_words", TORCH_BOX(&dflash::draft::draft_exchange_words));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
   m.impl("_draft_forward_check", TORCH_BOX(&dflash::draft::draft_forward_check_cpu));
   m.impl("_draft_forward_packed_check", TORCH_BOX(&dflash::draft::draft_forward_packed_check_cpu));
+  m.impl("_draft_forward_sharded_check", TORCH_BOX(&dflash::draft::draft_forward_sharded_check_cpu));
 }
 
 #if DFLASH_WITH_CUDA
@@ -566,5 +690,7 @@ STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) {
   m.impl("draft_forward.out", TORCH_BOX(&dflash::draft::draft_forward_out_cuda));
   m.impl("draft_forward_packed", TORCH_BOX(&dflash::draft::draft_forward_packed_cuda));
   m.impl("draft_forward_packed.out", TORCH_BOX(&dflash::draft::draft_forward_packed_out_cuda));
+  m.impl("draft_forward_sharded", TORCH_BOX(&dflash::draft::draft_forward_sharded_cuda));
+  m.impl("draft_forward_sharded.out", TORCH_BOX(&dflash::draft::draft_forward_sharded_out_cuda));
 }
 #endif

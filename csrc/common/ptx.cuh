@@ -214,6 +214,35 @@ __device__ __forceinline__ void store_relaxed(uint4* to, const uint4& v) {
                : "memory");
 }
 
+// The same between GPUs: places in the memory of a peer, and in this one's that a peer writes.
+__device__ __forceinline__ uint4 load_relaxed_system(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_relaxed_system(const uint2* from) {
+  uint2 v;
+  asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_relaxed_system(uint4* to, const uint4& v) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed_system(uint2* to, const uint2& v) {
+  asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1, %2};\n" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
+// Ends the launch, and the use of this GPU by the process, with an error.
+__device__ __forceinline__ void trap() { asm volatile("trap;\n" ::: "memory"); }
+
 // Returns the value before.
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
   uint32_t before;

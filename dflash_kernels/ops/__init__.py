@@ -10,7 +10,12 @@ from dflash_kernels.ops.alloc import (
 from dflash_kernels.ops.dflash2 import grouped_conv, select_path
 from dflash_kernels.ops.draft import draft_forward, draft_forward_workspace
 from dflash_kernels.ops.draft_layer import draft_attention, draft_mlp
-from dflash_kernels.ops.draft_packed import draft_forward_packed, draft_forward_packed_workspace
+from dflash_kernels.ops.draft_packed import (
+    draft_exchange_words,
+    draft_forward_packed,
+    draft_forward_packed_workspace,
+    draft_forward_sharded,
+)
 from dflash_kernels.ops.head import (
     lm_head_argmax,
     lm_head_topk,
@@ -40,9 +45,11 @@ from dflash_kernels.ops.verify import (
 __all__ = [
     "argmax_logits",
     "draft_attention",
+    "draft_exchange_words",
     "draft_forward",
     "draft_forward_packed",
     "draft_forward_packed_workspace",
+    "draft_forward_sharded",
     "draft_forward_workspace",
     "draft_mlp",
     "grouped_conv",

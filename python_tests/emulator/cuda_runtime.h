@@ -26,8 +26,9 @@
 #define __cluster_dims__(...)  // build.py hands it to the launch
 #define __grid_constant__
 
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
+#define EMULATOR_TLS __attribute__((tls_model("initial-exec")))  // a device for each host thread
+extern __thread EMULATOR_TLS uint3 threadIdx, blockIdx;
+extern __thread EMULATOR_TLS dim3 blockDim, gridDim;
 
 // ---- launching -----------------------------------------------------------------------------------------------------
 

@@ -5,15 +5,17 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <thread>
 
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
+__thread EMULATOR_TLS uint3 threadIdx, blockIdx;
+__thread EMULATOR_TLS dim3 blockDim, gridDim;
 
 namespace dflash::emulator {
 namespace {
@@ -23,8 +25,9 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMaxSharedBytes = 232448, kDefaultSharedBytes = 48 << 10;
 constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kPoison = 0xff;
-constexpr int kIdleRounds = 1000;    // in a row, in which every thread that ran only looked whether it may go on
-constexpr int kVainTests = 1 << 22;  // of mbarriers, in a row
+constexpr int kIdleRounds = 1000;  // in a row, in which every thread that ran only looked whether it may go on
+constexpr std::chrono::seconds kIdleTime{60};  // the same, where a thread waits for another device
+constexpr int kVainTests = 1 << 22;            // of mbarriers, in a row
 
 uint64_t count(const dim3& size) { return uint64_t{size.x} * size.y * size.z; }
 
@@ -98,10 +101,19 @@ struct Fiber {
   bool is_blocked() const { return waits_for != nullptr && waits_for->generation == generation; }
 };
 
-struct Machine {
+struct Settings {
   Order order = Order::kForward;
-  std::mt19937_64 random;
+  uint64_t seed = 0;
   int sms = 132;
+};
+
+Settings settings;  // of devices to come
+
+// A device. Every host thread has one of its own.
+struct Machine {
+  Order order = settings.order;
+  std::mt19937_64 random{settings.seed};
+  int sms = settings.sms;
   bool last_launch_accepted = true;
   std::map<const void*, size_t> allowed_shared_bytes;
 
@@ -114,6 +126,7 @@ struct Machine {
   std::vector<BulkCopy> bulk_copies;  // under way
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
+  bool looked_outside = false;
   jmp_buf scheduler;
   std::string error;
   int vain_tests = 0;
@@ -126,8 +139,8 @@ struct Machine {
 };
 
 Machine& machine() {
-  static Machine instance;
-  return instance;
+  static thread_local const auto instance = std::make_unique<Machine>();  // a library has little room for its own
+  return *instance;
 }
 
 void suspend() {
@@ -261,6 +274,7 @@ void run_cluster(const Launch& launch) {
   }
   int idle_rounds = 0;
   m.vain_tests = 0;
+  auto idle_since = std::chrono::steady_clock::now();
   while (m.live() > 0) {
     bool progress = false, all_spin = true;
     if (m.order == Order::kRandom) std::shuffle(lane_order.begin(), lane_order.end(), m.random);
@@ -285,8 +299,18 @@ void run_cluster(const Launch& launch) {
       all_spin &= spins;
       if (m.order == Order::kRandom && !spins && m.coin()) break;  // a warp that only looks holds nobody up
     }
-    idle_rounds = progress && all_spin ? idle_rounds + 1 : 0;
-    if ((!progress || idle_rounds > kIdleRounds) && m.live() > 0) {
+    bool stuck = !progress;
+    if (!all_spin) {
+      idle_rounds = 0;
+    } else if (std::exchange(m.looked_outside, false)) {
+      const auto now = std::chrono::steady_clock::now();
+      if (idle_rounds == 0) idle_rounds = 1, idle_since = now;
+      stuck |= now - idle_since > kIdleTime;
+      std::this_thread::yield();
+    } else {
+      stuck |= ++idle_rounds > kIdleRounds;
+    }
+    if (stuck && m.live() > 0) {
       m.fibers.clear();
       throw std::runtime_error("emulator: deadlock, threads wait at different barriers");
     }
@@ -467,6 +491,11 @@ void spin() {
   suspend();
 }
 
+void spin_outside() {
+  machine().looked_outside = true;
+  spin();
+}
+
 void pause() {
   if (machine().order == Order::kRandom && machine().coin()) suspend();
 }
@@ -524,7 +553,8 @@ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barri
 }
 
 extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int sms) {
-  machine().order = static_cast<Order>(order);
+  settings = {static_cast<Order>(order), seed, sms};
+  machine().order = settings.order;
   machine().random.seed(seed);
   machine().sms = sms;
 }

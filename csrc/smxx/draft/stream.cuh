@@ -254,7 +254,7 @@ struct Draft {
       // Of the norm that follows; after the last layer nobody reads x weighted.
       const uint16_t* norm = kind == kOut ? p.post_norm + int64_t{layer} * p.hidden
                                           : p.input_norm + int64_t{min(layer + 1, p.num_layers - 1)} * p.hidden;
-      finish_residual(p, bias, norm, u.row_tile, block, tokens, thread);
+      finish_residual(p, kind, bias, norm, u.row_tile, block, tokens, thread);
     }
   }
 
@@ -330,8 +330,9 @@ struct Draft {
   }
 
   // A warp takes a token at a time, a lane four features. All of x is on its way before the first is changed.
-  static __device__ __forceinline__ void finish_residual(const Params& p, const uint16_t* bias, const uint16_t* norm,
-                                                         int row_tile, const float* block, int tokens, int thread) {
+  static __device__ __forceinline__ void finish_residual(const Params& p, int kind, const uint16_t* bias,
+                                                         const uint16_t* norm, int row_tile, float* block, int tokens,
+                                                         int thread) {
     constexpr int kMost = kMaxTokens / kConsumerWarps;
     const int lane = thread % 32, warp = thread / 32;
     const int feature = row_tile * kTileRows + 4 * lane;
@@ -347,6 +348,7 @@ struct Draft {
         before[i] = __ldcg(reinterpret_cast<const uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature));
       }
     }
+    if (p.ranks.world > 1) sum_over_ranks(p, kind, row_tile, block, tokens, thread);
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       const int token = warp + i * kConsumerWarps;
@@ -402,7 +404,7 @@ struct Draft {
 
   // A warp takes 128 features at a time, a lane four. An id outside the vocabulary gives zeros.
   static __device__ __forceinline__ void embed(const Params& p, int token, int thread) {
-    const int64_t id = p.block_ids.at(token / p.block_size, token % p.block_size);
+    const int64_t id = p.block_ids.at(token / p.block_size, token % p.block_size) - p.ranks.vocab_start;
     const bool known = id >= 0 && id < p.vocab;
     const uint16_t* from = p.embed_weight + (known ? id : 0) * p.hidden;
     const int tiles = squares_of_token(p), lane = thread % 32;
@@ -421,6 +423,7 @@ struct Draft {
       for (int i = 0; i < kAtOnce; ++i) {
         const int tile = first + i * kConsumerWarps, feature = tile * kTileRows + 4 * lane;
         if (tile >= tiles) break;
+        if (p.ranks.world > 1 && feature < p.hidden) share_row(p, id, token, feature, x[i]);
         const float a = low_half(x[i].x), b = high_half(x[i].x), c = low_half(x[i].y), d = high_half(x[i].y);
         if (feature < p.hidden) {
           const int64_t at = static_cast<int64_t>(token) * p.hidden + feature;
@@ -442,6 +445,147 @@ struct Draft {
     for (int i = thread; i < p.hidden / 8; i += kConsumers) {
       out[i] = normed(__ldcg(x + i), scale, __ldg(reinterpret_cast<const uint4*>(p.final_norm) + i));
     }
+  }
+
+  // ---- other ranks --------------------------------------------------------------------------------------------------
+  // A word that a rank writes into another's memory says by itself that it has come, as parts of sums between blocks do
+  // (stream/stream.cuh): it was kNothing before, and its one reader puts kNothing back. No fences, no flags; the
+  // writer's words are mapped off kNothing (word_of).
+  //
+  // Why no word is lost, read twice or taken for another's. There is a buffer for o's sums and one for down's, so the
+  // sums of a pass, and of pass after pass, alternate between them; call them 1, 2, 3, ... A block of rank P writes words
+  // of sum n + 1 only after all of P's tiles of sum n are finished: the products between them wait for the counter of
+  // all these tiles, or for the end of P's launch. A tile of sum n on P is finished only after each rank R has written
+  // its words of it, so (*) after R has finished all of its tiles of sum n - 1: read the words of others and cleared
+  // them, which the tiles' signal releases. Hence before P writes a word of sum n + 1, the word's place, last used in
+  // sum n - 1, has been read and cleared by R, however late R is. And R cannot read a word of sum n + 1 in place of one
+  // of sum n - 1: it is past those. Rows of the embedding are written once a launch, into a place of their own: two sums
+  // at least lie between one use and the next.
+  //   (*) is one step by words without a fence: R clears, releases at the device's scope, another block of R acquires
+  // and writes to P, P sees that and writes to R. The place and its clearing are in R's own L2, which the release has
+  // waited for, and P's write has still to come there.
+  //   The first use: buffers are filled with kNothing and the ranks meet before any of them launches (Python).
+  //
+  // Nobody waits in a circle: in a stage a block first leaves its part of a row tile that another block finishes, then
+  // finishes row tiles in ascending order; so the lowest unfinished row tile of all ranks lacks no part and no words.
+  //
+  // The sum is made in the order of ranks from the same fp32 words on each of them, so x has the same bits everywhere.
+
+  static __device__ __forceinline__ uint32_t word_of(uint32_t bits) {
+    return bits == stream::kNothing ? stream::kNothing >> 1 : bits;  // another NaN
+  }
+
+  static __device__ __forceinline__ uint4* exchange_of(const Params& p, int rank) {
+    return reinterpret_cast<uint4*>(p.ranks.exchange[rank]);
+  }
+
+  // The rank behind this one first, so that not all ranks write to the same.
+  template <typename Write>
+  static __device__ __forceinline__ void for_peers(const Params& p, const Write& write) {
+#pragma unroll 1
+    for (int i = 1; i < p.ranks.world; ++i) {
+      const int peer = p.ranks.rank + i;
+      write(exchange_of(p, peer < p.ranks.world ? peer : peer - p.ranks.world));
+    }
+  }
+
+  // A peer that never comes ends the launch with an error.
+  class Patience {
+   public:
+    __device__ __forceinline__ void look(const Params& p) {
+      if (++looks_ % 1024 != 0) return;
+      const unsigned long long now = global_timer();
+      if (since_ == 0) since_ = now;
+      if (now - since_ > p.ranks.patience) trap();
+    }
+
+   private:
+    uint32_t looks_ = 0;
+    unsigned long long since_ = 0;
+  };
+
+  // Replaces the block by its sum over the ranks. A thread adds what it uses in finish_residual.
+  static __device__ __forceinline__ void sum_over_ranks(const Params& p, int kind, int row_tile, float* block,
+                                                        int tokens, int thread) {
+    constexpr int kPieces = kTileRows / 4, kAtOnce = 4;
+    const int world = p.ranks.world, rank = p.ranks.rank, pieces = tokens * kPieces;
+    const int step = squares_of_token(p) * kSlotPieces;  // from one rank's words to the next's
+    const int first = (kind == kDown ? world * step : 0) + row_tile * kSlotPieces;
+    const auto piece_of = [&](int i) {
+      return reinterpret_cast<float4*>(block + i / kPieces * kBlockPitch) + i % kPieces;
+    };
+#pragma unroll 1
+    for (int i = thread; i < pieces; i += kConsumers) {
+      const float4 v = *piece_of(i);
+      const uint4 words = make_uint4(word_of(__float_as_uint(v.x)), word_of(__float_as_uint(v.y)),
+                                     word_of(__float_as_uint(v.z)), word_of(__float_as_uint(v.w)));
+      for_peers(p, [&](uint4* exchange) { store_relaxed_system(exchange + first + rank * step + i, words); });
+    }
+
+    const uint4 nothing = make_uint4(stream::kNothing, stream::kNothing, stream::kNothing, stream::kNothing);
+    uint4* const own = exchange_of(p, rank) + first;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    Patience patience;
+    int piece = thread, from = 0;  // what is added next
+    while (piece < pieces) {
+      uint4 v[kAtOnce];
+      const auto each = [&](auto&& visit) {
+        int i = piece, r = from;
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+          if (i < pieces && r != rank) visit(v[n], own + r * step + i);
+          if (++r == world) r = 0, i += kConsumers;
+        }
+      };
+      bool whole;
+      do {
+        whole = true;
+        each([](uint4& to, const uint4* place) { to = load_relaxed_system(place); });
+        each([&](const uint4& w, const uint4*) {
+          whole &= w.x != stream::kNothing && w.y != stream::kNothing && w.z != stream::kNothing &&
+                   w.w != stream::kNothing;
+        });
+        if (!whole) patience.look(p);
+      } while (!whole);
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        if (piece >= pieces) break;
+        float4 part = make_float4(__uint_as_float(v[n].x), __uint_as_float(v[n].y), __uint_as_float(v[n].z),
+                                  __uint_as_float(v[n].w));
+        if (from == rank) part = *piece_of(piece);
+        if (from != rank) store_relaxed_system(own + from * step + piece, nothing);
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        if (++from == world) {
+          *piece_of(piece) = sum;
+          sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          from = 0;
+          piece += kConsumers;
+        }
+      }
+    }
+  }
+
+  // Four features of the embedding of row `id` of this rank's part: to the others where it is here, else from the rank
+  // that has it. An id outside the vocabulary is nobody's.
+  static __device__ __forceinline__ void share_row(const Params& p, int64_t id, int token, int feature, uint2& x) {
+    const int64_t sums = int64_t{2} * p.ranks.world * squares_of_token(p) * kSlotPieces;
+    const auto place = [&](uint4* exchange) {
+      return reinterpret_cast<uint2*>(exchange + sums) + (static_cast<int64_t>(token) * p.hidden + feature) / 4;
+    };
+    if (id >= 0 && id < p.vocab) {
+      const uint2 words = make_uint2(word_of(x.x), word_of(x.y));
+      for_peers(p, [&](uint4* exchange) { store_relaxed_system(place(exchange), words); });
+      return;
+    }
+    const int64_t of_all = id + p.ranks.vocab_start;
+    if (of_all < 0 || of_all >= p.ranks.vocab) return;
+    uint2* own = place(exchange_of(p, p.ranks.rank));
+    Patience patience;
+    do {
+      x = load_relaxed_system(own);
+      patience.look(p);
+    } while (x.x == stream::kNothing || x.y == stream::kNothing);
+    store_relaxed_system(own, make_uint2(stream::kNothing, stream::kNothing));
   }
 
   // ---- attention ---------------------------------------------------------------------------------------------------
@@ -729,10 +873,14 @@ __global__ void __launch_bounds__(stream::kThreads, 1)
 
 template <typename Format>
 void launch_stream_draft(const StreamDraftParams& p, int64_t head_dim, cudaStream_t stream) {
+  // Cooperative launches are not promised to overlap. Simulated ranks are few enough blocks, one a multiprocessor, to
+  // become resident without that, as soon as what else runs has ended (api/draft.cpp).
+  const bool cooperative = !p.ranks.one_device;
   if (head_dim == 64) {
-    stream::launch_stream<Draft<64, Format>>(stream_draft_kernel<64, Format>, p, stream, "draft_forward");
+    stream::launch_stream<Draft<64, Format>>(stream_draft_kernel<64, Format>, p, stream, "draft_forward", cooperative);
   } else if (head_dim == 128) {
-    stream::launch_stream<Draft<128, Format>>(stream_draft_kernel<128, Format>, p, stream, "draft_forward");
+    stream::launch_stream<Draft<128, Format>>(stream_draft_kernel<128, Format>, p, stream, "draft_forward",
+                                              cooperative);
   } else {
     throw std::runtime_error("dflash::draft_forward: no streaming kernel for head size " + std::to_string(head_dim));
   }

@@ -27,8 +27,29 @@ struct StreamLayer {
   int32_t causal = 0;
 };
 
+constexpr int kMostRanks = 8;
+
+// The ranks of a tensor-parallel drafter, each with its part of heads, MLP features and vocabulary; see stream.cuh.
+struct StreamRanks {
+  int world = 1, rank = 0;
+  bool one_device = false;             // simulated ranks: they are all on this device
+  int64_t vocab = 0, vocab_start = 0;  // of all ranks; embed_weight holds rows vocab_start .. of it
+  unsigned long long patience = 0;     // ns that a rank waits for another
+  // Of every rank, in peer memory; [rank] is this one's own. fp32 sums [out, down][from rank][row tile of H][token
+  // 64][128], then bf16 embedding rows [token 64][H].
+  uint32_t* exchange[kMostRanks] = {};
+};
+
+constexpr int kSlotPieces = stream::kSlotFloats / 4;  // of 16 bytes
+
+inline int64_t exchange_words(int64_t world, int64_t hidden) {
+  return 2 * world * ((hidden + stream::kTileRows - 1) / stream::kTileRows) * stream::kSlotFloats +
+         stream::kMaxTokens * hidden / 2;
+}
+
 struct StreamDraftParams {
   stream::StreamParams stream;
+  StreamRanks ranks;
   int batch = 0, block_size = 0, hidden = 0, intermediate = 0, q_heads = 0, kv_heads = 0;
   int rotary_dim = 0, num_layers = 0;
   int splits = 1;     // parts the keys of a request are cut into

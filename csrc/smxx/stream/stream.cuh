@@ -564,15 +564,16 @@ class Stream {
   }
 };
 
-// Launches `kernel`, whose body is Stream<Policy>::run, so that all its blocks are resident.
+// Launches `kernel`, whose body is Stream<Policy>::run, so that all its blocks are resident. Not cooperative: the
+// caller knows that nothing keeps them from it for ever.
 template <typename Policy>
 void launch_stream(void (*kernel)(const typename Policy::Params), const typename Policy::Params& p, cudaStream_t stream,
-                   const char* what) {
+                   const char* what, bool cooperative = true) {
   constexpr int kBytes = Layout<Policy>::kBytes;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), what);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  attribute.val.cooperative = cooperative ? 1 : 0;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(p.stream.blocks));
   config.blockDim = dim3(kThreads);

@@ -9,7 +9,7 @@ namespace dflash {
 
 inline int opaque(int x) { return x; }
 inline unsigned long long global_timer() {
-  static unsigned long long reads = 0;
+  static thread_local unsigned long long reads = 0;
   return ++reads;
 }
 inline uint32_t e4m3_pair(float first, float second) {
@@ -68,6 +68,17 @@ inline uint4 load_relaxed(const uint4* from) {
   return *from;
 }
 inline void store_relaxed(uint4* to, const uint4& v) { *to = v; }
+inline uint4 load_relaxed_system(const uint4* from) {
+  emulator::spin_outside();
+  return *from;
+}
+inline uint2 load_relaxed_system(const uint2* from) {
+  emulator::spin_outside();
+  return *from;
+}
+inline void store_relaxed_system(uint4* to, const uint4& v) { *to = v; }
+inline void store_relaxed_system(uint2* to, const uint2& v) { *to = v; }
+inline void trap() { emulator::fail("a trap"); }
 inline void add_release(uint32_t* counter, uint32_t value) { atomicAdd(counter, value); }
 inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) { return atomicAdd(counter, value); }
 
