@@ -4,10 +4,12 @@ For every number of ranks, times are medians of CUDA-graph replays, of the slowe
 
 * `all_reduce`: a rank's part of the residual stream, [rows, 4096] bf16, summed by one kernel that reads the other GPUs'
   memory (torch's symmetric memory, without multicast), against NCCL; both in graphs of many sums.
-* `drafter_step`: ids to draft tokens: embedding, layers, LM head, best of the ranks' tokens. The baseline is the same
-  sharded pass of cuBLAS GEMMs, SDPA over a dense context, small kernels (eager or compiled) and NCCL, in one graph.
-  Further keys: `peer_us`, with the peer-memory sums instead of NCCL's; `alone_us`, ours with the layers' sums left out
-  (its tokens are wrong); `sums`, how many a step has.
+* `drafter_step`: ids to draft tokens: embedding, layers, LM head, best of the ranks' tokens. Ours is the pass as one
+  kernel a rank, which sums over peer memory, then head and merge, or the chain where there is no peer memory (`what`).
+  The baseline is the same sharded pass of cuBLAS GEMMs, SDPA over a dense context, small kernels (eager or compiled)
+  and NCCL, in one graph. Further keys: `chain_us`, the chain of kernels with NCCL's sums; `chain_peer_us`, with sums
+  over peer memory; `packed_alone_us` and `chain_alone_us`, both without the layers' sums (tokens are wrong); `sums`,
+  how many a step has. `pass`: the same with a vocabulary of 1024, the pass almost alone.
 * `inject_fc`: injection with fc sharded by output rows and the fused rows gathered, against fc replicated on every rank
   (which takes the packed plan). `gather_us`: the gather alone.
 * `generate`: the demo pair on 208 prompts, against one rank. `identical`: prompts whose tokens equal that rank's;
@@ -24,6 +26,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from statistics import median
 from typing import Any
@@ -136,6 +139,9 @@ def _cases(group: ProcessGroup, device: torch.device, quick: bool) -> Iterator[t
         yield f"all_reduce {at} {count}x4096", partial(_all_reduce, group, device, count, 4096)
     shapes = (QWEN3_8B, QWEN35_397B) if cuda else (TINY,)
     for shape in shapes:
+        if cuda:
+            alone = replace(shape, name=f"{shape.name} pass", V=1024)
+            yield f"drafter_step {at} pass {shape.sizes()}", partial(_drafter_step, group, device, alone, 1024)
         yield f"drafter_step {at} {shape.sizes()}", partial(_drafter_step, group, device, shape, 1024 if cuda else 32)
         yield f"inject_fc {at} {shape.sizes()}", partial(_inject_fc, group, device, shape)
     for dtype in (torch.float32, torch.bfloat16):
@@ -343,21 +349,56 @@ def _drafter_step(group: ProcessGroup, device: torch.device, shape: DrafterShape
     out = (torch.empty(count, dtype=torch.int64, device=device), torch.empty(count, device=device))
     workspace = ops.lm_head_workspace(count, device)
 
-    def ours(communicator: Communicator) -> torch.Tensor:
-        part.communicator = communicator
+    exchange = part.exchange
+
+    def ours(communicator: Communicator, one_kernel: bool = False) -> torch.Tensor:
+        part.communicator, part.exchange = communicator, exchange if one_kernel else None
         rows = part.forward(
             block_ids, positions, positions, prefix_lens, request_rows, req_to_token, k_caches, v_caches
         )
+        return head(rows, communicator)
+
+    def head(rows: torch.Tensor, communicator: Communicator) -> torch.Tensor:
         ids, values = ops.lm_head_argmax(
             rows, part.lm_head_weight, vocab_start=part.shards.start, out=out, workspace=workspace
         )
         return part.shards.merge(ids, values) if communicator is not alone else ids
 
+    def packed_alone() -> torch.Tensor:
+        """This rank's kernel, which waits for nobody."""
+        w, packed = part.weights, part._packed
+        assert packed is not None
+        rows = ops.draft_forward_packed(
+            block_ids % part.embed_weight.shape[0],
+            positions,
+            prefix_lens,
+            request_rows,
+            req_to_token,
+            k_caches,
+            v_caches,
+            part.embed_weight,
+            w.input_norm,
+            w.qkv_bias,
+            w.q_norm,
+            w.k_norm,
+            w.o_bias,
+            w.post_norm,
+            w.final_norm,
+            part.cos_sin,
+            packed,
+            part._windows,
+            part._causal,
+            EPS,
+        )
+        return head(rows, alone)
+
     alone: Communicator = _Alone(group)
     dense_k, dense_v = ([_dense(cache, req_to_token, shape.T) for cache in caches] for caches in (k_caches, v_caches))
     theirs = _stock_step(group, part, shape, block_ids, positions, dense_k, dense_v)
     pieces = (stock._norm, stock._split, stock._merge, stock._gate, stock._add)
-    players: dict[str, Callable[[], torch.Tensor]] = {"ours": partial(ours, group)}
+    players: dict[str, Callable[[], torch.Tensor]] = {"chain": partial(ours, group)}
+    if exchange is not None:
+        players |= {"packed": partial(ours, group, one_kernel=True), "packed_alone": packed_alone}
     name = f"torch eager {torch.__version__}, {_nccl(device)}"
     players[name] = partial(theirs, pieces)
     extra: dict[str, Any] = {"sums": 1 + 2 * shape.L}
@@ -370,21 +411,23 @@ def _drafter_step(group: ProcessGroup, device: torch.device, shape: DrafterShape
             extra["not_compiled"] = " ".join(str(error).split())[:160]
         peers, reason = _peers(device, count * shape.H)
         if peers is not None:
-            players["peer"] = partial(ours, peers)
+            players["chain_peer"] = partial(ours, peers)
         else:
             extra["no_peer_memory"] = reason
-    players["alone"] = partial(ours, alone)
-    agree = ours(group).clone()
+    players["chain_alone"] = partial(ours, alone)
+    mine = "chain" if exchange is None else "packed"
+    agree = players[mine]().clone()
+    extra["what"] = "chain of kernels, NCCL" if exchange is None else "packed, one kernel"
     extra["tokens_as_stock"] = f"{int((agree == theirs(pieces)).sum())}/{count}"
-    if "peer" in players:
-        extra["tokens_as_peer"] = f"{int((agree == players['peer']()).sum())}/{count}"
+    extra["tokens_as_chain"] = f"{int((agree == players['chain']()).sum())}/{count}"
+    extra["same_tokens_on_all_ranks"] = bool((group.all_gather(agree) == agree).all())
     us = dict(zip(players, _times(group, device, [[fn] for fn in players.values()]), strict=True))
     best = min((key for key in us if key.startswith("torch")), key=lambda key: us[key])
-    extra |= {"alone_us": us["alone"], **({"peer_us": us["peer"]} if "peer" in us else {})}
+    extra |= {f"{key}_us": value for key, value in us.items() if not key.startswith("torch") and key != mine}
     extra["baselines_us"] = {key: value for key, value in us.items() if key.startswith("torch")}
     size = 2 * (shape.L * shape.layer_weights + shape.V * shape.H + batch * context * shape.kv_token) // group.world
     text = f"TP{group.world} {shape.sizes()} B{batch} T{shape.T} ctx{context}"
-    return _row("drafter_step", text, us["ours"], best, us[best], size, extra)
+    return _row("drafter_step", text, us[mine], best, us[best], size, extra)
 
 
 @cache

@@ -12,7 +12,17 @@ from dflash_kernels.formats import QuantizedWeight, WeightFormat, stack
 from dflash_kernels.stream import ONE_COUNTER, TILE_ROWS, Schedule
 from dflash_kernels.tiles import Weight, format_name, format_of, pack_weight, tile_columns, unpack_weight
 
-__all__ = ["MAX_LAYERS", "MAX_RANKS", "MAX_TOKENS", "Exchange", "Kind", "PackedDraft", "draft_schedule", "pack_draft", "why_not_packed"]
+__all__ = [
+    "MAX_LAYERS",
+    "MAX_RANKS",
+    "MAX_TOKENS",
+    "Exchange",
+    "Kind",
+    "PackedDraft",
+    "draft_schedule",
+    "pack_draft",
+    "why_not_packed",
+]
 
 MAX_TOKENS, MAX_LAYERS, MAX_RANKS = 64, 64, 8
 GATE_ROWS = TILE_ROWS // 2  # gate rows of a row tile of gate_up; the up rows of the same features follow

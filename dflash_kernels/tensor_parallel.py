@@ -13,6 +13,7 @@ import gc
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dflash_kernels import ops
+from dflash_kernels.draft_stream import MAX_RANKS, Exchange
 from dflash_kernels.model.shard import check_rank, shard_range
 
 __all__ = [
@@ -61,6 +63,12 @@ class Communicator(Protocol):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """``[world, *x.shape]``, the ranks' tensors in their order. All have the same shape."""
 
+    def exchange(self, words: int, device: torch.device) -> Exchange | None:
+        """Memory through which kernels of the ranks, running at the same time, hand each other words.
+
+        Every rank must ask; None, on all of them: there is none.
+        """
+
 
 class ProcessGroup:
     """A rank of a ``torch.distributed`` group: NCCL between GPUs, gloo between CPU processes."""
@@ -88,6 +96,35 @@ class ProcessGroup:
         out = x.new_empty(self.world, *x.shape)
         _gather(out.view(-1), x.contiguous().view(-1), group=self._group)
         return out
+
+    def exchange(self, words: int, device: torch.device) -> Exchange | None:
+        """Peer memory of the GPUs of one host, lent by torch's symmetric memory."""
+        if device.type != "cuda" or self.world > MAX_RANKS:
+            return None
+        found, reason = None, ""
+        try:
+            found = self._symmetric_words(words, device)
+        except Exception as error:  # of torch's symmetric memory, of many kinds
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        torch.cuda.synchronize(device)
+        # All ranks' words are filled, or there is no exchange for any of them.
+        missing = int(self.all_reduce(torch.tensor([float(found is None)], device=device)).item())
+        if missing == 0:
+            return found
+        warnings.warn(f"no peer memory for the drafter's sums on {missing} ranks: {reason or 'not here'}", stacklevel=2)
+        return None
+
+    def _symmetric_words(self, words: int, device: torch.device) -> Exchange:
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        group: Any = self._group or dist.group.WORLD
+        own = symmetric_memory.empty(words, dtype=torch.int32, device=device)
+        handle = symmetric_memory.rendezvous(own, group)
+        buffers = [handle.get_buffer(rank, (words,), torch.int32) for rank in range(self.world)]
+        if buffers[self.rank].data_ptr() != own.data_ptr():
+            raise RuntimeError("symmetric memory begins elsewhere than its tensor")
+        own.fill_(-1)
+        return Exchange(own, tuple(b.data_ptr() for b in buffers), self.rank, keep=(handle, buffers))
 
 
 class PeerMemory(ProcessGroup):
@@ -164,6 +201,10 @@ class _Simulated:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return self._exchange(x, lambda parts: torch.stack(list(parts)))
+
+    def exchange(self, words: int, device: torch.device) -> Exchange | None:
+        """None: on one stream the second rank's kernel would start after the end of the first's."""
+        return None
 
 
 def run_simulated(world: int, function: Callable[[Communicator], Result]) -> list[Result]:

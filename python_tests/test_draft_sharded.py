@@ -21,8 +21,12 @@ from test_draft_packed import FORMATS, MATRICES, dequantized, outputs, pack
 
 from dflash_kernels.draft_stream import Exchange, PackedDraft, pack_draft
 from dflash_kernels.formats import WeightFormat
+from dflash_kernels.model.config import parse_config
+from dflash_kernels.model.drafter import Drafter
 from dflash_kernels.model.quantize import quantize
-from dflash_kernels.model.shard import shard_range
+from dflash_kernels.model.shard import shard_heads, shard_range
+from dflash_kernels.model.sharded_drafter import ShardedDrafter
+from dflash_kernels.model.weights import DrafterWeights
 from dflash_kernels.ops import draft_exchange_words, draft_forward_packed, draft_forward_sharded
 from dflash_kernels.reference import draft as reference
 
@@ -38,7 +42,10 @@ class Rank:
         self.exchange, self.vocab = exchange, inputs["embed_weight"].shape[0]
         start, stop = shard_range(self.vocab, exchange.rank, exchange.world, "vocab_size")
         part = cut(inputs, exchange.rank, exchange.world)
-        self.packed = pack(part, blocks) if weight_format is None else pack_codes(inputs, exchange, weight_format, blocks)
+        if weight_format is None:
+            self.packed = pack(part, blocks)
+        else:
+            self.packed = pack_codes(inputs, exchange, weight_format, blocks)
         self.arguments = {name: value for name, value in part.items() if name not in MATRICES}
         self.arguments |= {
             "embed_weight": inputs["embed_weight"][start:stop].clone(),
@@ -76,8 +83,8 @@ def pack_codes(inputs: Inputs, exchange: Exchange, weight_format: WeightFormat, 
     )
 
 
-def together(ranks: list[Rank], work: Callable[[Rank], Any]) -> list[Any]:
-    """The ranks' work at the same time."""
+def together(ranks: list[Any], work: Callable[[Any], Any]) -> list[Any]:
+    """The work of ranks, which have an exchange, at the same time."""
     if ranks[0].exchange.words.is_cuda:
         torch.cuda.synchronize()
         results = []
@@ -110,9 +117,7 @@ def launches(inputs: Inputs, rng: torch.Generator) -> list[Inputs]:
     return made
 
 
-def check(
-    inputs: Inputs, world: int, on: str, rng: torch.Generator, weight_format: WeightFormat | None = None
-) -> None:
+def check(inputs: Inputs, world: int, on: str, rng: torch.Generator, weight_format: WeightFormat | None = None) -> None:
     """Passes in a row, of different sizes, ranks started apart; by the rule for bf16, and no word left behind."""
     ranks, passes = make_ranks(inputs, world, on, weight_format), launches(inputs, rng)
     exact_inputs = inputs if weight_format is None else dequantized(inputs, weight_format)
@@ -196,6 +201,82 @@ def test_one_rank_is_the_packed_pass(device: str, rng: torch.Generator) -> None:
     expected = draft_forward_packed(**arguments, packed=pack(inputs, rank.packed.blocks))
     assert torch.equal(rank.call({}), expected)
     assert torch.equal(draft_forward_sharded(**rank.arguments), expected)
+
+
+class Meeting:
+    """A communicator that has nothing but an exchange: what a pass as one kernel needs of it."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.rank, self.world, self._exchange = exchange.rank, exchange.world, exchange
+
+    def exchange(self, words: int, device: torch.device) -> Exchange:
+        assert words <= self._exchange.words.numel() and device == self._exchange.words.device
+        return self._exchange
+
+
+def make_drafter(inputs: Inputs) -> Drafter:
+    """A drafter, bound, with the weights of `inputs`; its rope is its own."""
+    _, kv_heads, dim = inputs["k_caches"][0].shape
+    layers, hidden = inputs["input_norm"].shape
+    q_width, inter = inputs["o_weight"].shape[2], inputs["down_weight"].shape[2]
+    raw = {
+        "block_size": inputs["block_ids"].shape[1],
+        "mask_token_id": 3,
+        "target_layer_ids": [0],
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": q_width // dim,
+        "num_key_value_heads": kv_heads,
+        "head_dim": dim,
+        "vocab_size": inputs["embed_weight"].shape[0],
+        "max_position_embeddings": 512,
+    }
+    names = ("input_norm", "qkv_weight", "qkv_bias", "q_norm", "k_norm", "o_weight", "o_bias", "post_norm")
+    weights = DrafterWeights(
+        fc_weight=inputs["embed_weight"].new_zeros(hidden, hidden),
+        hidden_norm=inputs["final_norm"],
+        kv_weight=inputs["qkv_weight"][:, q_width:].contiguous(),
+        kv_bias=None if inputs["qkv_bias"] is None else inputs["qkv_bias"][:, q_width:].contiguous(),
+        **{name: inputs[name] for name in (*names, "gate_up_weight", "down_weight", "final_norm")},
+    )
+    drafter = Drafter(parse_config(raw), weights)
+    drafter.embed_weight = drafter.lm_head_weight = inputs["embed_weight"]
+    return drafter
+
+
+def forward(drafter: Drafter, inputs: Inputs) -> torch.Tensor:
+    """Of the drafter or of a rank's part, whose caches are cut from those of `inputs`."""
+    dim, kv_heads = drafter.head_dim, inputs["k_caches"][0].shape[1]
+    own = list(range(kv_heads))
+    if isinstance(drafter, ShardedDrafter):
+        q_heads = inputs["o_weight"].shape[2] // dim
+        own = list(shard_heads(q_heads, kv_heads, drafter.communicator.rank, drafter.communicator.world).kv_heads)
+    k, v = ([cache[:, own].contiguous() for cache in inputs[name]] for name in ("k_caches", "v_caches"))
+    index = [inputs[name] for name in ("positions", "prefix_lens", "req_pool_indices", "req_to_token")]
+    return drafter.forward(inputs["block_ids"], index[0], *index, k, v).clone()
+
+
+@pytest.mark.gpu
+def test_sharded_drafter_is_one_kernel(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, on: str = "cuda") -> None:
+    """reserve() makes the exchange and forward() takes it, without a collective; o's bias counts once."""
+    inputs = make_inputs(Case(contexts=(40, 7), biases=True), rng, on, torch.bfloat16)
+    whole = make_drafter(inputs)
+    if on == "cpu":
+        monkeypatch.setattr(ShardedDrafter, "why_not_one_kernel", lambda self, rows: None)
+        monkeypatch.setattr(ShardedDrafter, "_blocks", lambda self: 3)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    exchanges = Exchange.simulated(2, draft_exchange_words(2, whole.hidden_size), whole.device)
+    if on == "cpu":
+        exchanges = [replace(exchange, one_device=False) for exchange in exchanges]
+    parts = [ShardedDrafter(whole, Meeting(exchange)) for exchange in exchanges]  # type: ignore[arg-type]
+    for part in parts:
+        part.reserve(2, 16)
+        assert part.exchange is not None
+    first, second = together(parts, lambda part: forward(part, inputs))
+    assert torch.equal(first, second)
+    exact = reference.draft_forward(**{**inputs, "cos_sin": whole.cos_sin}, dtype=torch.float32)
+    torch.testing.assert_close(first.float(), exact, atol=0.08, rtol=0.02)
 
 
 @pytest.mark.gpu

@@ -191,6 +191,7 @@ CHECKS = [
     *calls(test_draft_sharded.test_ranks_of_codes_give_the_whole, {"name": "fp8", "on": "cpu"}),
     *calls(test_draft_sharded.test_ids_outside_the_vocabulary, {"on": "cpu"}),
     *calls(test_draft_sharded.test_one_rank_is_the_packed_pass),
+    *calls(test_draft_sharded.test_sharded_drafter_is_one_kernel, {"on": "cpu"}),
     *calls(test_draft_sharded.test_a_rank_that_never_comes),
     *calls(
         test_inject.test_matches_reference,
@@ -275,9 +276,13 @@ CHECKS = [
 
 @pytest.mark.parametrize(("function", "arguments"), CHECKS)
 def test_kernels_pass(
-    function: Callable[..., None], arguments: dict[str, Any], emulated: None, rng: torch.Generator
+    function: Callable[..., None],
+    arguments: dict[str, Any],
+    emulated: None,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fixtures = {"device": "cpu", "rng": rng}
+    fixtures = {"device": "cpu", "rng": rng, "monkeypatch": monkeypatch}
     wanted = inspect.signature(function).parameters
     function(**arguments, **{name: value for name, value in fixtures.items() if name in wanted})
 
@@ -407,6 +412,20 @@ MUTATIONS = [
         "copy_async_wait<1>()",
         "draft_packed-packed_matches",
         id="the persistent pass does not wait for Q",
+    ),
+    pytest.param(
+        "smxx/draft/stream.cuh",
+        "} while (!whole);",
+        "} while (false && !whole);",
+        "draft_sharded-ranks_give",
+        id="parts of ranks are added before they are there",
+    ),
+    pytest.param(
+        "smxx/draft/stream.cuh",
+        "if (from != rank) store_relaxed_system(own + from * step + piece, nothing);",
+        "",
+        "draft_sharded-ranks_give",
+        id="a rank takes the words of the last pass",
     ),
     pytest.param(
         "smxx/head/stream.cu",

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -318,6 +319,65 @@ def test_sums_over_peer_memory(tmp_path: Path) -> None:
     want = (torch.arange(16 * 512).remainder(7).view(16, 512) + 13).float()
     for rank in range(2):
         assert torch.equal(torch.tensor(json.loads((tmp_path / f"{rank}.json").read_text())), want)
+
+
+def _pass_on_peers(rank: int, world: int, port: int, folder: str) -> None:
+    """A drafter's pass as one kernel a rank, eagerly and in graphs, ranks started apart; the chain's rows beside it."""
+    from test_draft import Case, make_inputs
+    from test_draft_sharded import forward, make_drafter
+
+    device = torch.device("cuda", rank)
+    with process_group(rank, world, device, port) as communicator:
+        case = Case(contexts=(300, 20), T=16, H=1024, I=2048, heads=(16, 4), D=128, biases=True)
+        inputs = make_inputs(case, torch.Generator().manual_seed(7), str(device), torch.bfloat16)
+        part = ShardedDrafter(make_drafter(inputs), communicator)
+        part.reserve(2, 16)
+        assert part.exchange is not None and part.exchange.world == world
+        rows = forward(part, inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            replayed = [forward(part, inputs) for _ in range(5)]
+        for i in range(20):
+            if (i + rank) % 7 == 0:
+                time.sleep(0.01)
+            graph.replay()
+            assert torch.equal(forward(part, inputs), rows)
+        torch.cuda.synchronize()
+        assert all(torch.equal(again, rows) for again in replayed)
+        assert bool((part.exchange.words == -1).all())
+        del graph
+        part.exchange = None
+        chain = forward(part, inputs)
+        torch.save((rows.cpu(), chain.cpu()), Path(folder, f"{rank}.pt"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_pass_over_peer_memory(world: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    ranks = start_ranks(range(world), world, _pass_on_peers, str(tmp_path))
+    ranks.end(120)
+    assert ranks.failed() == []
+    first, chain = torch.load(tmp_path / "0.pt")
+    torch.testing.assert_close(first, chain, atol=0.1, rtol=0.03)
+    for rank in range(1, world):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt")[0], first)
+
+
+def _no_exchange(rank: int, world: int, port: int, folder: str) -> None:
+    with process_group(rank, world, torch.device("cpu"), port) as communicator:
+        found = communicator.exchange(64, torch.device("cpu"))
+        Path(folder, f"{rank}.json").write_text(json.dumps(found is None))
+
+
+def test_processes_without_peer_memory(tmp_path: Path) -> None:
+    """They are told so, all of them, and take the chain."""
+    ranks = start_ranks(range(2), 2, _no_exchange, str(tmp_path))
+    ranks.end(60)
+    assert ranks.failed() == []
+    assert all(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
 
 
 def command(*more: str) -> subprocess.CompletedProcess[str]:

@@ -401,9 +401,9 @@ void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out,
     }                                                                                                              \
   }
 
-#define DFLASH_RANKS_PARAMETERS                                                                                 \
-  Tensor exchange, std::vector<int64_t> peers, int64_t rank, bool one_device, int64_t vocab_start, \
-      int64_t vocab_size, double patience
+#define DFLASH_RANKS_PARAMETERS                                                                                        \
+  Tensor exchange, std::vector<int64_t> peers, int64_t rank, bool one_device, int64_t vocab_start, int64_t vocab_size, \
+      double patience
 #define DFLASH_RANKS \
   Ranks { exchange, peers, rank, one_device, vocab_start, vocab_size, patience }
 
@@ -483,10 +483,10 @@ void check_all_resident(const Inputs& in, const StreamDraftParams& p) {
   int device = 0, multiprocessors = 0;
   cuda_check(cudaGetDevice(&device), in.op);
   cuda_check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), in.op);
-  DFLASH_CHECK(in.op, p.stream.blocks * p.ranks.world <= multiprocessors, "units",
-               "have at most " + std::to_string(multiprocessors / p.ranks.world) +
-                   " blocks where all ranks are on one device",
-               p.stream.blocks);
+  DFLASH_CHECK(
+      in.op, p.stream.blocks * p.ranks.world <= multiprocessors, "units",
+      "have at most " + std::to_string(multiprocessors / p.ranks.world) + " blocks where all ranks are on one device",
+      p.stream.blocks);
 }
 
 StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {

@@ -274,11 +274,7 @@ class Drafter:
             if torch.cuda.is_current_stream_capturing():
                 return None
             w, config, codes = self.weights, self.config, self.weights.quantized or {}
-            heads = (config.num_heads, config.num_kv_heads)
-            shape = tuning.draft_shape(
-                config.num_layers, config.hidden_size, config.intermediate_size, heads, config.head_dim, w.weight_format
-            )
-            blocks = tuning.stream_blocks("draft", shape, self.device)
+            blocks = self._blocks()
             if blocks == 0:  # by measurement the chain is faster
                 return None
             self._packed = pack_draft(
@@ -291,6 +287,15 @@ class Drafter:
                 blocks=blocks,
             )
         return self._packed
+
+    def _blocks(self) -> int:
+        """Of the one kernel; 0: it is not to be taken."""
+        config, weight_format = self.config, self.weights.weight_format
+        heads = (config.num_heads, config.num_kv_heads)
+        shape = tuning.draft_shape(
+            config.num_layers, config.hidden_size, config.intermediate_size, heads, config.head_dim, weight_format
+        )
+        return tuning.stream_blocks("draft", shape, self.device)
 
     def _new_packed_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._packed is not None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dflash_kernels import ops
+from dflash_kernels.draft_stream import MAX_TOKENS, Exchange
 from dflash_kernels.model.drafter import Drafter
 from dflash_kernels.model.shard import shard_range
 from dflash_kernels.model.weights import shard_weights
@@ -20,7 +21,9 @@ class ShardedDrafter(Drafter):
     """This rank's part of a drafter that is bound: its heads, MLP features, and rows of embedding and LM head.
 
     :meth:`forward` sums over the ranks after the embedding, the attention and the MLP of each layer; the rows it
-    returns are whole on every rank. :meth:`inject` writes the K and V of this rank's heads.
+    returns are whole on every rank. Where the ranks have peer memory and the rows are few, one kernel does it all
+    (`draft_forward_sharded`): which way is taken is the same on every rank, and the sums differ by their rounding.
+    :meth:`inject` writes the K and V of this rank's heads.
 
     Args:
         whole: the drafter to take a part of.
@@ -29,6 +32,7 @@ class ShardedDrafter(Drafter):
 
     Attributes:
         shards: this rank's part of the vocabulary, that of ``lm_head_weight``.
+        exchange: where the ranks' kernels meet, made by :meth:`reserve`; None: a chain of kernels and collectives runs.
 
     Raises:
         ValueError: the drafter is not bound, or has fewer heads, MLP features, tokens or (fc sharded) hidden features
@@ -45,6 +49,8 @@ class ShardedDrafter(Drafter):
         super().__init__(config, weights, max_positions=whole.max_positions)
         self.communicator, self.fc = communicator, fc
         self.shards = VocabShards.of(communicator, whole.vocab_size)
+        self.exchange: Exchange | None = None
+        self._o_bias = whole.weights.o_bias  # of the kernel that adds it to the ranks' sum, not to one rank's part
         self._table = ShardedTable(whole.embed_weight, self.shards)
         self.embed_weight = self._table.rows
         self.lm_head_weight = whole.lm_head_weight[self.shards.start : self.shards.stop].clone()
@@ -56,8 +62,13 @@ class ShardedDrafter(Drafter):
         self._fc_rows = weights.fc_weight[start:stop]
 
     def reserve(self, batch: int, tokens: int) -> None:
-        """As :meth:`Drafter.reserve`."""
+        """As :meth:`Drafter.reserve`; every rank must call it."""
         self._draft_buffers.reserve(batch)
+        if self.why_not_one_kernel(0) is None and self.exchange is None:
+            words = ops.draft_exchange_words(self.communicator.world, self.hidden_size)
+            self.exchange = self.communicator.exchange(words, self.device)
+        if self.exchange is not None and self._pack_layers() is not None:
+            self._packed_buffers.reserve(min(batch, MAX_TOKENS // self.block_size))
         self._inject_buffers.reserve(tokens)
         if self.fc == "replicated":
             self._plan_injection()
@@ -75,6 +86,36 @@ class ShardedDrafter(Drafter):
     ) -> torch.Tensor:
         """As :meth:`Drafter.forward`; every rank must call it, and each gets all columns of all rows."""
         w, communicator = self.weights, self.communicator
+        packed = self._packed
+        if self.exchange is not None and packed is not None and self.why_not_one_kernel(block_ids.numel()) is None:
+            buffer, workspace = self._packed_buffers.at_least(block_ids.shape[0])
+            return ops.draft_forward_sharded(
+                block_ids,
+                positions,
+                prefix_lens,
+                req_pool_indices,
+                req_to_token,
+                k_caches,
+                v_caches,
+                self._table.rows[: self.shards.stop - self.shards.start],
+                w.input_norm,
+                w.qkv_bias,
+                w.q_norm,
+                w.k_norm,
+                self._o_bias,
+                w.post_norm,
+                w.final_norm,
+                self.cos_sin,
+                packed,
+                self._windows,
+                self._causal,
+                self.config.rms_norm_eps,
+                self.exchange,
+                self.shards.start,
+                self.shards.size,
+                out=buffer[: block_ids.numel()],
+                workspace=workspace,
+            )
         buffer, workspace = self._draft_buffers.at_least(block_ids.shape[0])
         x = self._table.lookup(block_ids, out=buffer[: block_ids.numel()])
         part = communicator.part_like(x)
@@ -120,6 +161,12 @@ class ShardedDrafter(Drafter):
             )
             communicator.sum_parts(part, x)
         return F.rms_norm(x, (self.hidden_size,), w.final_norm, eps)
+
+    def _blocks(self) -> int:
+        """Never 0: parts may differ in size, and all ranks have to go the same way."""
+        if self.exchange is not None and self.exchange.one_device:
+            return torch.cuda.get_device_properties(self.device).multi_processor_count // self.communicator.world
+        return super()._blocks() or torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def inject(
         self,

@@ -137,8 +137,8 @@ def draft_forward_sharded(
 ) -> torch.Tensor:
     """One rank's part of :func:`draft_forward_packed`, with the sums over the ranks inside the kernel.
 
-    `packed`, the caches and ``qkv_bias`` are of this rank's heads and MLP features (:mod:`dflash_kernels.model.shard`),
-    and ``embed_weight`` holds rows ``vocab_start ..`` of the vocabulary; norms and ``o_bias`` are whole, the same on all
+    `packed`, the caches and ``qkv_bias`` are of this rank's heads and MLP features (:mod:`dflash_kernels.model.shard`);
+    ``embed_weight`` holds rows ``vocab_start ..`` of the vocabulary; norms and ``o_bias`` are whole, the same on all
     ranks. Every rank must make the same call, with its own part, and gets the whole ``[B * T, H]``, the same bits on
     all of them: parts of o_proj and down_proj are added in fp32, in the order of ranks, and rounded once, after the
     residual. One call at a time.

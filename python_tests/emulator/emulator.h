@@ -1,6 +1,6 @@
 // Runs CUDA kernels, compiled as C++, on one host thread: every CUDA thread is a fiber that runs until it waits for
-// others. CTAs run one after another, the CTAs of a cluster and those of a cooperative launch together. Each host thread
-// is a device of its own; kernels of several exchange words in memory.
+// others. CTAs run one after another, the CTAs of a cluster and those of a cooperative launch together. Each host
+// thread is a device of its own; kernels of several exchange words in memory.
 //
 // What a launch checks, beside what the kernel computes:
 //   * threads that wait for each other for ever, and warp functions that not all lanes of a warp call;
@@ -70,10 +70,10 @@ void commit_copies();
 void wait_for_copies(int pending);
 
 void named_barrier(int id, unsigned threads);
-void spin();   // before a look at memory that another thread will change: others run; fails if only such threads are
-               // left
+void spin();  // before a look at memory that another thread will change: others run; fails if only such threads are
+              // left
 void spin_outside();  // the same, of memory that another device may change
-void pause();  // others may run, in random order
+void pause();         // others may run, in random order
 void mbarrier_init(uint64_t* barrier, unsigned arrivals);
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);

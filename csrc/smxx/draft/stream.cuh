@@ -453,14 +453,14 @@ struct Draft {
   // writer's words are mapped off kNothing (word_of).
   //
   // Why no word is lost, read twice or taken for another's. There is a buffer for o's sums and one for down's, so the
-  // sums of a pass, and of pass after pass, alternate between them; call them 1, 2, 3, ... A block of rank P writes words
-  // of sum n + 1 only after all of P's tiles of sum n are finished: the products between them wait for the counter of
-  // all these tiles, or for the end of P's launch. A tile of sum n on P is finished only after each rank R has written
-  // its words of it, so (*) after R has finished all of its tiles of sum n - 1: read the words of others and cleared
-  // them, which the tiles' signal releases. Hence before P writes a word of sum n + 1, the word's place, last used in
-  // sum n - 1, has been read and cleared by R, however late R is. And R cannot read a word of sum n + 1 in place of one
-  // of sum n - 1: it is past those. Rows of the embedding are written once a launch, into a place of their own: two sums
-  // at least lie between one use and the next.
+  // sums of a pass, and of pass after pass, alternate between them; call them 1, 2, 3, ... A block of rank P writes
+  // words of sum n + 1 only after all of P's tiles of sum n are finished: the products between them wait for the
+  // counter of all these tiles, or for the end of P's launch. A tile of sum n on P is finished only after each rank R
+  // has written its words of it, so (*) after R has finished all of its tiles of sum n - 1: read the words of others
+  // and cleared them, which the tiles' signal releases. Hence before P writes a word of sum n + 1, the word's place,
+  // last used in sum n - 1, has been read and cleared by R, however late R is. And R cannot read a word of sum n + 1 in
+  // place of one of sum n - 1: it is past those. Rows of the embedding are written once a launch, into a place of their
+  // own: two sums at least lie between one use and the next.
   //   (*) is one step by words without a fence: R clears, releases at the device's scope, another block of R acquires
   // and writes to P, P sees that and writes to R. The place and its clearing are in R's own L2, which the release has
   // waited for, and P's write has still to come there.
@@ -542,8 +542,8 @@ struct Draft {
         whole = true;
         each([](uint4& to, const uint4* place) { to = load_relaxed_system(place); });
         each([&](const uint4& w, const uint4*) {
-          whole &= w.x != stream::kNothing && w.y != stream::kNothing && w.z != stream::kNothing &&
-                   w.w != stream::kNothing;
+          whole &=
+              w.x != stream::kNothing && w.y != stream::kNothing && w.z != stream::kNothing && w.w != stream::kNothing;
         });
         if (!whole) patience.look(p);
       } while (!whole);
