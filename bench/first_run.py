@@ -171,7 +171,7 @@ def _run_stage(stage: Stage, out: Path, left: float, commit: str) -> Outcome:
     try:
         code, seconds = run_limited(command, log, limit, environment)
     except OSError as error:
-        return Outcome("failed", 0.0, None, f"{type(error).__name__}: {error}", shlex.join(command), "", now, commit)
+        return Outcome("failed", 0.0, None, f"{type(error).__name__}: {error}", _quoted(command), "", now, commit)
     state = "ok" if code == 0 else "failed"
     if code is None:
         state = "timeout" if limit >= stage.limit else "cut"
@@ -180,11 +180,18 @@ def _run_stage(stage: Stage, out: Path, left: float, commit: str) -> Outcome:
         try:
             note = stage.note()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            note = f"its output cannot be read: {type(error).__name__}: {error}"
+            lacking = isinstance(error, FileNotFoundError) and error.filename
+            what = f"it wrote no {Path(lacking).name}" if lacking else f"{type(error).__name__}: {error}"
+            note = f"its output cannot be read: {what}"
             state = "failed" if state == "ok" else state
     if state == "failed":
         note = "; ".join(filter(None, [f"exit code {code}", note, last_line(log)]))
-    return Outcome(state, seconds, code, note, shlex.join(command), log.name, now, commit)
+    return Outcome(state, seconds, code, note, _quoted(command), log.name, now, commit)
+
+
+def _quoted(command: Sequence[str]) -> str:
+    """As one would type it."""
+    return shlex.join(["python" if part == sys.executable else part for part in command])
 
 
 def last_line(log: Path) -> str:
@@ -264,7 +271,10 @@ def why_not(facts: Mapping[str, Any]) -> str | None:
 
 def make_stages(out: Path, facts: Mapping[str, Any], quick: bool, recipe: Path | None) -> list[Stage]:
     """All stages in order; ``{limit}`` in a command or environment stands for the stage's seconds, less some."""
-    python, out = sys.executable, out.resolve()
+    python = sys.executable
+    out = out.resolve()
+    # In commands, which run in the checkout and are quoted in what they write: short where it lies there.
+    to = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
     checkout = (ROOT / "python_tests").is_dir() and (ROOT / "tools" / "gpu_round.sh").is_file()
     no_checkout = "" if checkout else "the tests and tools are in the source tree only"
     stages = [
@@ -277,13 +287,13 @@ def make_stages(out: Path, facts: Mapping[str, Any], quick: bool, recipe: Path |
             420,
             60,
             no_checkout or ("" if find_spec("pytest") else "pytest is not installed"),
-            {"OUT": str(out / "tests"), "PYTHON": python, "TESTS_LIMIT": "{limit}", "MODULE_LIMIT": "150"},
+            {"OUT": str(to / "tests"), "PYTHON": python, "TESTS_LIMIT": "{limit}", "MODULE_LIMIT": "150"},
             note=lambda: _tests_note(out / "tests.log"),
         ),
         Stage(
             "tune",
             "what is left to the machine",
-            _tune_command(python, out, quick),
+            _tune_command(python, to, quick),
             240,
             60,
             produces=[out / "tuning.json"],
@@ -291,9 +301,9 @@ def make_stages(out: Path, facts: Mapping[str, Any], quick: bool, recipe: Path |
         ),
     ]
     for suite in SUITES:
-        plot = ["--plot", str(out / f"bench.{suite}.png")] if find_spec("matplotlib") else []
-        command = [python, "-m", "bench", suite, "--json", str(out / f"bench.{suite}.json"), *plot]
-        command += ["--time-limit", "{limit}", *(["--quick"] if quick else [])]
+        plot = ["--plot", str(to / f"bench.{suite}.png")] if find_spec("matplotlib") else []
+        command = [python, "-m", "bench", suite, "--json", str(to / f"bench.{suite}.json"), *plot]
+        command += ["--device", "cuda", "--time-limit", "{limit}", *(["--quick"] if quick else [])]
         missing = ""
         if suite == "engine" and (absent := [n for n in ("transformers", "gguf") if not find_spec(n)]):
             missing = f"{', '.join(absent)} not installed: the demo pair cannot run"
@@ -314,20 +324,20 @@ def make_stages(out: Path, facts: Mapping[str, Any], quick: bool, recipe: Path |
                 lambda suite=suite: _bench_note(out / f"bench.{suite}.json"),  # type: ignore[misc]
             )
         )
-    stages.append(_sanitize_stage(python, out, quick, no_checkout))
-    stages.append(_sglang_stage(python, out, quick, recipe))
+    stages.append(_sanitize_stage(python, to, quick, no_checkout))
+    stages.append(_sglang_stage(python, out, to, quick, recipe))
     return stages
 
 
-def _tune_command(python: str, out: Path, quick: bool) -> list[str]:
-    command = [python, "-m", "bench.tune", "--json", str(out / "tuning.json"), "--time-limit", "{limit}"]
+def _tune_command(python: str, to: Path, quick: bool) -> list[str]:
+    command = [python, "-m", "bench.tune", "--json", str(to / "tuning.json"), "--time-limit", "{limit}"]
     return command + (["--quick"] if quick else [])
 
 
-def _sanitize_stage(python: str, out: Path, quick: bool, missing: str) -> Stage:
+def _sanitize_stage(python: str, to: Path, quick: bool, missing: str) -> Stage:
     if not missing and _sanitizer() is None:
         missing = "compute-sanitizer is neither on the PATH nor under $CUDA_HOME or /usr/local/cuda"
-    command = [python, "tools/sanitize.py", "--out", str(out / "sanitize"), "--time-limit", "{limit}"]
+    command = [python, "tools/sanitize.py", "--out", str(to / "sanitize"), "--time-limit", "{limit}"]
     command += ["--tools", "memcheck"] if quick else []
     return Stage("sanitize", "every kernel under compute-sanitizer", command, 560, 90, missing)
 
@@ -338,16 +348,16 @@ def _sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or next((path for path in beside if os.access(path, os.X_OK)), None)
 
 
-def _sglang_stage(python: str, out: Path, quick: bool, recipe: Path | None) -> Stage:
-    missing = ""
+def _sglang_stage(python: str, out: Path, to: Path, quick: bool, recipe: Path | None) -> Stage:
+    missing, recipe = "", None if recipe is None else recipe.resolve()
     if find_spec("sglang") is None:
         missing = "SGLang is not installed"
     elif recipe is None:
         missing = "no --recipe DIR: a directory with target/config.json and draft/config.json is needed"
     elif lacking := [n for n in ("target", "draft") if not (recipe / n / "config.json").is_file()]:
         missing = f"{recipe / lacking[0] / 'config.json'} is not there"
-    command = [python, "-m", "bench.bench_sglang", str(recipe), "--ab", "--json", str(out / "sglang.json")]
-    command += ["--work", str(out / "sglang"), "--time-limit", "{limit}", "--trace", "1,32"]
+    command = [python, "-m", "bench.bench_sglang", str(recipe), "--ab", "--json", str(to / "sglang.json")]
+    command += ["--work", str(to / "sglang"), "--time-limit", "{limit}", "--trace", "1,32"]
     command += ["--concurrency", "1,32" if quick else "1,8,32", "--repeats", "2" if quick else "3"]
     return Stage(
         "sglang",

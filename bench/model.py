@@ -155,6 +155,10 @@ def not_modelled(row: Mapping[str, Any]) -> str | None:
         return "several cards; the tensor-parallel check below uses it"
     if op == "read, torch amax":
         return "a library kernel, a block a row, kept for comparison"
+    try:
+        need_of(row)
+    except ValueError as error:
+        return str(error).removeprefix("predict: ")
     return None
 
 

@@ -469,6 +469,11 @@ def parameters(answers: Sequence[Answer]) -> dict[str, Any]:
     return found
 
 
+def _short(path: Path) -> str:
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description="Tune the package for this machine.")
@@ -489,7 +494,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": key,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
-        "file": None if args.no_cache or where is None else str(where),
+        "file": None if args.no_cache or where is None else _short(where),
         "parameters": found,
         "answers": [one.as_json() for one in answers],
         "failures": failures,

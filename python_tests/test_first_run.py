@@ -189,6 +189,9 @@ def test_stages_are_what_they_should_be(tmp_path: Path) -> None:
     from bench.runner import SUITES
 
     assert {f"bench.{suite}" for suite in SUITES} <= set(stages)
+    inside = {s.name: s for s in make_stages(first_run.ROOT / "build" / "x", H100, quick=True, recipe=None)}
+    assert "build/x/bench.draft.json" in inside["bench.draft"].command  # type: ignore[operator]
+    assert all(path.is_absolute() for s in inside.values() for path in s.produces)
     order = list(stages)
     assert order[0] == "doctor" and order.index("tests") < order.index("tune") < order.index("bench.verify")
     assert (
@@ -265,6 +268,16 @@ def test_report(tmp_path: Path) -> None:
     assert "one question failed" in text and not summary["problems"]
     if (tmp_path / "predicted.png").is_file():
         assert "![predicted.png](predicted.png)" in text
+
+
+def test_rows_that_the_model_does_not_know_are_shown(tmp_path: Path) -> None:
+    run = a_run("head", 1.0)
+    run["rows"] = [run["rows"][0], {**run["rows"][1], "op": "something new"}]
+    (tmp_path / "bench.head.json").write_text(json.dumps(run))
+    write_report(tmp_path, H100, {}, [], "x")
+    compared = json.loads((tmp_path / "summary.json").read_text())["compared"]
+    assert len(compared["rows"]) == 2 and compared["compared"] == compared["within"] == 1
+    assert "op must be one of the benches', got 'something new'" in (tmp_path / "report.md").read_text()
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_every_bench_row_is_predicted(predictor: predict.Predictor, card: Card) 
     for r in found:
         if r.expected_us is None:
             assert r.note and r.floor_us is None
+            assert r.suite not in ("head", "inject", "draft", "dflash2"), f"the model has to learn {r.op}: {r.note}"
         else:
             assert r.floor_us is not None and 0 <= 0.97 * r.floor_us <= r.expected_us < math.inf
             assert r.family in REASONS and r.bound in ("latency", "bytes", "SMs", "tensor")
@@ -192,7 +193,8 @@ def test_a_card_that_the_fit_has_not_seen(predictor: predict.Predictor) -> None:
 def test_what_is_not_modelled_says_why(predictor: predict.Predictor) -> None:
     rows = [r for r in predictor.predict(H100) if r.expected_us is None]
     assert rows and all(r.note for r in rows)
-    assert not_modelled(row("draft_forward", "")) is None
+    assert "must be one of the benches'" in str(not_modelled(row("sort", "B1")))
+    assert not_modelled(row("prepare_block", "")) is None
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
