@@ -353,7 +353,7 @@ def _sglang_stage(python: str, out: Path, to: Path, quick: bool, recipe: Path | 
     if find_spec("sglang") is None:
         missing = "SGLang is not installed"
     elif recipe is None:
-        missing = "no --recipe DIR: a directory with target/config.json and draft/config.json is needed"
+        missing = "no --recipe DIR with target/config.json and draft/config.json; tools/sglang_recipe.py writes one"
     elif lacking := [n for n in ("target", "draft") if not (recipe / n / "config.json").is_file()]:
         missing = f"{recipe / lacking[0] / 'config.json'} is not there"
     command = [python, "-m", "bench.bench_sglang", str(recipe), "--ab", "--json", str(to / "sglang.json")]

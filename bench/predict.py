@@ -22,7 +22,19 @@ from typing import Any
 
 from bench.cards import CARDS, PUBLISHED_STEPS, Card, PublishedStep, Rates, card_of, rates
 from bench.harness import Case
-from bench.model import FAMILIES, REASONS, Fit, Need, fit_all, left_out, middle_error, need_of, not_modelled
+from bench.model import (
+    CHAIN,
+    FAMILIES,
+    REASONS,
+    Fit,
+    Need,
+    draft_handoffs,
+    fit_all,
+    left_out,
+    middle_error,
+    need_of,
+    not_modelled,
+)
 from bench.results import RESULTS, preferred_rows
 from bench.shapes import QWEN3_8B, QWEN35_397B_TP8, DrafterShape
 
@@ -189,9 +201,14 @@ def other_card_checks(predictor: Predictor) -> list[dict[str, Any]]:
 
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         layers = int(row["shape"].split(" L")[1].split(" ")[0]) if " L" in row["shape"] else 0
-        if row["op"] == "drafter_step" and "alone_us" in row:
-            chain = Need("chain", {"kernel": 9 * layers + 3}, bytes=float(row["bytes"]))
-            add(f"{row['shape']}: step without its sums", chain, row["alone_us"])
+        if row["op"] == "drafter_step":
+            nbytes = float(row["bytes"])  # layers, LM head and context of a rank
+            chain = Need("chain", {"kernel": CHAIN * layers + 3}, bytes=nbytes)
+            if us := row.get("chain_alone_us") or row.get("alone_us"):
+                add(f"{row['shape']}: chain without its sums", chain, us)
+            if us := row.get("packed_alone_us"):
+                handoffs = draft_handoffs(replace(QWEN3_8B, L=layers))
+                add(f"{row['shape']}: one kernel, alone", Need("stream", {"fixed": 1, "handoff": handoffs}, nbytes), us)
         elif row["op"] == "inject_fc":
             sharded = Need("chain", {"kernel": 4}, bytes=float(row["bytes"]))
             add(f"{row['shape']}: fc shared, without the gather", sharded, row["ours_us"] - row["gather_us"])
