@@ -324,7 +324,7 @@ def test_sums_over_peer_memory(tmp_path: Path) -> None:
 def _pass_on_peers(rank: int, world: int, port: int, folder: str) -> None:
     """A drafter's pass as one kernel a rank, eagerly and in graphs, ranks started apart; the chain's rows beside it."""
     from test_draft import Case, make_inputs
-    from test_draft_sharded import forward, make_drafter
+    from test_draft_sharded import forward_of, make_drafter
 
     device = torch.device("cuda", rank)
     with process_group(rank, world, device, port) as communicator:
@@ -333,22 +333,23 @@ def _pass_on_peers(rank: int, world: int, port: int, folder: str) -> None:
         part = ShardedDrafter(make_drafter(inputs), communicator)
         part.reserve(2, 16)
         assert part.exchange is not None and part.exchange.world == world
-        rows = forward(part, inputs)
+        forward = forward_of(part, inputs)
+        rows = forward().clone()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            replayed = [forward(part, inputs) for _ in range(5)]
+            replayed = [forward().clone() for _ in range(5)]
         for i in range(20):
             if (i + rank) % 7 == 0:
                 time.sleep(0.01)
             graph.replay()
-            assert torch.equal(forward(part, inputs), rows)
+            assert torch.equal(forward(), rows)
         torch.cuda.synchronize()
         assert all(torch.equal(again, rows) for again in replayed)
         assert bool((part.exchange.words == -1).all())
         del graph
         part.exchange = None
-        chain = forward(part, inputs)
+        chain = forward()
         torch.save((rows.cpu(), chain.cpu()), Path(folder, f"{rank}.pt"))
 
 
