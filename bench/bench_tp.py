@@ -12,7 +12,8 @@ For every number of ranks, times are medians of CUDA-graph replays, of the slowe
   how many a step has. `pass`: the same with a vocabulary of 1024, the pass almost alone.
 * `inject_fc`: injection with fc sharded by output rows and the fused rows gathered, against fc replicated on every rank
   (which takes the packed plan). `gather_us`: the gather alone.
-* `generate`: the demo pair on 208 prompts, against one rank. `identical`: prompts whose tokens equal that rank's;
+* `generate`: the demo pair on 208 prompts, few at a time, against one rank. `one_kernel`: whether the ranks' drafter is
+  one; `identical`: prompts whose tokens equal that rank's;
   `differing`: the numbers of the others and the first place where they differ.
 
 On the CPU (gloo) sizes are small and times mean nothing: it shows that the suite runs.
@@ -40,8 +41,9 @@ from bench.harness import Row
 from bench.runner import Problem
 from bench.shapes import QWEN3_8B, TINY, DrafterShape
 from dflash_kernels import ops
+from dflash_kernels.draft_stream import MAX_TOKENS
 from dflash_kernels.engine import Engine, GenerationResult, SamplingParams
-from dflash_kernels.model.config import parse_config
+from dflash_kernels.model.config import load_config, parse_config
 from dflash_kernels.model.drafter import Drafter
 from dflash_kernels.model.sharded_drafter import ShardedDrafter
 from dflash_kernels.model.weights import DrafterWeights
@@ -518,9 +520,11 @@ def _prompts(count: int) -> list[str]:
 
 def _generate(group: ProcessGroup, device: torch.device, dtype: torch.dtype, quick: bool) -> Row:
     from bench.demo_pair import load_demo_pair
+    from dflash_kernels.cli import DEMO_DRAFTER
 
     cpu = device.type == "cpu"
-    prompts, new_tokens, batch = (_prompts(2), 8, 2) if cpu else (_prompts(64 if quick else 208), 64, 16)
+    few = max(1, MAX_TOKENS // load_config(DEMO_DRAFTER).block_size)  # requests whose rows are one kernel's
+    prompts, new_tokens, batch = (_prompts(2), 8, 2) if cpu else (_prompts(64 if quick else 208), 64, few)
     params = SamplingParams(max_new_tokens=new_tokens)
 
     def run(communicator: Communicator | None) -> tuple[list[GenerationResult], float, dict[str, Any]]:
@@ -529,10 +533,16 @@ def _generate(group: ProcessGroup, device: torch.device, dtype: torch.dtype, qui
         ids = [engine.encode(prompt) for prompt in prompts]
         engine.generate(ids[: 2 * batch], params)  # graphs
         results = engine.generate(ids, params)
-        stats = engine.last_stats
+        stats, drafter = engine.last_stats, engine.drafter
         engine.close()
         steps = max(stats.steps, 1)
-        more = {"steps": stats.steps, "ms_per_step": stats.seconds * 1e3 / steps, "graph_replays": stats.graph_replays}
+        one_kernel = isinstance(drafter, ShardedDrafter) and drafter.exchange is not None
+        more = {
+            "one_kernel": one_kernel,
+            "steps": stats.steps,
+            "ms_per_step": stats.seconds * 1e3 / steps,
+            "graph_replays": stats.graph_replays,
+        }
         return results, stats.seconds * 1e6 / max(stats.new_tokens, 1), more
 
     alone, alone_us, _ = run(None)

@@ -120,11 +120,11 @@ class ProcessGroup:
         group: Any = self._group or dist.group.WORLD
         own = symmetric_memory.empty(words, dtype=torch.int32, device=device)
         handle = symmetric_memory.rendezvous(own, group)
-        buffers = [handle.get_buffer(rank, (words,), torch.int32) for rank in range(self.world)]
-        if buffers[self.rank].data_ptr() != own.data_ptr():
-            raise RuntimeError("symmetric memory begins elsewhere than its tensor")
+        begin = own.data_ptr() - handle.buffer_ptrs[self.rank]  # alike on all ranks, which allocate alike
+        if not 0 <= begin <= handle.buffer_size - own.nbytes:
+            raise RuntimeError("the tensor is not in its symmetric memory")
         own.fill_(-1)
-        return Exchange(own, tuple(b.data_ptr() for b in buffers), self.rank, keep=(handle, buffers))
+        return Exchange(own, tuple(pointer + begin for pointer in handle.buffer_ptrs), self.rank, keep=handle)
 
 
 class PeerMemory(ProcessGroup):
