@@ -5,7 +5,8 @@ For every number of ranks, times are medians of CUDA-graph replays, of the slowe
 * `all_reduce`: a rank's part of the residual stream, [rows, 4096] bf16, summed by one kernel that reads the other GPUs'
   memory (torch's symmetric memory, without multicast), against NCCL; both in graphs of many sums.
 * `drafter_step`: ids to draft tokens: embedding, layers, LM head, best of the ranks' tokens. Ours is the pass as one
-  kernel a rank, which sums over peer memory, then head and merge, or the chain where there is no peer memory (`what`).
+  kernel a rank, which sums over peer memory, the head, and a kernel that finds the best over peer memory, or the chain
+  where there is no peer memory (`what`).
   The baseline is the same sharded pass of cuBLAS GEMMs, SDPA over a dense context, small kernels (eager or compiled)
   and NCCL, in one graph. Further keys: `chain_us`, the chain of kernels with NCCL's sums; `chain_peer_us`, with sums
   over peer memory; `packed_alone_us` and `chain_alone_us`, both without the layers' sums (tokens are wrong); `sums`,
@@ -351,7 +352,8 @@ def _drafter_step(group: ProcessGroup, device: torch.device, shape: DrafterShape
     out = (torch.empty(count, dtype=torch.int64, device=device), torch.empty(count, device=device))
     workspace = ops.lm_head_workspace(count, device)
 
-    exchange = part.exchange
+    exchange, shards = part.exchange, part.shards
+    gathering = replace(shards, exchange=None)
 
     def ours(communicator: Communicator, one_kernel: bool = False) -> torch.Tensor:
         part.communicator, part.exchange = communicator, exchange if one_kernel else None
@@ -364,7 +366,9 @@ def _drafter_step(group: ProcessGroup, device: torch.device, shape: DrafterShape
         ids, values = ops.lm_head_argmax(
             rows, part.lm_head_weight, vocab_start=part.shards.start, out=out, workspace=workspace
         )
-        return part.shards.merge(ids, values) if communicator is not alone else ids
+        if communicator is alone:
+            return ids
+        return (gathering if part.exchange is None else shards).merge(ids, values)
 
     def packed_alone() -> torch.Tensor:
         """This rank's kernel, which waits for nobody."""

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +29,14 @@ from dflash_kernels.model.quantize import quantize
 from dflash_kernels.model.shard import shard_heads, shard_range
 from dflash_kernels.model.sharded_drafter import ShardedDrafter
 from dflash_kernels.model.weights import DrafterWeights
-from dflash_kernels.ops import draft_exchange_words, draft_forward_packed, draft_forward_sharded
+from dflash_kernels.ops import (
+    draft_exchange_words,
+    draft_forward_packed,
+    draft_forward_sharded,
+    merge_exchange_words,
+    merge_vocab_ranks,
+    merge_vocab_shards,
+)
 from dflash_kernels.reference import draft as reference
 from dflash_kernels.stream import UNIT_FIELDS
 
@@ -86,7 +95,7 @@ def pack_codes(inputs: Inputs, exchange: Exchange, weight_format: WeightFormat, 
     )
 
 
-def together(ranks: Sequence[Any], passes: Sequence[Callable[[Any], torch.Tensor]]) -> list[list[torch.Tensor]]:
+def together(ranks: Sequence[Any], passes: Sequence[Callable[[Any], Any]]) -> list[list[Any]]:
     """What each pass gives on each rank: on CUDA each rank on a stream, on a CPU on a thread, started apart.
 
     A pass must allocate nothing, nor launch a kernel for the first time: that may wait for kernels which wait for it.
@@ -186,6 +195,60 @@ LARGE = [
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_large_ranks_on_cuda(case: Case, world: int, rng: torch.Generator) -> None:
     check(make_inputs(case, rng, "cuda", torch.bfloat16), world, "cuda", rng)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_find_the_best(world: int, rng: torch.Generator, on: str = "cuda") -> None:
+    """As merge_vocab_shards of all: ties, infinities and NaN included; launch after launch, of any number of rows."""
+    exchanges = Exchange.simulated(world, merge_exchange_words(world), on)
+    ranks = [SimpleNamespace(exchange=exchange) for exchange in exchanges]
+    calls, expected = [], []
+    for rows in (16, 1, 300, 16, 64):
+        values = torch.randint(-2, 2, (world, rows), generator=rng).float()
+        values[0, 0], values[-1, rows // 2] = float("nan"), float("-inf")
+        if rows > 3:
+            values[:, 3], values[-1, 2] = float("-inf"), float("inf")
+        values.view(torch.int32)[-1, -1] = -1  # the NaN that is no word
+        ids = torch.stack([torch.randperm(1000, generator=rng)[:rows] * world + rank for rank in range(world)])
+        ids, values = ids.to(on), values.to(on)
+        expected.append(merge_vocab_shards(ids, values))
+        outs = [(ids[rank].clone(), values[rank].clone()) for rank in range(world)]  # in place
+        calls.append(
+            [partial(merge_vocab_ranks, *out, exchanges[i], patience=10.0, out=out) for i, out in enumerate(outs)]
+        )
+    results = together(ranks, [lambda rank, made=made: made[rank.exchange.rank]() for made in calls])
+    for made, (ids, values) in zip(results, expected, strict=True):
+        for own_ids, own_values in made:
+            assert torch.equal(own_ids, ids)
+            torch.testing.assert_close(own_values, values, rtol=0, atol=0, equal_nan=True)
+    for exchange in exchanges:
+        assert bool((exchange.words[:-4] == -1).all()) and int(exchange.words[-4]) == len(calls) - 1
+
+
+def test_merge_of_one_rank(device: str, rng: torch.Generator) -> None:
+    ids, values = torch.arange(5, device=device), torch.randn(5, generator=rng).to(device)
+    [exchange] = Exchange.simulated(1, merge_exchange_words(1), device)
+    for got, want in zip(merge_vocab_ranks(ids, values, exchange), (ids, values), strict=True):
+        assert torch.equal(got, want)
+    assert merge_vocab_ranks(ids[:0], values[:0], exchange)[0].shape == (0,)
+    op = torch.ops.dflash.merge_vocab_ranks
+    inputs = (ids, values, exchange.words, [0], 0, 1.0)
+    tests = ["test_schema", "test_faketensor"]  # on CUDA the exchange counts launches
+    torch.library.opcheck(op.default, inputs, test_utils=tests)
+    outs = {"out_ids": torch.empty_like(ids), "out_values": torch.empty_like(values)}
+    torch.library.opcheck(op.out, inputs, outs, test_utils=tests)
+    many = torch.zeros(1025, dtype=torch.int64, device=device)
+    for bad, match in [
+        ((ids.int(), values, exchange), "ids must have dtype int64"),
+        ((ids, values[:4], exchange), r"values must have shape \[5\], got \[4\]"),
+        ((many, many.float(), exchange), "ids must have at most 1024 elements, got 1025"),
+        ((ids, values, replace(exchange, words=exchange.words[:-4])), "exchange must have at least"),
+    ]:
+        with pytest.raises(ValueError, match=f"merge_vocab_ranks: {match}"):
+            merge_vocab_ranks(*bad)
+    with pytest.raises(ValueError, match="merge_exchange_words: world must be in 1..8, got 0"):
+        merge_exchange_words(0)
 
 
 @pytest.mark.gpu

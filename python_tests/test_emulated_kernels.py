@@ -193,6 +193,8 @@ CHECKS = [
     *calls(test_draft_sharded.test_one_rank_is_the_packed_pass),
     *calls(test_draft_sharded.test_sharded_drafter_is_one_kernel, {"on": "cpu"}),
     *calls(test_draft_sharded.test_a_rank_that_never_comes),
+    *calls(test_draft_sharded.test_ranks_find_the_best, *({"world": world, "on": "cpu"} for world in (2, 3))),
+    *calls(test_draft_sharded.test_merge_of_one_rank),
     *calls(
         test_inject.test_matches_reference,
         *({"shape": shape, "index": torch.int32} for shape in ({}, {"block": 16, "hidden": 96, "dim": 64})),

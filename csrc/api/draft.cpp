@@ -7,6 +7,7 @@
 #include "api/check.h"
 #include "api/cuda_stream.h"
 #include "api/packed.h"
+#include "api/peers.h"
 #include "smxx/draft/index_check.h"
 #include "smxx/draft/params.h"
 #include "smxx/draft/stream.h"
@@ -31,14 +32,9 @@ struct Packed {
 
 // Of a tensor-parallel drafter; embed_weight holds rows vocab_start .. of the vocabulary.
 struct Ranks {
-  Tensor exchange;
-  std::vector<int64_t> peers;  // addresses of every rank's exchange; this one's is not read
-  int64_t rank;
+  api::PeerArguments peers;
   bool one_device;
   int64_t vocab_start, vocab;
-  double patience;
-
-  int64_t world() const { return static_cast<int64_t>(peers.size()); }
 };
 
 struct Inputs {
@@ -259,30 +255,18 @@ void set_outputs(DraftParams& p, const Inputs& in, const Tensor& out, const Tens
   p.workspace = static_cast<unsigned char*>(workspace.data_ptr());
 }
 
-void check_ranks(const Inputs& in, const Ranks& ranks, int64_t hidden) {
-  const int64_t world = ranks.world(), held = in.embed_weight.size(0);
-  DFLASH_CHECK(in.op, world >= 1 && world <= kMostRanks, "peers", "have 1..8 addresses", world);
-  DFLASH_CHECK(in.op, ranks.rank >= 0 && ranks.rank < world, "rank", "be in 0.." + std::to_string(world - 1),
-               ranks.rank);
+StreamRanks check_ranks(const Inputs& in, const Ranks& ranks, int64_t hidden) {
+  const int64_t held = in.embed_weight.size(0);
+  api::check_world(in.op, ranks.peers);
   DFLASH_CHECK(in.op, ranks.vocab_start >= 0 && ranks.vocab_start <= ranks.vocab - held, "vocab_start",
                "be in 0.." + std::to_string(ranks.vocab - held) + " (vocab_size less the rows of embed_weight)",
                ranks.vocab_start);
-  DFLASH_CHECK(in.op, ranks.patience > 0.0 && ranks.patience < 1e9, "patience", "be above 0 and below 1e9 seconds",
-               ranks.patience);
-  api::check_shape(in.op, "exchange", ranks.exchange, {-1});
-  api::check_dtype(in.op, "exchange", ranks.exchange, {ScalarType::Int});
-  api::check_same_device(in.op, "exchange", ranks.exchange, in.block_ids);
-  api::check_contiguous(in.op, "exchange", ranks.exchange);
-  api::check_aligned_16(in.op, "exchange", ranks.exchange);
-  const int64_t needed = exchange_words(world, hidden);
-  DFLASH_CHECK(in.op, ranks.exchange.numel() >= needed, "exchange",
-               "have at least " + std::to_string(needed) + " elements", ranks.exchange.numel());
-  const auto own = reinterpret_cast<int64_t>(ranks.exchange.data_ptr());
-  for (int64_t i = 0; i < world; ++i) {
-    if (i == ranks.rank) continue;
-    DFLASH_CHECK(in.op, ranks.peers[i] != 0 && ranks.peers[i] % 16 == 0 && ranks.peers[i] != own,
-                 "peers[" + std::to_string(i) + "]", "be an address of another rank, a multiple of 16", ranks.peers[i]);
-  }
+  const int64_t needed = exchange_words(ranks.peers.world(), hidden);
+  StreamRanks result{api::check_peers(in.op, ranks.peers, needed, in.block_ids)};
+  result.one_device = ranks.one_device;
+  result.vocab = ranks.vocab;
+  result.vocab_start = ranks.vocab_start;
+  return result;
 }
 
 // What the streaming kernel needs beyond draft_params.
@@ -405,7 +389,7 @@ void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out,
   Tensor exchange, std::vector<int64_t> peers, int64_t rank, bool one_device, int64_t vocab_start, int64_t vocab_size, \
       double patience
 #define DFLASH_RANKS \
-  Ranks { exchange, peers, rank, one_device, vocab_start, vocab_size, patience }
+  Ranks { api::PeerArguments{exchange, peers, rank, patience}, one_device, vocab_start, vocab_size }
 
 Inputs of_ranks(Inputs in, Ranks ranks) {
   in.op = "draft_forward_sharded";
@@ -465,19 +449,6 @@ int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_
 }
 
 #if DFLASH_WITH_CUDA
-StreamRanks stream_ranks(const Ranks& ranks) {
-  StreamRanks result;
-  result.world = static_cast<int>(ranks.world());
-  result.rank = static_cast<int>(ranks.rank);
-  result.one_device = ranks.one_device;
-  result.vocab = ranks.vocab;
-  result.vocab_start = ranks.vocab_start;
-  result.patience = static_cast<unsigned long long>(ranks.patience * 1e9);
-  for (int i = 0; i < result.world; ++i) result.exchange[i] = reinterpret_cast<uint32_t*>(ranks.peers[i]);
-  result.exchange[result.rank] = static_cast<uint32_t*>(ranks.exchange.data_ptr());
-  return result;
-}
-
 // Ranks of one device wait for each other's blocks.
 void check_all_resident(const Inputs& in, const StreamDraftParams& p) {
   int device = 0, multiprocessors = 0;
@@ -566,7 +537,7 @@ void run_cuda(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor&
     const stream::WeightFormat format = api::weight_format(in.op, in.packed->format);
     StreamDraftParams q = stream_params(p, *in.packed);
     if (in.ranks) {
-      q.ranks = stream_ranks(*in.ranks);
+      q.ranks = check_ranks(in, *in.ranks, p.sizes.hidden);
       if (q.ranks.one_device) check_all_resident(in, q);
     }
     launch_stream_draft_forward(q, p.sizes.head_dim, format, stream);

@@ -1,11 +1,14 @@
 // verify_block, verify_block_sampled, argmax_logits, merge_vocab_shards: schemas, checks, dispatch.
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "api/check.h"
 #include "api/cuda_stream.h"
+#include "api/peers.h"
 #include "cpu/verify.h"
 #if DFLASH_WITH_CUDA
 #include "smxx/verify/launch.h"
@@ -441,9 +444,70 @@ std::tuple<Tensor, Tensor> merge_vocab_shards(Tensor shard_ids, Tensor shard_val
   return {ids, values};
 }
 
+constexpr const char* kMergeRanks = "merge_vocab_ranks";
+
+MergeRanksParams merge_ranks_params(const Tensor& ids, const Tensor& values, const api::PeerArguments& peers,
+                                    const Tensor& out_ids, const Tensor& out_values) {
+  api::check_shape(kMergeRanks, "ids", ids, {-1});
+  api::check_shape(kMergeRanks, "values", values, {ids.size(0)});
+  api::check_dtype(kMergeRanks, "ids", ids, {ScalarType::Long});
+  api::check_dtype(kMergeRanks, "values", values, {ScalarType::Float});
+  api::check_same_device(kMergeRanks, "values", values, ids);
+  api::check_contiguous(kMergeRanks, "ids", ids);
+  api::check_contiguous(kMergeRanks, "values", values);
+  DFLASH_CHECK(kMergeRanks, ids.size(0) <= kMostMergedRows, "ids",
+               "have at most " + std::to_string(kMostMergedRows) + " elements", ids.size(0));
+  check_best(kMergeRanks, ids, ids.size(0), out_ids, out_values);
+  api::check_world(kMergeRanks, peers);
+  MergeRanksParams p;
+  p.peers = api::check_peers(kMergeRanks, peers, merge_exchange_words(static_cast<int>(peers.world())), ids);
+  p.rows = static_cast<int>(ids.size(0));
+  p.ids = data<int64_t>(ids);
+  p.values = data<float>(values);
+  p.out_ids = data<int64_t>(out_ids);
+  p.out_values = data<float>(out_values);
+  return p;
+}
+
+// One rank's best are the best. Several would have to run at the same time.
+void merge_ranks_out_cpu(Tensor ids, Tensor values, Tensor exchange, std::vector<int64_t> peers, int64_t rank,
+                         double patience, Tensor out_ids, Tensor out_values) {
+  const MergeRanksParams p = merge_ranks_params(ids, values, {exchange, peers, rank, patience}, out_ids, out_values);
+  DFLASH_CHECK(kMergeRanks, p.peers.world == 1, "peers", "be one address on the CPU", p.peers.world);
+  std::copy_n(p.ids, p.rows, p.out_ids);
+  std::copy_n(p.values, p.rows, p.out_values);
+}
+
+#if DFLASH_WITH_CUDA
+void merge_ranks_out_cuda(Tensor ids, Tensor values, Tensor exchange, std::vector<int64_t> peers, int64_t rank,
+                          double patience, Tensor out_ids, Tensor out_values) {
+  const MergeRanksParams p = merge_ranks_params(ids, values, {exchange, peers, rank, patience}, out_ids, out_values);
+  if (p.rows == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
+  launch_merge_vocab_ranks(p, api::current_stream(kMergeRanks, ids));
+}
+#endif
+
+template <auto kOut>
+std::tuple<Tensor, Tensor> merge_vocab_ranks(Tensor ids, Tensor values, Tensor exchange, std::vector<int64_t> peers,
+                                             int64_t rank, double patience) {
+  api::check_shape(kMergeRanks, "ids", ids, {-1});
+  const Tensor out_ids = api::new_empty(ids, {ids.size(0)}, ScalarType::Long);
+  const Tensor out_values = api::new_empty(ids, {ids.size(0)}, ScalarType::Float);
+  kOut(ids, values, exchange, peers, rank, patience, out_ids, out_values);
+  return {out_ids, out_values};
+}
+
+int64_t merge_exchange_size(int64_t world) {
+  DFLASH_CHECK("merge_exchange_words", world >= 1 && world <= kMostRanks, "world", "be in 1..8", world);
+  return merge_exchange_words(static_cast<int>(world));
+}
+
 }  // namespace
 }  // namespace dflash::verify
 
+#define DFLASH_MERGE_RANKS_INPUTS \
+  "Tensor ids, Tensor values, Tensor(c!) exchange, int[] peers, int rank, float patience"
 #define DFLASH_VERIFY_RETURNS \
   "(Tensor accept_lens, Tensor commit_lens, Tensor bonus_ids, Tensor out_tokens, Tensor new_seq_lens)"
 #define DFLASH_VERIFY_OUTS                                                                        \
@@ -466,6 +530,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
       "Tensor(c!) workspace) -> ()");
   m.def("merge_vocab_shards(Tensor ids, Tensor values) -> (Tensor out_ids, Tensor out_values)");
   m.def("merge_vocab_shards.out(Tensor ids, Tensor values, *, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()");
+  m.def("merge_vocab_ranks(" DFLASH_MERGE_RANKS_INPUTS ") -> (Tensor out_ids, Tensor out_values)");
+  m.def("merge_vocab_ranks.out(" DFLASH_MERGE_RANKS_INPUTS ", *, Tensor(a!) out_ids, Tensor(b!) out_values) -> ()");
+  m.def("merge_exchange_words(int world) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dflash, CompositeExplicitAutograd, m) {
+  m.impl("merge_exchange_words", TORCH_BOX(&dflash::verify::merge_exchange_size));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
@@ -478,6 +549,8 @@ STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
   m.impl("argmax_logits.out", TORCH_BOX(&argmax_logits_out_cpu));
   m.impl("merge_vocab_shards", TORCH_BOX(&merge_vocab_shards<&merge_out_cpu>));
   m.impl("merge_vocab_shards.out", TORCH_BOX(&merge_out_cpu));
+  m.impl("merge_vocab_ranks", TORCH_BOX(&merge_vocab_ranks<&merge_ranks_out_cpu>));
+  m.impl("merge_vocab_ranks.out", TORCH_BOX(&merge_ranks_out_cpu));
 }
 
 #if DFLASH_WITH_CUDA
@@ -491,5 +564,7 @@ STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) {
   m.impl("argmax_logits.out", TORCH_BOX(&argmax_logits_out_cuda));
   m.impl("merge_vocab_shards", TORCH_BOX(&merge_vocab_shards<&merge_out_cuda>));
   m.impl("merge_vocab_shards.out", TORCH_BOX(&merge_out_cuda));
+  m.impl("merge_vocab_ranks", TORCH_BOX(&merge_vocab_ranks<&merge_ranks_out_cuda>));
+  m.impl("merge_vocab_ranks.out", TORCH_BOX(&merge_ranks_out_cuda));
 }
 #endif

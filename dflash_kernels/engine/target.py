@@ -167,7 +167,7 @@ class TargetRunner:
             raise ValueError(
                 f"target model has {sorted(kinds)} layers; the engine runs targets whose layers are all full_attention"
             )
-        self.shards = None if communicator is None else shard_target(model, layers, communicator)
+        self.shards = None if communicator is None else shard_target(model, layers, communicator).on(self.device)
         self._plan = _PassPlan()
         self._layers = [RowCacheLayer(self._plan, rows, max_positions) for _ in layers]
         self._cache = Cache(layers=list(self._layers))

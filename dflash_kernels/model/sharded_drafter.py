@@ -64,6 +64,7 @@ class ShardedDrafter(Drafter):
     def reserve(self, batch: int, tokens: int) -> None:
         """As :meth:`Drafter.reserve`; every rank must call it."""
         self._draft_buffers.reserve(batch)
+        self.shards = self.shards.on(self.device)
         if self.why_not_one_kernel(0) is None and self.exchange is None:
             words = ops.draft_exchange_words(self.communicator.world, self.hidden_size)
             self.exchange = self.communicator.exchange(words, self.device)

@@ -36,6 +36,8 @@ from dflash_kernels.ops.inject import (
 from dflash_kernels.ops.verify import (
     Verified,
     argmax_logits,
+    merge_exchange_words,
+    merge_vocab_ranks,
     merge_vocab_shards,
     verify_block,
     verify_block_sampled,
@@ -67,6 +69,8 @@ __all__ = [
     "lm_head_topk",
     "lm_head_topk_workspace",
     "lm_head_workspace",
+    "merge_exchange_words",
+    "merge_vocab_ranks",
     "merge_vocab_shards",
     "prepare_block",
     "release_kv_slots",

@@ -22,11 +22,14 @@ from typing import NamedTuple
 import torch
 
 from dflash_kernels import tuning
+from dflash_kernels.draft_stream import Exchange
 from dflash_kernels.ops._errors import dflash_errors
 
 __all__ = [
     "Verified",
     "argmax_logits",
+    "merge_exchange_words",
+    "merge_vocab_ranks",
     "merge_vocab_shards",
     "verify_block",
     "verify_block_sampled",
@@ -238,6 +241,48 @@ def merge_vocab_shards(
     return out
 
 
+@dflash_errors
+def merge_exchange_words(world: int) -> int:
+    """int32 elements of :attr:`Exchange.words` that :func:`merge_vocab_ranks` needs for `world` ranks.
+
+    Raises:
+        ValueError: ``world`` not in 1..8.
+    """
+    return torch.ops.dflash.merge_exchange_words(world)
+
+
+@dflash_errors
+def merge_vocab_ranks(
+    ids: torch.Tensor,
+    values: torch.Tensor,
+    exchange: Exchange,
+    *,
+    patience: float = 60.0,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`merge_vocab_shards` of all ranks' pairs, without a gather: ``(ids [N] int64, values [N] float32)`` on every rank.
+
+    Every rank must make the same call, with its own pairs. CUDA only, as :func:`draft_forward_sharded`, but with another
+    exchange; the CPU takes one rank.
+
+    Args:
+        ids: [N] int64, contiguous, this rank's best, below 2^32 - 1; N at most 1024.
+        values: [N] float32, contiguous.
+        exchange: of :func:`merge_exchange_words` elements. Its words change.
+        patience: seconds after which a rank that waits for another ends the kernel, and the process's use of the GPU,
+            with an error.
+        out: fills these tensors, which may be ``ids`` and ``values``, and allocates nothing.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or strides; an exchange that is too small; several ranks on the CPU.
+    """
+    inputs = (ids, values, exchange.words, list(exchange.addresses), exchange.rank, patience)
+    if out is None:
+        return torch.ops.dflash.merge_vocab_ranks(*inputs)
+    torch.ops.dflash.merge_vocab_ranks.out(*inputs, out_ids=out[0], out_values=out[1])
+    return out
+
+
 def _given(workspace: torch.Tensor | None, op: str) -> torch.Tensor:
     if workspace is None:
         raise ValueError(f"dflash::{op}: workspace must be given with out, got None")
@@ -275,6 +320,12 @@ def _(ids: torch.Tensor, values: torch.Tensor) -> object:
     return ids.new_empty(ids.size(1)), values.new_empty(values.size(1))
 
 
+@torch.library.register_fake("dflash::merge_vocab_ranks")
+def _(ids: torch.Tensor, values: torch.Tensor, *args: object) -> object:
+    return torch.empty_like(ids), torch.empty_like(values)
+
+
+@torch.library.register_fake("dflash::merge_vocab_ranks.out")
 @torch.library.register_fake("dflash::verify_block.out")
 @torch.library.register_fake("dflash::verify_block_sampled.out")
 @torch.library.register_fake("dflash::argmax_logits.out")

@@ -35,6 +35,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/exchange.cuh"
 #include "smxx/draft/launch.h"
 #include "smxx/stream/arithmetic.cuh"
 #include "smxx/stream/stream.cuh"
@@ -448,9 +449,8 @@ struct Draft {
   }
 
   // ---- other ranks --------------------------------------------------------------------------------------------------
-  // A word that a rank writes into another's memory says by itself that it has come, as parts of sums between blocks do
-  // (stream/stream.cuh): it was kNothing before, and its one reader puts kNothing back. No fences, no flags; the
-  // writer's words are mapped off kNothing (word_of).
+  // Words of one rank in the memory of another come as common/exchange.cuh says, and as parts of sums between blocks do
+  // (stream/stream.cuh).
   //
   // Why no word is lost, read twice or taken for another's. There is a buffer for o's sums and one for down's, so the
   // sums of a pass, and of pass after pass, alternate between them; call them 1, 2, 3, ... A block of rank P writes
@@ -464,45 +464,12 @@ struct Draft {
   //   (*) is one step by words without a fence: R clears, releases at the device's scope, another block of R acquires
   // and writes to P, P sees that and writes to R. The place and its clearing are in R's own L2, which the release has
   // waited for, and P's write has still to come there.
-  //   The first use: buffers are filled with kNothing and the ranks meet before any of them launches (Python).
+  //   The first use: buffers are filled with kNoWord and the ranks meet before any of them launches (Python).
   //
   // Nobody waits in a circle: in a stage a block first leaves its part of a row tile that another block finishes, then
   // finishes row tiles in ascending order; so the lowest unfinished row tile of all ranks lacks no part and no words.
   //
   // The sum is made in the order of ranks from the same fp32 words on each of them, so x has the same bits everywhere.
-
-  static __device__ __forceinline__ uint32_t word_of(uint32_t bits) {
-    return bits == stream::kNothing ? stream::kNothing >> 1 : bits;  // another NaN
-  }
-
-  static __device__ __forceinline__ uint4* exchange_of(const Params& p, int rank) {
-    return reinterpret_cast<uint4*>(p.ranks.exchange[rank]);
-  }
-
-  // The rank behind this one first, so that not all ranks write to the same.
-  template <typename Write>
-  static __device__ __forceinline__ void for_peers(const Params& p, const Write& write) {
-#pragma unroll 1
-    for (int i = 1; i < p.ranks.world; ++i) {
-      const int peer = p.ranks.rank + i;
-      write(exchange_of(p, peer < p.ranks.world ? peer : peer - p.ranks.world));
-    }
-  }
-
-  // A peer that never comes ends the launch with an error.
-  class Patience {
-   public:
-    __device__ __forceinline__ void look(const Params& p) {
-      if (++looks_ % 1024 != 0) return;
-      const unsigned long long now = global_timer();
-      if (since_ == 0) since_ = now;
-      if (now - since_ > p.ranks.patience) trap();
-    }
-
-   private:
-    uint32_t looks_ = 0;
-    unsigned long long since_ = 0;
-  };
 
   // Replaces the block by its sum over the ranks. A thread adds what it uses in finish_residual.
   static __device__ __forceinline__ void sum_over_ranks(const Params& p, int kind, int row_tile, float* block,
@@ -519,11 +486,12 @@ struct Draft {
       const float4 v = *piece_of(i);
       const uint4 words = make_uint4(word_of(__float_as_uint(v.x)), word_of(__float_as_uint(v.y)),
                                      word_of(__float_as_uint(v.z)), word_of(__float_as_uint(v.w)));
-      for_peers(p, [&](uint4* exchange) { store_relaxed_system(exchange + first + rank * step + i, words); });
+      for_peers<uint4>(p.ranks,
+                       [&](uint4* exchange) { store_relaxed_system(exchange + first + rank * step + i, words); });
     }
 
-    const uint4 nothing = make_uint4(stream::kNothing, stream::kNothing, stream::kNothing, stream::kNothing);
-    uint4* const own = exchange_of(p, rank) + first;
+    const uint4 nothing = make_uint4(kNoWord, kNoWord, kNoWord, kNoWord);
+    uint4* const own = own_exchange<uint4>(p.ranks) + first;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     Patience patience;
     int piece = thread, from = 0;  // what is added next
@@ -541,11 +509,8 @@ struct Draft {
       do {
         whole = true;
         each([](uint4& to, const uint4* place) { to = load_relaxed_system(place); });
-        each([&](const uint4& w, const uint4*) {
-          whole &=
-              w.x != stream::kNothing && w.y != stream::kNothing && w.z != stream::kNothing && w.w != stream::kNothing;
-        });
-        if (!whole) patience.look(p);
+        each([&](const uint4& words, const uint4*) { whole &= has_come(words); });
+        if (!whole) patience.look(p.ranks);
       } while (!whole);
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
@@ -574,18 +539,18 @@ struct Draft {
     };
     if (id >= 0 && id < p.vocab) {
       const uint2 words = make_uint2(word_of(x.x), word_of(x.y));
-      for_peers(p, [&](uint4* exchange) { store_relaxed_system(place(exchange), words); });
+      for_peers<uint4>(p.ranks, [&](uint4* exchange) { store_relaxed_system(place(exchange), words); });
       return;
     }
     const int64_t of_all = id + p.ranks.vocab_start;
     if (of_all < 0 || of_all >= p.ranks.vocab) return;
-    uint2* own = place(exchange_of(p, p.ranks.rank));
+    uint2* own = place(own_exchange<uint4>(p.ranks));
     Patience patience;
     do {
       x = load_relaxed_system(own);
-      patience.look(p);
-    } while (x.x == stream::kNothing || x.y == stream::kNothing);
-    store_relaxed_system(own, make_uint2(stream::kNothing, stream::kNothing));
+      patience.look(p.ranks);
+    } while (!has_come(x));
+    store_relaxed_system(own, make_uint2(kNoWord, kNoWord));
   }
 
   // ---- attention ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/exchange.h"
 #include "common/int_view.h"
 #include "smxx/draft/plan.h"
 #include "smxx/stream/schedule.h"
@@ -27,19 +28,14 @@ struct StreamLayer {
   int32_t causal = 0;
 };
 
-constexpr int kMostRanks = 8;
-
 // The ranks of a tensor-parallel drafter, each with its part of heads, MLP features and vocabulary; see stream.cuh.
-struct StreamRanks {
-  int world = 1, rank = 0;
+struct StreamRanks : Peers {
   bool one_device = false;             // simulated ranks: they are all on this device
   int64_t vocab = 0, vocab_start = 0;  // of all ranks; embed_weight holds rows vocab_start .. of it
-  unsigned long long patience = 0;     // ns that a rank waits for another
-  // Of every rank, in peer memory; [rank] is this one's own. fp32 sums [out, down][from rank][row tile of H][token
-  // 64][128], then bf16 embedding rows [token 64][H].
-  uint32_t* exchange[kMostRanks] = {};
 };
 
+// An exchange holds fp32 sums [out, down][from rank][row tile of H][token 64][128], then bf16 embedding rows
+// [token 64][H].
 constexpr int kSlotPieces = stream::kSlotFloats / 4;  // of 16 bytes
 
 inline int64_t exchange_words(int64_t world, int64_t hidden) {

@@ -11,6 +11,7 @@ void launch_verify_block(const BlockParams& params, cudaStream_t stream);
 void launch_verify_block_sampled(const SampledParams& params, cudaStream_t stream);
 void launch_argmax_logits(const ArgmaxParams& params, cudaStream_t stream);
 void launch_merge_vocab_shards(const MergeParams& params, cudaStream_t stream);
+void launch_merge_vocab_ranks(const MergeRanksParams& params, cudaStream_t stream);
 
 // The first of the two launches of launch_verify_block_sampled: what keeps few tokens of a row.
 void launch_verify_topk(const SampledParams& params, int sms, cudaStream_t stream);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/exchange.h"
+#include "common/host_device.h"
 #include "common/int_view.h"
 
 namespace dflash::verify {
@@ -176,5 +178,22 @@ struct MergeParams {
   int64_t* ids = nullptr;               // [N]
   float* values = nullptr;              // [N]
 };
+
+// The same over ranks, of each of which this is one (merge_ranks.cu). Ids fit 32 bits.
+struct MergeRanksParams {
+  Peers peers;
+  int rows = 0;
+  const int64_t* ids = nullptr;  // [N], of this rank
+  const float* values = nullptr;
+  int64_t* out_ids = nullptr;
+  float* out_values = nullptr;
+};
+
+constexpr int kMostMergedRows = 1024;
+constexpr int kMergeCounterWords = 4;
+// [launch % 2][rank][row] pairs of value and id; the number of launches.
+DFLASH_HOST_DEVICE constexpr int merge_exchange_words(int world) {
+  return 2 * world * kMostMergedRows * 2 + kMergeCounterWords;
+}
 
 }  // namespace dflash::verify
