@@ -232,12 +232,6 @@ def test_merge_of_one_rank(device: str, rng: torch.Generator) -> None:
     for got, want in zip(merge_vocab_ranks(ids, values, exchange), (ids, values), strict=True):
         assert torch.equal(got, want)
     assert merge_vocab_ranks(ids[:0], values[:0], exchange)[0].shape == (0,)
-    op = torch.ops.dflash.merge_vocab_ranks
-    inputs = (ids, values, exchange.words, [0], 0, 1.0)
-    tests = ["test_schema", "test_faketensor"]  # on CUDA the exchange counts launches
-    torch.library.opcheck(op.default, inputs, test_utils=tests)
-    outs = {"out_ids": torch.empty_like(ids), "out_values": torch.empty_like(values)}
-    torch.library.opcheck(op.out, inputs, outs, test_utils=tests)
     many = torch.zeros(1025, dtype=torch.int64, device=device)
     for bad, match in [
         ((ids.int(), values, exchange), "ids must have dtype int64"),
@@ -249,6 +243,17 @@ def test_merge_of_one_rank(device: str, rng: torch.Generator) -> None:
             merge_vocab_ranks(*bad)
     with pytest.raises(ValueError, match="merge_exchange_words: world must be in 1..8, got 0"):
         merge_exchange_words(0)
+
+
+def test_opcheck_of_the_merge(device: str) -> None:
+    ids, values = torch.arange(5, device=device), torch.zeros(5, device=device)
+    [exchange] = Exchange.simulated(1, merge_exchange_words(1), device)
+    op = torch.ops.dflash.merge_vocab_ranks
+    inputs = (ids, values, exchange.words, [0], 0, 1.0)
+    tests = ["test_schema", "test_faketensor"]  # on CUDA the exchange counts launches
+    torch.library.opcheck(op.default, inputs, test_utils=tests)
+    outs = {"out_ids": torch.empty_like(ids), "out_values": torch.empty_like(values)}
+    torch.library.opcheck(op.out, inputs, outs, test_utils=tests)
 
 
 @pytest.mark.gpu

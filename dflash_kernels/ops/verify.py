@@ -260,10 +260,10 @@ def merge_vocab_ranks(
     patience: float = 60.0,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`merge_vocab_shards` of all ranks' pairs, without a gather: ``(ids [N] int64, values [N] float32)`` on every rank.
+    """`merge_vocab_shards` of all ranks' pairs without a gather: ``(ids [N] int64, values [N] float32)`` on each rank.
 
-    Every rank must make the same call, with its own pairs. CUDA only, as :func:`draft_forward_sharded`, but with another
-    exchange; the CPU takes one rank.
+    Every rank must make the same call, with its own pairs. CUDA only, as :func:`draft_forward_sharded`, but with an
+    exchange of its own; the CPU takes one rank.
 
     Args:
         ids: [N] int64, contiguous, this rank's best, below 2^32 - 1; N at most 1024.
