@@ -9,7 +9,7 @@ from enum import IntEnum
 import torch
 
 from dflash_kernels.formats import QuantizedWeight, WeightFormat, stack
-from dflash_kernels.stream import ONE_COUNTER, TILE_ROWS, Schedule
+from dflash_kernels.stream import ONE_COUNTER, SLOT_FLOATS, TILE_ROWS, Schedule
 from dflash_kernels.tiles import Weight, format_name, format_of, pack_weight, tile_columns, unpack_weight
 
 __all__ = [
@@ -36,9 +36,8 @@ class Kind(IntEnum):
     GATE_UP = 2
     DOWN = 3
     ATTEND = 4
-    MERGE = 5
-    EMBED = 6
-    FINAL = 7
+    EMBED = 5
+    FINAL = 6
 
 
 @dataclass(frozen=True)
@@ -174,6 +173,12 @@ def why_not_packed(*, tokens: int, num_layers: int, head_dim: int, dtype: torch.
     return None
 
 
+def attention_slots(num_q_heads: int, head_dim: int, blocks: int) -> int:
+    """Slots of partial sums that hold the attention's parts (csrc/smxx/draft/stream.h)."""
+    rows = max(blocks, num_q_heads) * MAX_TOKENS
+    return -(-rows * (head_dim + 4) // SLOT_FLOATS)
+
+
 def draft_schedule(
     shapes: list[tuple[int, int]], num_layers: int, blocks: int, weight_format: WeightFormat | None = None
 ) -> Schedule:
@@ -206,7 +211,6 @@ def draft_schedule(
         first = len(Kind) * layer
         product(first + Kind.QKV, *shapes[0])
         jobs(first + Kind.ATTEND)
-        jobs(first + Kind.MERGE)
         product(first + Kind.OUT, *shapes[1])
         product(first + Kind.GATE_UP, *shapes[2])
         product(first + Kind.DOWN, *shapes[3])
@@ -257,5 +261,6 @@ def pack_draft(
     sizes = (hidden, inter, qkv_width // head_dim - 2 * num_kv_heads, num_kv_heads, head_dim, layers, weight_format)
     plain = PackedDraft(weights, weights.new_empty(0), weights.new_empty(0), 0, *sizes)
     schedule = draft_schedule(plain.shapes(), layers, blocks, weight_format)
-    state = schedule.state(weights.device)
-    return PackedDraft(weights, schedule.units().to(weights.device), state, schedule.slots, *sizes)
+    slots = schedule.slots + attention_slots(plain.num_q_heads, head_dim, blocks)
+    state = schedule.state(weights.device, slots)
+    return PackedDraft(weights, schedule.units().to(weights.device), state, slots, *sizes)

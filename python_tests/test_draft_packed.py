@@ -327,7 +327,7 @@ class Interpreter:
         elif kind == Kind.FINAL:
             rows = range(first, self.tokens, step)
             self.out[rows] = self.norm(self.x[rows], self.inputs["final_norm"])
-        elif kind == Kind.MERGE:
+        elif kind == Kind.ATTEND:
             for item in range(first, self.tokens * self.packed.num_q_heads, self.packed.blocks):
                 self.attend(layer, item)
 

@@ -237,7 +237,7 @@ DraftParams draft_params(const Inputs& in) {
 
 int64_t workspace_bytes(const Inputs& in, const DraftSizes& s) {
   if (!in.packed) return plan_workspace(s).bytes;
-  return plan_stream_workspace(s, in.packed->units.size(0)).bytes;
+  return plan_stream_workspace(s).bytes;
 }
 
 void set_outputs(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor& workspace) {
@@ -288,6 +288,9 @@ void check_packed(const Inputs& in, const DraftSizes& s) {
   api::check_dtype(in.op, "embed_weight", in.embed_weight, {ScalarType::BFloat16});
   if (in.ranks) check_ranks(in, *in.ranks, s.hidden);
   api::check_packed(in.op, packed.weights, format, tiles, packed.units, packed.counters, packed.slots, in.block_ids);
+  const int64_t attention = stream_attention_slots(s.q_heads, s.head_dim, packed.units.size(0));
+  DFLASH_CHECK(in.op, packed.slots >= attention, "slots",
+               "be at least " + std::to_string(attention) + ", those of the attention", packed.slots);
 }
 
 IndexParams index_params(const DraftParams& p, const Inputs& in) {
@@ -424,15 +427,14 @@ int64_t draft_exchange_words(int64_t world, int64_t hidden_size) {
 
 int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_t hidden_size,
                                        int64_t intermediate_size, int64_t num_q_heads, int64_t num_kv_heads,
-                                       int64_t head_dim, int64_t blocks) {
+                                       int64_t head_dim) {
   constexpr const char* kOp = "draft_forward_packed_workspace";
   const std::pair<const char*, int64_t> sizes[] = {{"block_size", block_size},
                                                    {"hidden_size", hidden_size},
                                                    {"intermediate_size", intermediate_size},
                                                    {"num_q_heads", num_q_heads},
                                                    {"num_kv_heads", num_kv_heads},
-                                                   {"head_dim", head_dim},
-                                                   {"blocks", blocks}};
+                                                   {"head_dim", head_dim}};
   DFLASH_CHECK(kOp, batch >= 0, "batch", "be at least 0", batch);
   for (const auto& [name, size] : sizes) DFLASH_CHECK(kOp, size >= 1, name, "be at least 1", size);
   DFLASH_CHECK(kOp, num_q_heads % num_kv_heads == 0, "num_q_heads",
@@ -445,7 +447,7 @@ int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_
   s.q_heads = num_q_heads;
   s.kv_heads = num_kv_heads;
   s.head_dim = head_dim;
-  return plan_stream_workspace(s, blocks).bytes;
+  return plan_stream_workspace(s).bytes;
 }
 
 #if DFLASH_WITH_CUDA
@@ -463,7 +465,7 @@ void check_all_resident(const Inputs& in, const StreamDraftParams& p) {
 StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {
   const DraftSizes& s = p.sizes;
   const int64_t blocks = packed.units.size(0);
-  const StreamWorkspacePlan plan = plan_stream_workspace(s, blocks);
+  const StreamWorkspacePlan plan = plan_stream_workspace(s);
   StreamDraftParams q;
   q.stream.weights = static_cast<const uint8_t*>(packed.weights.data_ptr());
   q.stream.units = static_cast<const stream::Unit*>(packed.units.data_ptr());
@@ -507,8 +509,8 @@ StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {
   q.attended = reinterpret_cast<uint16_t*>(p.workspace + plan.attended);
   q.activated = reinterpret_cast<uint16_t*>(p.workspace + plan.activated);
   q.squares = reinterpret_cast<float*>(p.workspace + plan.squares);
-  q.partial_out = reinterpret_cast<float*>(p.workspace + plan.partial_out);
-  q.partial_stats = reinterpret_cast<float*>(p.workspace + plan.partial_stats);
+  const int64_t attention_slots = stream_attention_slots(s.q_heads, s.head_dim, blocks);
+  q.attention_parts = q.stream.partials + (packed.slots - attention_slots) * stream::kSlotFloats;
   q.out = p.out;
   for (size_t l = 0; l < p.layers.size(); ++l) {
     const LayerCache& from = p.layers[l];
@@ -631,7 +633,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
   m.def("draft_exchange_words(int world, int hidden_size) -> int");
   m.def(
       "draft_forward_packed_workspace(int batch, int block_size, int hidden_size, int intermediate_size, "
-      "int num_q_heads, int num_kv_heads, int head_dim, int blocks) -> int");
+      "int num_q_heads, int num_kv_heads, int head_dim) -> int");
   m.def("draft_forward(" DFLASH_DRAFT_SCHEMA ") -> Tensor");
   m.def("draft_forward.out(" DFLASH_DRAFT_SCHEMA ", *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
   m.def("_draft_forward_check(" DFLASH_DRAFT_SCHEMA ", *, Tensor? out=None, Tensor? workspace=None) -> ()");

@@ -93,6 +93,13 @@ __device__ __forceinline__ void prefetch_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
 }
 
+// 2^x; subnormal results are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- mbarriers and bulk copies ------------------------------------------------------------------------------------
 // An mbarrier is 8 bytes of shared memory. Its phases alternate in parity; a fresh one counts as having just ended a
 // phase of parity 1.
@@ -197,6 +204,22 @@ __device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(counter), "r"(value) : "memory");
 }
 
+// The same between warps of a block, through a word of shared memory.
+__device__ __forceinline__ uint32_t load_acquire_shared(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];\n"
+               : "=r"(value)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(word)))
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release_shared(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(word))),
+               "r"(value)
+               : "memory");
+}
+
 // Words that another block writes while this one looks: each of the four is whole, and nothing else is said about other
 // memory, so no fence is waited for.
 __device__ __forceinline__ uint4 load_relaxed(const uint4* from) {
@@ -205,6 +228,12 @@ __device__ __forceinline__ uint4 load_relaxed(const uint4* from) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from)
                : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_relaxed(const uint2* from) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
   return v;
 }
 
@@ -242,6 +271,10 @@ __device__ __forceinline__ void store_relaxed_system(uint2* to, const uint2& v) 
 
 // Ends the launch, and the use of this GPU by the process, with an error.
 __device__ __forceinline__ void trap() { asm volatile("trap;\n" ::: "memory"); }
+
+__device__ __forceinline__ void store_relaxed(uint2* to, const uint2& v) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};\n" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
 
 // Returns the value before.
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {

@@ -36,7 +36,6 @@ def draft_forward_packed_workspace(batch: int, block_size: int, packed: PackedDr
         packed.num_q_heads,
         packed.num_kv_heads,
         packed.head_dim,
-        packed.blocks,
     )
 
 

@@ -6,15 +6,15 @@
 //            x, one for 128 features). A row tile holds whole heads; the block that finishes it adds the bias, norms
 //            and rotates q and k, and writes [B * T, heads, D].
 //   attend   (request, KV head, split of the keys, 64 query rows) dealt to the blocks; a first tile of context keys and
-//            values is fetched before the wait for qkv, as it does not depend on this pass. Writes parts, fp32.
-//   merge    adds the parts, a warp a (token, head), all blocks: the last block to arrive would be alone with 1 MB
+//            values is fetched before the wait for qkv, as it does not depend on this pass. Leaves parts, fp32, which
+//            then all blocks add up, a warp a (token, head), as they arrive
 //   out      + residual: x += o; a finished tile leaves x, x times the next norm's weights, and its sums of squares
 //   gate_up  normed as qkv. Row tile r of W holds gate rows 64 r .. + 63, then the up rows of the same features, so
 //            that the block that finishes it holds both: silu(g) * u
 //   down     + residual, as out
 // Before the first layer: a job that gathers the embedding; after the last: the final norm.
 //
-// Six hand-offs a layer. Between products one takes, from the last multiplication of one stage to the first of the next
+// Five hand-offs a layer. Between products one takes, from the last multiplication of one stage to the first of the next
 // (sums of other blocks' parts, end of the tile, counter, tokens), about what the ring's 160 KB of W a block hide; from
 // qkv to o, with the attention, it takes several times that (bench/NOTES.md, bench/results/*/stream_trace.txt).
 //
@@ -22,9 +22,8 @@
 //   Qwen3-8B drafter    1.93 GB of W, 21 MB of context   619 us; + start, end, 30 hand-offs partly hidden: 660-690 us
 //   397B drafter / 8    0.29 GB, 3 MB                     93 us; latency decides: 6 x (12 + 13) + 10 = 160-175 us
 //
-// Attention of a unit: 8 warps = 4 x 16 query rows by 2 halves of D: a warp weighs all 64 keys of a tile, and adds up
-// half of V's columns (halves of the keys would save products, but take 16 more registers and a merge). K and V take
-// the 32 KB of the finished block, Q the buffers of tokens, which nobody needs before o:
+// Attention of a unit: 8 warps = 4 x 16 query rows by 2 halves: a warp weighs half of a tile's 64 keys, passes the
+// weights to the other and adds up half of V's columns. K and V take the 32 KB of the finished block, Q the buffers of tokens, which nobody needs before o:
 //   Q [64][D] | K [64][D] | V [64][D] bf16, 16-byte chunks of a row permuted (k_chunk, v_chunk) against bank conflicts.
 // Q and K are multiplied in the order of stream/format.cuh.
 // cp.async: K of tile i + 1 is under way while tile i is weighed, V of tile i + 1 while S of tile i + 1 is computed.
@@ -34,6 +33,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "common/exchange.cuh"
 #include "smxx/draft/launch.h"
@@ -50,6 +50,7 @@ using stream::kConsumerBarrier;
 using stream::kConsumers;
 using stream::kConsumerWarps;
 using stream::kMaxTokens;
+using stream::kNothing;
 using stream::kTileRows;
 using stream::low_half;
 using stream::pack_bf16;
@@ -80,9 +81,12 @@ struct Draft {
     int32_t prefix[kMaxTokens];    // of request b: context keys, 0 for a row outside the table
     int32_t earliest[kMaxTokens];  // of request b: its lowest position
     int64_t table_rows[kMaxTokens];
+    int32_t first_slots[stream::kLoaders];  // of the first tile of keys of this block's attention; -1: no such key
+    uint64_t slots_known;                   // mbarrier, a phase a layer
   };
 
   static __device__ __forceinline__ void prepare(const Params& p, Shared& shared, int thread) {
+    if (thread == 0) mbarrier_init(&shared.slots_known, stream::kLoaders);
     if (thread < p.batch * p.block_size) {
       const int64_t position = p.positions.at(thread / p.block_size, thread % p.block_size);
       shared.positions[thread] = clamp_to(position, INT32_MIN, INT32_MAX);
@@ -103,6 +107,10 @@ struct Draft {
 
   static __device__ __forceinline__ int tokens(const Params& p, const Shared&) { return p.batch * p.block_size; }
 
+  static __device__ __forceinline__ bool has_more(int stage) {  // the norm's factors
+    return stage % kKinds == kQkv || stage % kKinds == kGateUp;
+  }
+
   static __device__ __forceinline__ int squares_of_token(const Params& p) {
     return (p.hidden + kTileRows - 1) / kTileRows;
   }
@@ -120,10 +128,14 @@ struct Draft {
   // ---- geometry of the attention ------------------------------------------------------------------------------------
 
   static constexpr int kMostAhead = 1024;                       // keys of a unit that the loaders fetch ahead
-  static constexpr int kKeys = 64;                              // of a tile
+  static constexpr int kKeys = 64, kHalf = kKeys / 2;           // of a tile, of a warp
   static constexpr int kChunks = D / 8;                         // 16-byte pieces of a row
   static constexpr int kCopies = kKeys * kChunks / kConsumers;  // of K, and of V, a thread and tile
-  static_assert(kStreamQueryRows * D * 2 <= stream::kTokenBuffers * stream::kTokenBufferBytes);
+  static constexpr int kPairBarrier = 4;  // .. 7, of the two warps of 16 query rows
+  static_assert(kKeys == stream::kLoaders, "one looks up a slot");
+  // Behind Q: the weights of a tile, as the warps of the same rows read them, and what they tell each other of a row.
+  static constexpr int kExchangeBytes = kStreamQueryRows * kKeys * 2;
+  static_assert(kStreamQueryRows * D * 2 + kExchangeBytes + 128 * 4 <= stream::kTokenBuffers * stream::kTokenBufferBytes);
   static_assert(kStreamQueryRows == kKeys, "Q is copied as K is");
   static_assert(2 * kKeys * D * 2 <= stream::kBlockBytes);
 
@@ -176,12 +188,9 @@ struct Draft {
 
     __device__ __forceinline__ void enter(const Unit& u) {
       const int kind = u.stage % kKinds;
-      normed_ = kind == kQkv || kind == kGateUp;
       from_ = kind == kOut ? p_.attended : kind == kDown ? p_.activated : p_.weighted;
       width_ = kind == kOut ? p_.q_heads * D : kind == kDown ? p_.intermediate : p_.hidden;
     }
-
-    __device__ __forceinline__ bool has_more() const { return normed_; }
 
     // The norm's factors. Four lanes a token.
     __device__ __forceinline__ void more() {
@@ -200,22 +209,32 @@ struct Draft {
           shared_.scales[token] = rsqrtf(sum / static_cast<float>(p_.hidden) + p_.eps);
         }
       }
-      named_barrier(stream::kLoaderBarrier, stream::kLoaders);
     }
 
-    // Brings the context's keys and values of this block's units into the L2: by the time that q is there they are,
-    // too.
+    // Looks up the slots of the first keys of this block's attention, and brings the context's keys and values of its
+    // units into the L2: by the time that q is there they are, too.
     __device__ __forceinline__ void job(const Unit& u) {
       if (u.stage % kKinds != kAttend) return;
       const int layer = u.stage / kKinds, thread = static_cast<int>(threadIdx.x) - kConsumers;
       const StreamLayer& cache = p_.layers[layer];
+      bool looked_up = false;
+#pragma unroll 1
       for (int unit = u.index[0]; unit < num_parts(p_); unit += p_.stream.blocks) {
         const Part part = part_of(p_, shared_, layer, unit);
         const int first = part.keys.low + part.begin * kKeys;
         const int last = min(part.keys.low + part.end * kKeys, shared_.prefix[part.b]);
-        for (int key = first + thread; key < min(last, first + kMostAhead); key += stream::kLoaders) {
-          const int64_t slot = p_.req_to_token.at(shared_.table_rows[part.b], key);
-          if (slot < 0 || slot >= cache.num_slots) continue;
+#pragma unroll 1
+        for (int key = first + thread; key < first + kMostAhead; key += stream::kLoaders) {
+          int64_t slot = -1;
+          if (key < last) slot = p_.req_to_token.at(shared_.table_rows[part.b], key);
+          const bool there = slot >= 0 && slot < cache.num_slots;
+          if (!looked_up && part.begin < part.end) {
+            shared_.first_slots[thread] = there ? static_cast<int32_t>(slot) : -1;
+            mbarrier_arrive(&shared_.slots_known);
+            looked_up = true;
+          }
+          if (key >= last) break;
+          if (!there) continue;
           const uint16_t* k = cache.k + slot * cache.k_slot_stride + part.kv_head * D;
           const uint16_t* v = cache.v + slot * cache.v_slot_stride + part.kv_head * D;
 #pragma unroll
@@ -225,6 +244,7 @@ struct Draft {
           }
         }
       }
+      if (!looked_up) mbarrier_arrive(&shared_.slots_known);
     }
 
     __device__ __forceinline__ const uint16_t* source(int k) const { return k < width_ ? from_ + k : nullptr; }
@@ -236,7 +256,6 @@ struct Draft {
    private:
     const Params& p_;
     Shared& shared_;
-    bool normed_ = false;
     const uint16_t* from_ = nullptr;
     int width_ = 0;
   };
@@ -394,9 +413,7 @@ struct Draft {
     const int kind = u.stage % kKinds, layer = u.stage / kKinds;
     if (kind == kAttend) return attend(p, shared, layer, u.index[0], block, buffers, thread, wait);
     wait();
-    if (kind == kMerge) {
-      merge(p, shared, layer, u.index[0], tokens, thread);
-    } else if (kind == kEmbed) {
+    if (kind == kEmbed) {
       for (int token = u.index[0]; token < tokens; token += u.index[1]) embed(p, token, thread);
     } else {
       for (int token = u.index[0]; token < tokens; token += u.index[1]) final_norm(p, token, thread);
@@ -566,6 +583,7 @@ struct Draft {
     const int qkv_stride = (p.q_heads + 2 * p.kv_heads) * D;
     auto* k_tile = reinterpret_cast<unsigned char*>(block);
     unsigned char* v_tile = k_tile + kKeys * D * 2;
+    unsigned char* exchange = q_tile + kStreamQueryRows * D * 2;
     const int units = num_parts(p);
     constexpr int kStep = kConsumers / kChunks;
     bool waited = false;
@@ -616,13 +634,20 @@ struct Draft {
         copy_async_commit();
       };
 
-      find_slots(begin);
+      // Of this block's first keys the loaders have looked them up; every part before is empty.
       const bool early = begin != keys.tiles;
+      if (!waited && early) {
+        mbarrier_wait(&shared.slots_known, layer % 2);
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) slots[i] = shared.first_slots[here / kChunks + i * kStep];
+      } else {
+        find_slots(begin);
+      }
+      if (waited) named_barrier(kConsumerBarrier, kConsumers);  // the unit before has left its part
       if (early) copy_first();
       if (!waited) wait();
       waited = true;
       if (!early) copy_first();
-      find_slots(begin + 1);
 
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {  // Q: [row0 + row][D], a row is a (token, head of the group)
@@ -634,9 +659,11 @@ struct Draft {
                       p.qkv + static_cast<uint32_t>(token * qkv_stride + head * D + chunk * 8), live ? 16 : 0);
       }
       copy_async_commit();
+      find_slots(begin + 1);
       const int lane = here % 32, part = here / 32 % 4, half = here / 128;
       // This thread's rows: row0 + 16 part + lane / 4 + {0, 8}.
       const bool busy = row0 + 16 * part < query_rows;
+      uint4* const fragments = reinterpret_cast<uint4*>(exchange) + part * (kKeys / 16 * 32) + lane;
       const float scale_log2 = p.scale * 1.4426950408889634f;
       float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
       float out[D / 16][4] = {};  // columns half * D / 2 ..
@@ -645,7 +672,7 @@ struct Draft {
         tile == begin ? copy_async_wait<0>() : copy_async_wait<1>();
         named_barrier(kConsumerBarrier, kConsumers);  // K is here, first Q too
         if (tile == begin) wait.mark(stream::kFirstWeights);
-        float s[kKeys / 8][4] = {};
+        float s[kHalf / 8][4] = {};
         if (busy) {
           const int lane = opaque(here) % 32;
 #pragma unroll
@@ -657,8 +684,8 @@ struct Draft {
             const uint32_t a0[4] = {upper.x, lower.x, upper.y, lower.y};
             const uint32_t a1[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
-            for (int j = 0; j < kKeys / 8; ++j) {
-              const uint4 k = piece(k_tile, 8 * j + lane / 4);
+            for (int j = 0; j < kHalf / 8; ++j) {
+              const uint4 k = piece(k_tile, kHalf * half + 8 * j + lane / 4);
               mma_m16n8k16(s[j], a0, k.x, k.y);
               mma_m16n8k16(s[j], a1, k.z, k.w);
             }
@@ -670,54 +697,79 @@ struct Draft {
         copy_async_commit();
 
         if (busy) {
-          const int lane = opaque(here) % 32;
+#pragma unroll
+          for (int j = 0; j < kHalf / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) s[j][e] *= scale_log2;
           const bool own = tile == keys.tiles;
           const int first_key = keys.low + tile * kKeys;
-          const auto visible = [&](int key, int query) {
-            if (!own) {
-              return first_key + key < prefix && (cache.window == 0 || query - (first_key + key) < cache.window);
-            }
-            if (key >= p.block_size) return false;
-            const int distance = query - shared.positions[b * p.block_size + key];
-            return (cache.causal == 0 || distance >= 0) && (cache.window == 0 || abs(distance) < cache.window);
-          };
-          const bool all_visible = !own && cache.window == 0 && first_key + kKeys <= prefix;
-          int query_position[2];
+          if (own || cache.window > 0 || first_key + kKeys > prefix) {
+            // A query sees the keys of the tile that exist and whose positions lie in an interval.
+            const int row = opaque(here) % 32 / 4 + 16 * part + row0;
+            const int last_key = own ? p.block_size : prefix - first_key;
+            int low[2], high[2];
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int row = row0 + 16 * part + lane / 4 + 8 * h;
-            query_position[h] = shared.positions[b * p.block_size + (row < query_rows ? row / group : 0)];
+            for (int h = 0; h < 2; ++h) {
+              const int token = b * p.block_size + (row + 8 * h < query_rows ? (row + 8 * h) / group : 0);
+              const int64_t query = shared.positions[token];
+              low[h] = cache.window > 0 ? clamp_to(query - cache.window + 1, INT32_MIN, INT32_MAX) : INT32_MIN;
+              high[h] = INT32_MAX;
+              if (own && cache.window > 0) high[h] = clamp_to(query + cache.window - 1, INT32_MIN, INT32_MAX);
+              if (own && cache.causal != 0) high[h] = static_cast<int>(query);
+            }
+#pragma unroll
+            for (int j = 0; j < kHalf / 8; ++j)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const int key = kHalf * half + 8 * j + 2 * (opaque(here) % 4) + e;
+                const bool exists = key < last_key;
+                const int position = own ? shared.positions[b * p.block_size + (exists ? key : 0)] : first_key + key;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                  if (!exists || position < low[h] || position > high[h]) s[j][2 * h + e] = -INFINITY;
+                }
+              }
           }
-#pragma unroll
-          for (int j = 0; j < kKeys / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int key = 8 * j + 2 * (lane % 4) + e % 2;
-              s[j][e] = all_visible || visible(key, query_position[e / 2]) ? s[j][e] * scale_log2 : -INFINITY;
-            }
+          float here_highest[2];
+          float* const peaks = reinterpret_cast<float*>(exchange + kExchangeBytes) + 32 * part + lane / 4;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float highest = maximum[h];
 #pragma unroll
-            for (int j = 0; j < kKeys / 8; ++j) highest = fmaxf(highest, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
+            for (int j = 0; j < kHalf / 8; ++j) highest = fmaxf(highest, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+            if (lane % 4 == 0) peaks[16 * half + 8 * h] = highest;
+            here_highest[h] = highest;
+          }
+          named_barrier(kPairBarrier + part, 64);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float highest = fmaxf(here_highest[h], peaks[16 * (1 - half) + 8 * h]);
             const float shift = highest == -INFINITY ? 0.0f : highest;
-            const float correction = exp2f(maximum[h] - shift);
+            const float correction = exp2_approx(maximum[h] - shift);
             maximum[h] = highest;
             sum[h] *= correction;
 #pragma unroll
-            for (int j = 0; j < kKeys / 8; ++j)
+            for (int j = 0; j < kHalf / 8; ++j)
 #pragma unroll
               for (int e = 2 * h; e < 2 * h + 2; ++e) {
-                s[j][e] = exp2f(s[j][e] - shift);
+                s[j][e] = exp2_approx(s[j][e] - shift);
                 sum[h] += s[j][e];
               }
+            if (tile > begin) {
 #pragma unroll
-            for (int n = 0; n < D / 16; ++n) {
-              out[n][2 * h] *= correction;
-              out[n][2 * h + 1] *= correction;
+              for (int n = 0; n < D / 16; ++n) {
+                out[n][2 * h] *= correction;
+                out[n][2 * h + 1] *= correction;
+              }
             }
+          }
+#pragma unroll
+          for (int kk = 0; kk < kHalf / 16; ++kk) {
+            fragments[(2 * half + kk) * 32] =
+                make_uint4(pack_bf16(s[2 * kk][0], s[2 * kk][1]), pack_bf16(s[2 * kk][2], s[2 * kk][3]),
+                           pack_bf16(s[2 * kk + 1][0], s[2 * kk + 1][1]), pack_bf16(s[2 * kk + 1][2], s[2 * kk + 1][3]));
           }
         }
         copy_async_wait<1>();
@@ -727,9 +779,8 @@ struct Draft {
         if (busy) {
 #pragma unroll
           for (int kk = 0; kk < kKeys / 16; ++kk) {
-            const uint32_t a[4] = {pack_bf16(s[2 * kk][0], s[2 * kk][1]), pack_bf16(s[2 * kk][2], s[2 * kk][3]),
-                                   pack_bf16(s[2 * kk + 1][0], s[2 * kk + 1][1]),
-                                   pack_bf16(s[2 * kk + 1][2], s[2 * kk + 1][3])};
+            const uint4 w = fragments[kk * 32];
+            const uint32_t a[4] = {w.x, w.y, w.z, w.w};
             const int lane = opaque(here) % 32, key = 16 * kk + lane % 16;
 #pragma unroll
             for (int n = 0; n < D / 16; n += 2) {
@@ -748,47 +799,70 @@ struct Draft {
       }
 
       wait.mark(stream::kAddedParts);
+      if (busy) {
+        float* const sums = reinterpret_cast<float*>(exchange + kExchangeBytes) + 32 * part + lane / 4;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
-        sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
-        if (!busy) continue;
-        const int64_t at = static_cast<int64_t>(unit) * kStreamQueryRows + 16 * part + lane / 4 + 8 * h;
-        float* to = p.partial_out + at * D + half * (D / 2) + 2 * (lane % 4);
-#pragma unroll
-        for (int n = 0; n < D / 16; ++n) {
-          *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[n][2 * h], out[n][2 * h + 1]);
+        for (int h = 0; h < 2; ++h) {
+          sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+          sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+          if (half == 1 && lane % 4 == 0) sums[8 * h] = sum[h];
         }
-        if (half == 0 && lane % 4 == 0) {
-          *reinterpret_cast<float2*>(p.partial_stats + 2 * at) = make_float2(maximum[h], sum[h]);
+        named_barrier(kPairBarrier + part, 64);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = row0 + 16 * part + lane / 4 + 8 * h;
+          if (row >= query_rows) continue;
+          float* to = part_row(p, unit / p.row_tiles % p.splits, b * p.block_size + row / group,
+                               kv_head * group + row % group);
+#pragma unroll
+          for (int n = 0; n < D / 16; ++n) {
+            store_relaxed(reinterpret_cast<uint2*>(to + half * (D / 2) + 8 * n + 2 * (lane % 4)),
+                          make_uint2(stream::word(out[n][2 * h]), stream::word(out[n][2 * h + 1])));
+          }
+          if (half == 0 && lane % 4 == 0) {
+            store_relaxed(reinterpret_cast<uint2*>(to + D),
+                          make_uint2(stream::word(maximum[h]), stream::word(sum[h] + sums[8 * h])));
+          }
         }
       }
     }
     if (!waited) wait();
+    merge(p, shared, layer, first, p.batch * p.block_size, opaque(thread));
   }
 
-  // out = sum_s 2^(m_s - m) o_s / sum_s 2^(m_s - m) l_s over the splits s of one (token, head): a warp each.
+  static __device__ __forceinline__ float* part_row(const Params& p, int split, int token, int head) {
+    const int row = (split * p.batch * p.block_size + token) * p.q_heads + head;
+    return p.attention_parts + static_cast<int64_t>(row) * (D + 4);
+  }
+
+  // out = sum_s 2^(m_s - m) o_s / sum_s 2^(m_s - m) l_s over the splits s of one (token, head): a warp each, of all
+  // blocks. Waits for the parts, whoever computes them, and leaves their places empty for the next layer.
   static __device__ __forceinline__ void merge(const Params& p, const Shared& shared, int layer, int first, int tokens,
                                                int thread) {
-    constexpr int kRounds = kMaxStreamSplits / 32, kPer = D / 32;
-    const int lane = thread % 32, group = p.q_heads / p.kv_heads;
+    constexpr int kRounds = kMaxStreamSplits / 32, kPer = D / 32, kAtOnce = 4;
+    using Piece = std::conditional_t<kPer == 4, uint4, uint2>;
+    const uint4 nothing = make_uint4(kNothing, kNothing, kNothing, kNothing);
+    const int lane = thread % 32;
     for (int item = thread / 32 * p.stream.blocks + first; item < tokens * p.q_heads;
          item += kConsumerWarps * p.stream.blocks) {
       const int token = item / p.q_heads, head = item % p.q_heads;
-      const int b = token / p.block_size, row = token % p.block_size * group + head % group;
-      const int used = keys_of(p, shared, layer, b).used_splits();
-      const int64_t unit =
-          static_cast<int64_t>(b * p.kv_heads + head / group) * p.splits * p.row_tiles + row / kStreamQueryRows;
-      const int64_t at = unit * kStreamQueryRows + row % kStreamQueryRows;  // of split 0
-      const int64_t step = static_cast<int64_t>(p.row_tiles) * kStreamQueryRows;
+      const int used = keys_of(p, shared, layer, token / p.block_size).used_splits();
+      float* const parts = part_row(p, 0, token, head);
+      const int64_t step = static_cast<int64_t>(p.batch * p.block_size * p.q_heads) * (D + 4);
       float weight[kRounds], sum[kRounds], highest = -INFINITY;
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
         const int split = lane + 32 * i;
-        float2 stats = make_float2(-INFINITY, 0.0f);
-        if (split < used) stats = __ldcg(reinterpret_cast<const float2*>(p.partial_stats + 2 * (at + split * step)));
-        weight[i] = stats.x;
-        sum[i] = stats.y;
+        uint2 stats = make_uint2(__float_as_uint(-INFINITY), 0u);
+        if (split < used) {
+          auto* from = reinterpret_cast<uint2*>(parts + split * step + D);
+          do {
+            stats = load_relaxed(from);
+          } while (stats.x == kNothing || stats.y == kNothing);
+          store_relaxed(from, make_uint2(kNothing, kNothing));
+        }
+        weight[i] = __uint_as_float(stats.x);
+        sum[i] = __uint_as_float(stats.y);
         highest = fmaxf(highest, weight[i]);
       }
 #pragma unroll
@@ -806,16 +880,33 @@ struct Draft {
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
         const int splits = min(32, used - 32 * i);
-#pragma unroll 8
-        for (int s = 0; s < splits; ++s) {
-          const float w = __shfl_sync(0xffffffffu, weight[i], s);
-          const float* from = p.partial_out + (at + (32 * i + s) * step) * D + kPer * lane;
-          if constexpr (kPer == 4) {
-            const float4 part = __ldcg(reinterpret_cast<const float4*>(from));
-            out[0] += w * part.x, out[1] += w * part.y, out[2] += w * part.z, out[3] += w * part.w;
-          } else {
-            const float2 part = __ldcg(reinterpret_cast<const float2*>(from));
-            out[0] += w * part.x, out[1] += w * part.y;
+        for (int s = 0; s < splits; s += kAtOnce) {
+          Piece v[kAtOnce];
+          const auto at = [&](int j) {
+            return reinterpret_cast<Piece*>(parts + (32 * i + s + j) * step + kPer * lane);
+          };
+          bool whole;
+          do {
+            whole = true;
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) {
+              if (s + j < splits) v[j] = load_relaxed(at(j));
+            }
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) whole &= s + j >= splits || stream::is_whole(v[j]);
+          } while (!whole);
+          __syncwarp();
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            if (s + j >= splits) break;
+            const float w = __shfl_sync(0xffffffffu, weight[i], s + j);
+            out[0] += w * __uint_as_float(v[j].x), out[1] += w * __uint_as_float(v[j].y);
+            if constexpr (kPer == 4) out[2] += w * __uint_as_float(v[j].z), out[3] += w * __uint_as_float(v[j].w);
+            if constexpr (kPer == 4) {
+              store_relaxed(at(j), nothing);
+            } else {
+              store_relaxed(at(j), make_uint2(kNothing, kNothing));
+            }
           }
         }
       }

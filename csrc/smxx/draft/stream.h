@@ -16,7 +16,7 @@ constexpr int kStreamQueryRows = 64;  // query rows of one unit of the attention
 constexpr int kMaxStreamSplits = 128;
 
 // Kinds of stages; a unit's stage is kKinds * layer + kind (dflash_kernels/draft_plan.py).
-enum Kind { kQkv, kOut, kGateUp, kDown, kAttend, kMerge, kEmbed, kFinal, kKinds };
+enum Kind { kQkv, kOut, kGateUp, kDown, kAttend, kEmbed, kFinal, kKinds };
 
 struct StreamLayer {
   const uint16_t* k = nullptr;  // [S, Hkv, D], slots strided
@@ -71,8 +71,9 @@ struct StreamDraftParams {
   uint16_t* attended = nullptr;    // [B * T, Hq * D]
   uint16_t* activated = nullptr;   // [B * T, I]
   float* squares = nullptr;        // [B * T, row tiles of H]: sums of 128 squares of x
-  float* partial_out = nullptr;    // [units of the attention, 64, D], not yet divided by the sum
-  float* partial_stats = nullptr;  // [units of the attention, 64, 2]: maximum (times log2 e), sum
+  // [splits, B * T, Hq, D + 4]: a split's output, not yet divided by the sum, the maximum (times log2 e), the sum, two
+  // words of padding. On their way as parts of sums are: kNothing until written, and again when read.
+  float* attention_parts = nullptr;
   uint16_t* out = nullptr;         // [B * T, H]
   StreamLayer layers[kMaxStreamLayers];
 };
@@ -86,29 +87,34 @@ inline int64_t stream_splits(const DraftSizes& s, int64_t blocks) {
   return std::clamp<int64_t>(blocks / (s.batch * s.kv_heads * stream_row_tiles(s)), 1, kMaxStreamSplits);
 }
 
+// Slots that hold the attention's parts of any batch: a block has kStreamQueryRows query rows of one split at most, or
+// there is one split of all query rows. They follow those of the products.
+inline int64_t stream_attention_slots(int64_t q_heads, int64_t head_dim, int64_t blocks) {
+  const int64_t rows = std::max(blocks, q_heads) * stream::kMaxTokens;
+  return (rows * (head_dim + 4) + stream::kSlotFloats - 1) / stream::kSlotFloats;
+}
+
 // Byte offsets; every part starts at a multiple of 256 bytes.
 struct StreamWorkspacePlan {
-  int64_t x = 0, weighted = 0, qkv = 0, attended = 0, activated = 0, squares = 0, partial_out = 0, partial_stats = 0;
+  int64_t x = 0, weighted = 0, qkv = 0, attended = 0, activated = 0, squares = 0;
   int64_t bytes = 0;
 };
 
 // Grows with the batch.
-inline StreamWorkspacePlan plan_stream_workspace(const DraftSizes& s, int64_t blocks) {
+inline StreamWorkspacePlan plan_stream_workspace(const DraftSizes& s) {
   StreamWorkspacePlan plan;
   auto take = [&plan](int64_t bytes) {
     const int64_t offset = plan.bytes;
     plan.bytes += (bytes + 255) / 256 * 256;
     return offset;
   };
-  const int64_t tokens = s.tokens(), units = std::max(blocks, s.batch * s.kv_heads * stream_row_tiles(s));
+  const int64_t tokens = s.tokens();
   plan.x = take(tokens * s.hidden * 2);
   plan.weighted = take(tokens * s.hidden * 2);
   plan.qkv = take(tokens * s.qkv_width() * 2);
   plan.attended = take(tokens * s.q_heads * s.head_dim * 2);
   plan.activated = take(tokens * s.intermediate * 2);
   plan.squares = take(tokens * ((s.hidden + stream::kTileRows - 1) / stream::kTileRows) * 4);
-  plan.partial_out = take(units * kStreamQueryRows * s.head_dim * 4);
-  plan.partial_stats = take(units * kStreamQueryRows * 2 * 4);
   plan.bytes = std::max<int64_t>(plan.bytes, 256);
   return plan;
 }

@@ -43,12 +43,13 @@ struct Argmax {
 
   static __device__ __forceinline__ int tokens(const Params& p, const Shared&) { return p.rows; }
 
+  static __device__ __forceinline__ bool has_more(int) { return false; }
+
   class Loader {
    public:
     __device__ __forceinline__ Loader(const Params& p, Shared&) : p_(p) {}
     __device__ __forceinline__ void job(const Unit&) {}
     __device__ __forceinline__ void enter(const Unit&) {}
-    __device__ __forceinline__ bool has_more() const { return false; }
     __device__ __forceinline__ void more() {}
     __device__ __forceinline__ const uint16_t* source(int k) const {
       return k < p_.hidden_size ? p_.hidden + k : nullptr;

@@ -68,6 +68,8 @@ struct Inject {
 
   static __device__ __forceinline__ int tokens(const Params&, const Shared& shared) { return shared.tokens; }
 
+  static __device__ __forceinline__ bool has_more(int stage) { return stage == 1; }  // the norm's factors
+
   class Loader {
    public:
     struct Source {
@@ -81,8 +83,6 @@ struct Inject {
 
     __device__ __forceinline__ void job(const Unit&) {}
 
-    __device__ __forceinline__ bool has_more() const { return stage_ == 1; }
-
     __device__ __forceinline__ void more() {
       const int token = static_cast<int>(threadIdx.x) - stream::kConsumers;
       if (token < shared_.tokens) {
@@ -91,7 +91,6 @@ struct Inject {
         for (int tile = 0; tile < p_.fc_tiles; ++tile) sum += __ldcg(p_.squares + tile * kMaxTokens + token);
         shared_.scales[token] = rsqrtf(sum / static_cast<float>(p_.hidden) + p_.write.eps);
       }
-      named_barrier(stream::kLoaderBarrier, stream::kLoaders);
     }
 
     __device__ __forceinline__ Source source(int k) const {

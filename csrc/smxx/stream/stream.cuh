@@ -28,9 +28,8 @@
 // second half, so that a warp reads an n8 tile as 512 consecutive bytes and a row's stores fall on both halves of the
 // banks.
 //
-// mbarriers: weights_full 1 arrival + 16 KB; weights_empty 8 (consumer warps); tokens_full 33 (a loader warp's copies,
-// and its lane 0 for what it wrote itself); tokens_empty 8; prepared 320, all but the producer. Named barriers: 1 of
-// the 256 consumers, 3 of the 64 loaders (policies).
+// mbarriers: weights_full 1 arrival + 16 KB; weights_empty 8 (consumer warps); tokens_full 32 (a loader warp's copies);
+// tokens_empty 8; prepared 320, all but the producer. Named barrier: 1 of the 256 consumers.
 //
 // Instructions for a tile and warp, 16 tokens: 4 + 2 loads of 16 bytes a lane, 8 mma, some 20 for the ring: 8 warps
 // issue for about 70 cycles on each of the four schedulers. 64 tokens: 32 mma; shared memory is then the most used, 24
@@ -45,10 +44,11 @@
 //   class Loader(p, shared) of one loader warp:
 //     void job(unit)                          for a unit without weights, maybe long before it runs: may prefetch
 //     void enter(unit)                        once a stage, by all loader warps, after its first wait
-//     bool has_more() / void more()           once a stage, too: what the tiles' ends need from other blocks, written
-//                                             to `shared` by all loader warps, which meet at kLoaderBarrier
+//     void more()                             once a stage, too, if has_more(stage): what the tiles' ends need from
+//                                             other blocks, written to `shared`; a warp does its share of it
 //     Source source(k)                        where columns k .. k + 7 come from
 //     const uint16_t* address(source, token)  nullptr: zeros
+//   static bool has_more(stage)               no loader may enter the next such stage before this one's tiles are finished
 //   static void expect(p, shared, unit, tokens, thread)            256 threads, before other blocks' parts are waited
 //                                           for: may prefetch what finish will read
 //   static void finish(p, shared, unit, block, tokens, thread)     256 threads; block[token * kBlockPitch + row]
@@ -61,6 +61,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/cuda_check.h"
 #include "common/ptx.cuh"
@@ -79,14 +80,25 @@ constexpr int kBlockBytes = kMaxTokens * kBlockPitch * 4;
 constexpr int kMaxSharedBytes = 232448;
 constexpr int kMostStages = 16;
 constexpr int kInFlight = 3;  // tiles
-constexpr int kConsumerBarrier = 1, kLoaderBarrier = 3;
+constexpr int kConsumerBarrier = 1;
+
+// A sum on its way to another block, and whether all words of some have arrived.
+__device__ __forceinline__ uint32_t word(float sum) {
+  const uint32_t bits = __float_as_uint(sum);
+  return bits == kNothing ? kNothing >> 1 : bits;  // another NaN
+}
+__device__ __forceinline__ bool is_whole(const uint2& v) { return v.x != kNothing && v.y != kNothing; }
+__device__ __forceinline__ bool is_whole(const uint4& v) {
+  return v.x != kNothing && v.y != kNothing && v.z != kNothing && v.w != kNothing;
+}
 
 template <typename Policy>
 struct Control {
   uint64_t weights_full[kMostStages], weights_empty[kMostStages];
   uint64_t tokens_full[kTokenBuffers], tokens_empty[kTokenBuffers];
   uint64_t prepared;
-  uint64_t job_done;             // a job has read what it put into the buffers of tokens
+  uint64_t job_done;                  // a job has read what it put into the buffers of tokens
+  uint32_t more_stage[kLoaderWarps];  // 1 + the last stage whose more() this warp has done
   uint32_t launch;               // how many launches of this schedule came before
   int32_t unit[kConsumerWarps];  // that a consumer warp is at: neither products nor jobs have a register for it
   typename Policy::Shared policy;
@@ -146,9 +158,10 @@ class Stream {
         mbarrier_init(&stream.control_.weights_empty[i], kConsumerWarps);
       }
       for (int i = 0; i < kTokenBuffers; ++i) {
-        mbarrier_init(&stream.control_.tokens_full[i], 33);
+        mbarrier_init(&stream.control_.tokens_full[i], 32);
         mbarrier_init(&stream.control_.tokens_empty[i], kConsumerWarps);
       }
+      for (int i = 0; i < kLoaderWarps; ++i) stream.control_.more_stage[i] = 0;
       mbarrier_init(&stream.control_.prepared, kThreads - 32);
       mbarrier_init(&stream.control_.job_done, kConsumers);
       mbarrier_init_fence();
@@ -308,13 +321,20 @@ class Stream {
         while (known < u.wait + (k_tile >> u.wait_shift)) wait_for_counter(++known, u.wait_target);
       };
       bool more = false;
+      const auto do_more = [&] {
+        if (!more) return;
+        more = false;
+        loader.more();
+        __syncwarp();
+        if (lane == 0) store_release_shared(&control_.more_stage[warp], static_cast<uint32_t>(u.stage) + 1);
+      };
       if (u.stage != stage) {
         stage = u.stage;
         trace(i, kLoaderBegins, threadIdx.x == kConsumers);
         wait_for_tile(u.k_tile);
         trace(i, kCounterSeen, threadIdx.x == kConsumers);
         loader.enter(u);
-        more = loader.has_more();
+        more = Policy::has_more(u.stage);
       }
       const int steps = u.tiles * Format::kSteps;
       for (int first = 0; first < steps; first += kSteps) {
@@ -339,13 +359,10 @@ class Stream {
           }
         }
         copy_async_arrive(&control_.tokens_full[at]);
-        if (more) loader.more();
-        more = false;
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&control_.tokens_full[at]);
         if (first == 0) trace(i, kTokensStored, lane == 0);
+        do_more();
       }
-      if (more) loader.more();
+      do_more();
     }
   }
 
@@ -369,6 +386,8 @@ class Stream {
     constexpr int kColumns = 8 * kTiles;
     constexpr int kSteps = kMaxTokens / kColumns;
     constexpr int kUnrolled = kTiles == 8 ? 1 : Format::kSteps;  // 64 sums leave no registers for two steps
+    // Tiles whose weights are in registers together, so that the loads of one and the products of the other overlap.
+    constexpr int kAtOnce = kTiles == 2 && Format::kSteps == 1 ? 2 : 1;
     uint32_t rings = 0;
     Ring<kStages> weights(rings, 0);
     Ring<kTokenBuffers, 16> buffers(rings, 0);
@@ -392,61 +411,84 @@ class Stream {
 
       float sums[2][kTiles][4] = {};
       int step = 0;  // of the buffer of tokens
-      for (int tile = 0; tile < tiles; ++tile) {
-        mbarrier_wait(&control_.weights_full[weights.at()], weights.parity());
-        if (tile == 0) trace(unit_here(), kFirstWeights, threadIdx.x == 0);
-#pragma unroll kUnrolled
-        for (int s = 0; s < Format::kSteps; ++s) {
-          if (step == 0) mbarrier_wait(&control_.tokens_full[buffers.at()], buffers.parity());
-          if (tile == 0 && s == 0) trace(unit_here(), kFirstTokens, threadIdx.x == 0);
-          uint32_t a[2][2][4];
-          [[maybe_unused]] float scale[2][2];
-          Format::load(weights_ + weights.at() * kTile, s, part, half, lane, a);
-          if constexpr (Format::kScales == Scales::kOfGroups) {
-            Format::load_scale(weights_ + weights.at() * kTile, s, part, lane, scale);
+      // Multiplies kCount tiles from `tile` on.
+      const auto multiply = [&](auto count_of, int tile) {
+        constexpr int kCount = decltype(count_of)::value;
+        [[maybe_unused]] int places[kCount];  // in the ring; one tile's has no register to spare
+        uint32_t a[kCount][2][2][4];
+#pragma unroll
+        for (int n = 0; n < kCount; ++n) {
+          mbarrier_wait(&control_.weights_full[weights.at()], weights.parity());
+          if constexpr (kCount > 1) {
+            places[n] = weights.at();
+            weights.advance();
+            Format::load(weights_ + places[n] * kTile, 0, part, half, lane, a[n]);
           }
-          const unsigned char* x = tokens_ + buffers.at() * kTokenBufferBytes + step * (kColumns * 128) +
-                                   half * (kColumns * 64) + (lane ^ half * 4) * 16;
+        }
+        const auto place = [&](int n) {
+          if constexpr (kCount > 1) return places[n];
+          return weights.at();
+        };
+        if (tile == 0) trace(unit_here(), kFirstWeights, threadIdx.x == 0);
 #pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-            const uint4 b = *reinterpret_cast<const uint4*>(x + j * 512);
-            [[maybe_unused]] float codes[2][4] = {};
-            constexpr bool kApart = Format::kScales == Scales::kOfGroups;
+        for (int n = 0; n < kCount; ++n) {
+#pragma unroll kUnrolled
+          for (int s = 0; s < Format::kSteps; ++s) {
+            if (step == 0) mbarrier_wait(&control_.tokens_full[buffers.at()], buffers.parity());
+            if (tile == 0 && n == 0 && s == 0) trace(unit_here(), kFirstTokens, threadIdx.x == 0);
+            [[maybe_unused]] float scale[2][2];
+            if constexpr (kCount == 1) Format::load(weights_ + place(n) * kTile, s, part, half, lane, a[n]);
+            if constexpr (Format::kScales == Scales::kOfGroups) {
+              Format::load_scale(weights_ + place(n) * kTile, s, part, lane, scale);
+            }
+            const unsigned char* x = tokens_ + buffers.at() * kTokenBufferBytes + step * (kColumns * 128) +
+                                     half * (kColumns * 64) + (lane ^ half * 4) * 16;
 #pragma unroll
-            for (int m = 0; m < 2; ++m) mma_m16n8k16(kApart ? codes[m] : sums[m][j], a[m][0], b.x, b.y);
+            for (int j = 0; j < kTiles; ++j) {
+              const uint4 b = *reinterpret_cast<const uint4*>(x + j * 512);
+              [[maybe_unused]] float codes[2][4] = {};
+              constexpr bool kApart = Format::kScales == Scales::kOfGroups;
 #pragma unroll
-            for (int m = 0; m < 2; ++m) mma_m16n8k16(kApart ? codes[m] : sums[m][j], a[m][1], b.z, b.w);
-            if constexpr (kApart) {
+              for (int m = 0; m < 2; ++m) mma_m16n8k16(kApart ? codes[m] : sums[m][j], a[n][m][0], b.x, b.y);
+#pragma unroll
+              for (int m = 0; m < 2; ++m) mma_m16n8k16(kApart ? codes[m] : sums[m][j], a[n][m][1], b.z, b.w);
+              if constexpr (kApart) {
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+#pragma unroll
+                  for (int e = 0; e < 4; ++e) sums[m][j][e] += scale[m][e / 2] * codes[m][e];
+              }
+            }
+            const bool last = tile + n == tiles - 1 && s == Format::kSteps - 1;
+            if (++step == kSteps || last) {
+              __syncwarp();
+              if (lane == 0) mbarrier_arrive(&control_.tokens_empty[buffers.at()]);
+              buffers.advance();
+              step = 0;
+            }
+          }
+          if constexpr (Format::kScales == Scales::kOfRows) {
+            if (tile + n == tiles - 1) {
+              float scale[2][2];
+              Format::load_scale(weights_ + place(n) * kTile, 0, part, lane, scale);
 #pragma unroll
               for (int m = 0; m < 2; ++m)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) sums[m][j][e] += scale[m][e / 2] * codes[m][e];
+                for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+                  for (int e = 0; e < 4; ++e) sums[m][j][e] *= scale[m][e / 2];
             }
           }
-          const bool last = tile == tiles - 1 && s == Format::kSteps - 1;
-          if (++step == kSteps || last) {
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&control_.tokens_empty[buffers.at()]);
-            buffers.advance();
-            step = 0;
-          }
+          __syncwarp();
+          if (lane == 0) mbarrier_arrive(&control_.weights_empty[place(n)]);
         }
-        if constexpr (Format::kScales == Scales::kOfRows) {
-          if (tile == tiles - 1) {
-            float scale[2][2];
-            Format::load_scale(weights_ + weights.at() * kTile, 0, part, lane, scale);
-#pragma unroll
-            for (int m = 0; m < 2; ++m)
-#pragma unroll
-              for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) sums[m][j][e] *= scale[m][e / 2];
-          }
-        }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&control_.weights_empty[weights.at()]);
-        weights.advance();
+        if constexpr (kCount == 1) weights.advance();
+      };
+      int tile = 0;
+      if constexpr (kAtOnce > 1) {
+        for (; tile + kAtOnce <= tiles; tile += kAtOnce) multiply(std::integral_constant<int, kAtOnce>{}, tile);
       }
+      for (; tile < tiles; ++tile) multiply(std::integral_constant<int, 1>{}, tile);
 
       trace(unit_here(), kLastTile, threadIdx.x == 0);
       const int after = opaque(threadIdx.x);
@@ -479,6 +521,12 @@ class Stream {
       Policy::expect(p_, control_.policy, u, tokens, opaque(threadIdx.x));
       if (u.contributors > 1) add_parts(u, tokens, kColumns);
       trace(unit_here(), kAddedParts, threadIdx.x == 0);
+      if (Policy::has_more(u.stage)) {
+        for (int w = 0; w < kLoaderWarps; ++w) {
+          while (load_acquire_shared(&control_.more_stage[w]) != static_cast<uint32_t>(u.stage) + 1) {
+          }
+        }
+      }
       Policy::finish(p_, control_.policy, u, block_, tokens, opaque(threadIdx.x));
       trace(unit_here(), kFinished, threadIdx.x == 0);
       end_unit(u);
@@ -495,10 +543,6 @@ class Stream {
   // Leaves this block's part for rank 0.
   __device__ __forceinline__ void leave_part(const Unit& u, int tokens, int columns) {
     uint4* to = part(u, u.rank, columns);
-    const auto word = [](float x) {
-      const uint32_t bits = __float_as_uint(x);
-      return bits == kNothing ? kNothing >> 1 : bits;  // another NaN
-    };
     for (int i = opaque(threadIdx.x); i < tokens * kPieces; i += kConsumers) {
       const float4 v = *block_piece(i);
       store_relaxed(to + i, make_uint4(word(v.x), word(v.y), word(v.z), word(v.w)));
@@ -510,9 +554,6 @@ class Stream {
   __device__ __forceinline__ void add_parts(const Unit& u, int tokens, int columns) {
     constexpr int kRanks = 4;
     const uint4 nothing = make_uint4(kNothing, kNothing, kNothing, kNothing);
-    const auto is_whole = [](const uint4& v) {
-      return v.x != kNothing && v.y != kNothing && v.z != kNothing && v.w != kNothing;
-    };
     const int slot = columns * kPieces;
 #pragma unroll 2
     for (int i = opaque(threadIdx.x); i < tokens * kPieces; i += kConsumers) {

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include "common/half_bits.h"
 
 namespace dflash {
@@ -55,6 +57,7 @@ inline void copy_async_arrive(uint64_t* barrier) {
 
 inline void prefetch_l1(const void*) {}
 inline void prefetch_l2(const void*) {}
+inline float exp2_approx(float x) { return std::exp2(x); }
 
 inline void named_barrier(int id, int threads) { emulator::named_barrier(id, static_cast<unsigned>(threads)); }
 
@@ -63,7 +66,16 @@ inline uint32_t load_acquire(const uint32_t* counter) {
   emulator::spin();
   return __ldg(counter);
 }
+inline uint32_t load_acquire_shared(const uint32_t* word) {
+  emulator::spin();
+  return *word;
+}
+inline void store_release_shared(uint32_t* word, uint32_t value) { *word = value; }
 inline uint4 load_relaxed(const uint4* from) {
+  emulator::spin();
+  return *from;
+}
+inline uint2 load_relaxed(const uint2* from) {
   emulator::spin();
   return *from;
 }
@@ -79,6 +91,7 @@ inline uint2 load_relaxed_system(const uint2* from) {
 inline void store_relaxed_system(uint4* to, const uint4& v) { *to = v; }
 inline void store_relaxed_system(uint2* to, const uint2& v) { *to = v; }
 inline void trap() { emulator::fail("a trap"); }
+inline void store_relaxed(uint2* to, const uint2& v) { *to = v; }
 inline void add_release(uint32_t* counter, uint32_t value) { atomicAdd(counter, value); }
 inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) { return atomicAdd(counter, value); }
 
