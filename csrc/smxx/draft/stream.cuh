@@ -33,7 +33,6 @@
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "common/exchange.cuh"
 #include "smxx/draft/launch.h"
@@ -262,8 +261,12 @@ struct Draft {
 
   // ---- ends of tiles -----------------------------------------------------------------------------------------------
 
-  static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u, float* block,
-                                                int tokens, int thread) {
+  struct Expected {
+    uint2 before[kMaxTokens / kConsumerWarps];  // x, to which a tile adds
+  };
+
+  static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u,
+                                                const Expected& expected, float* block, int tokens, int thread) {
     const int kind = u.stage % kKinds, layer = u.stage / kKinds;
     if (kind == kQkv) {
       finish_heads(p, shared, layer, u.row_tile, block, tokens, thread);
@@ -274,14 +277,15 @@ struct Draft {
       // Of the norm that follows; after the last layer nobody reads x weighted.
       const uint16_t* norm = kind == kOut ? p.post_norm + int64_t{layer} * p.hidden
                                           : p.input_norm + int64_t{min(layer + 1, p.num_layers - 1)} * p.hidden;
-      finish_residual(p, kind, bias, norm, u.row_tile, block, tokens, thread);
+      finish_residual(p, kind, bias, norm, u.row_tile, expected, block, tokens, thread);
     }
   }
 
   // What the end of a tile reads and no block writes, on its way while other blocks' parts are waited for.
-  static __device__ __forceinline__ void expect(const Params& p, const Shared& shared, const Unit& u, int tokens,
-                                                int thread) {
+  static __device__ __forceinline__ Expected expect(const Params& p, const Shared& shared, const Unit& u, int tokens,
+                                                    int thread) {
     const int kind = u.stage % kKinds, layer = u.stage / kKinds;
+    Expected expected;
     if (kind == kQkv) {
       const int lines = (p.rotary_dim + 31) / 32;  // of 128 bytes
       for (int i = thread; i < tokens * lines; i += kConsumers) {
@@ -297,6 +301,19 @@ struct Draft {
       if (feature < p.hidden)
         prefetch_l1((kind == kOut ? p.post_norm : p.input_norm) + int64_t{next} * p.hidden + feature);
     }
+    if (kind == kOut || kind == kDown) {
+      const int feature = u.row_tile * kTileRows + 4 * (thread % 32);
+#pragma unroll
+      for (int i = 0; i < kMaxTokens / kConsumerWarps; ++i) {
+        const int token = thread / 32 + i * kConsumerWarps;
+        expected.before[i] = make_uint2(0, 0);
+        if (feature < p.hidden && token < tokens) {
+          expected.before[i] =
+              __ldcg(reinterpret_cast<const uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature));
+        }
+      }
+    }
+    return expected;
   }
 
   // A warp takes a head of a token at a time.
@@ -349,35 +366,26 @@ struct Draft {
     }
   }
 
-  // A warp takes a token at a time, a lane four features. All of x is on its way before the first is changed.
+  // A warp takes a token at a time, a lane four features.
   static __device__ __forceinline__ void finish_residual(const Params& p, int kind, const uint16_t* bias,
-                                                         const uint16_t* norm, int row_tile, float* block, int tokens,
-                                                         int thread) {
-    constexpr int kMost = kMaxTokens / kConsumerWarps;
+                                                         const uint16_t* norm, int row_tile, const Expected& expected,
+                                                         float* block, int tokens, int thread) {
     const int lane = thread % 32, warp = thread / 32;
     const int feature = row_tile * kTileRows + 4 * lane;
     const bool live = feature < p.hidden;
-    uint2 before[kMost], added = make_uint2(0, 0), weight = make_uint2(0, 0);
+    uint2 added = make_uint2(0, 0), weight = make_uint2(0, 0);
     if (live) weight = __ldg(reinterpret_cast<const uint2*>(norm + feature));
     if (live && bias != nullptr) added = __ldg(reinterpret_cast<const uint2*>(bias + feature));
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      const int token = warp + i * kConsumerWarps;
-      before[i] = make_uint2(0, 0);
-      if (live && token < tokens) {
-        before[i] = __ldcg(reinterpret_cast<const uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature));
-      }
-    }
     if (p.ranks.world > 1) sum_over_ranks(p, kind, row_tile, block, tokens, thread);
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
+    for (int i = 0; i < kMaxTokens / kConsumerWarps; ++i) {
       const int token = warp + i * kConsumerWarps;
       if (token >= tokens) break;
       const float4 sum = *reinterpret_cast<const float4*>(block + token * kBlockPitch + 4 * lane);
-      const float a = rounded(low_half(before[i].x) + (sum.x + low_half(added.x)));
-      const float b = rounded(high_half(before[i].x) + (sum.y + high_half(added.x)));
-      const float c = rounded(low_half(before[i].y) + (sum.z + low_half(added.y)));
-      const float d = rounded(high_half(before[i].y) + (sum.w + high_half(added.y)));
+      const float a = rounded(low_half(expected.before[i].x) + (sum.x + low_half(added.x)));
+      const float b = rounded(high_half(expected.before[i].x) + (sum.y + high_half(added.x)));
+      const float c = rounded(low_half(expected.before[i].y) + (sum.z + low_half(added.y)));
+      const float d = rounded(high_half(expected.before[i].y) + (sum.w + high_half(added.y)));
       if (live) {
         *reinterpret_cast<uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature) =
             make_uint2(pack_bf16(a, b), pack_bf16(c, d));
@@ -805,7 +813,7 @@ struct Draft {
         for (int h = 0; h < 2; ++h) {
           sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
           sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
-          if (half == 1 && lane % 4 == 0) sums[8 * h] = sum[h];
+          if (lane % 4 == 0) sums[16 * half + 8 * h] = sum[h];
         }
         named_barrier(kPairBarrier + part, 64);
 #pragma unroll
@@ -819,9 +827,9 @@ struct Draft {
             store_relaxed(reinterpret_cast<uint2*>(to + half * (D / 2) + 8 * n + 2 * (lane % 4)),
                           make_uint2(stream::word(out[n][2 * h]), stream::word(out[n][2 * h + 1])));
           }
-          if (half == 0 && lane % 4 == 0) {
-            store_relaxed(reinterpret_cast<uint2*>(to + D),
-                          make_uint2(stream::word(maximum[h]), stream::word(sum[h] + sums[8 * h])));
+          if (lane % 4 == 0) {
+            store_relaxed(reinterpret_cast<uint2*>(to + D + 2 * half),
+                          make_uint2(stream::word(maximum[h]), stream::word(sum[h] + sums[16 * (1 - half) + 8 * h])));
           }
         }
       }
@@ -835,86 +843,85 @@ struct Draft {
     return p.attention_parts + static_cast<int64_t>(row) * (D + 4);
   }
 
-  // out = sum_s 2^(m_s - m) o_s / sum_s 2^(m_s - m) l_s over the splits s of one (token, head): a warp each, of all
-  // blocks. Waits for the parts, whoever computes them, and leaves their places empty for the next layer.
+  // out = sum_s 2^(m_s - m) o_s / sum_s 2^(m_s - m) l_s over the splits s of 64 columns of a (token, head): a warp each,
+  // of all blocks. Waits for the parts, whoever computes them, and leaves their places empty for the next layer.
   static __device__ __forceinline__ void merge(const Params& p, const Shared& shared, int layer, int first, int tokens,
                                                int thread) {
-    constexpr int kRounds = kMaxStreamSplits / 32, kPer = D / 32, kAtOnce = 4;
-    using Piece = std::conditional_t<kPer == 4, uint4, uint2>;
-    const uint4 nothing = make_uint4(kNothing, kNothing, kNothing, kNothing);
+    constexpr int kRounds = kMaxStreamSplits / 32, kPieces = D / 64, kAtOnce = 16;
+    const uint2 nothing = make_uint2(kNothing, kNothing);
     const int lane = thread % 32;
-    for (int item = thread / 32 * p.stream.blocks + first; item < tokens * p.q_heads;
+#pragma unroll 1
+    for (int item = thread / 32 * p.stream.blocks + first; item < tokens * p.q_heads * kPieces;
          item += kConsumerWarps * p.stream.blocks) {
-      const int token = item / p.q_heads, head = item % p.q_heads;
+      const int piece = item % kPieces, head = item / kPieces % p.q_heads, token = item / (kPieces * p.q_heads);
       const int used = keys_of(p, shared, layer, token / p.block_size).used_splits();
       float* const parts = part_row(p, 0, token, head);
       const int64_t step = static_cast<int64_t>(p.batch * p.block_size * p.q_heads) * (D + 4);
-      float weight[kRounds], sum[kRounds], highest = -INFINITY;
+      const auto at = [&](int split) {
+        return reinterpret_cast<uint2*>(parts + split * step + 64 * piece + 2 * lane);
+      };
+      const auto stats_at = [&](int split) { return reinterpret_cast<uint2*>(parts + split * step + D + 2 * piece); };
+      uint2 v[kAtOnce], stats[kRounds];
+      // All of them are on their way at a time.
+      const auto wait_for_parts = [&](int from, bool with_stats) {
+        bool whole;
+        do {
+          whole = true;
+          if (with_stats) {
+#pragma unroll
+            for (int i = 0; i < kRounds; ++i) {
+              stats[i] = make_uint2(__float_as_uint(-INFINITY), 0u);
+              if (lane + 32 * i < used) stats[i] = load_relaxed(stats_at(lane + 32 * i));
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            v[j] = make_uint2(0u, 0u);
+            if (from + j < used) v[j] = load_relaxed(at(from + j));
+          }
+#pragma unroll
+          for (int i = 0; i < kRounds; ++i) whole &= stream::is_whole(stats[i]);
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) whole &= stream::is_whole(v[j]);
+        } while (!whole);
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (from + j < used) store_relaxed(at(from + j), nothing);
+        }
+      };
+      wait_for_parts(0, true);
+      float weight[kRounds], highest = -INFINITY, total = 0.0f;
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
-        const int split = lane + 32 * i;
-        uint2 stats = make_uint2(__float_as_uint(-INFINITY), 0u);
-        if (split < used) {
-          auto* from = reinterpret_cast<uint2*>(parts + split * step + D);
-          do {
-            stats = load_relaxed(from);
-          } while (stats.x == kNothing || stats.y == kNothing);
-          store_relaxed(from, make_uint2(kNothing, kNothing));
-        }
-        weight[i] = __uint_as_float(stats.x);
-        sum[i] = __uint_as_float(stats.y);
-        highest = fmaxf(highest, weight[i]);
+        if (lane + 32 * i < used) store_relaxed(stats_at(lane + 32 * i), nothing);
+        highest = fmaxf(highest, __uint_as_float(stats[i].x));
       }
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) {
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
       }
-      float total = 0.0f;
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
-        weight[i] = sum[i] == 0.0f ? 0.0f : exp2f(weight[i] - highest);
-        total += weight[i] * sum[i];
+        const float sum = __uint_as_float(stats[i].y);
+        weight[i] = sum == 0.0f ? 0.0f : exp2f(__uint_as_float(stats[i].x) - highest);
+        total += weight[i] * sum;
       }
-      total = warp_sum(total);
-      float out[kPer] = {};
+      const float inverse = 1.0f / warp_sum(total);  // a query sees at least its own key
+      float x = 0.0f, y = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
-        const int splits = min(32, used - 32 * i);
-        for (int s = 0; s < splits; s += kAtOnce) {
-          Piece v[kAtOnce];
-          const auto at = [&](int j) {
-            return reinterpret_cast<Piece*>(parts + (32 * i + s + j) * step + kPer * lane);
-          };
-          bool whole;
-          do {
-            whole = true;
+      for (int from = 0; from < kMaxStreamSplits; from += kAtOnce) {
+        if (from >= used) break;
+        if (from > 0) wait_for_parts(from, false);
 #pragma unroll
-            for (int j = 0; j < kAtOnce; ++j) {
-              if (s + j < splits) v[j] = load_relaxed(at(j));
-            }
-#pragma unroll
-            for (int j = 0; j < kAtOnce; ++j) whole &= s + j >= splits || stream::is_whole(v[j]);
-          } while (!whole);
-          __syncwarp();
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            if (s + j >= splits) break;
-            const float w = __shfl_sync(0xffffffffu, weight[i], s + j);
-            out[0] += w * __uint_as_float(v[j].x), out[1] += w * __uint_as_float(v[j].y);
-            if constexpr (kPer == 4) out[2] += w * __uint_as_float(v[j].z), out[3] += w * __uint_as_float(v[j].w);
-            if constexpr (kPer == 4) {
-              store_relaxed(at(j), nothing);
-            } else {
-              store_relaxed(at(j), make_uint2(kNothing, kNothing));
-            }
-          }
+        for (int j = 0; j < kAtOnce; ++j) {
+          const float w = __shfl_sync(0xffffffffu, weight[from / 32], (from + j) % 32);  // 0 beyond `used`
+          x += w * __uint_as_float(v[j].x), y += w * __uint_as_float(v[j].y);
         }
       }
-      const float inverse = 1.0f / total;  // a query sees at least its own key
       auto* to = reinterpret_cast<uint32_t*>(p.attended + (static_cast<int64_t>(token) * p.q_heads + head) * D) +
-                 kPer / 2 * lane;
-#pragma unroll
-      for (int j = 0; j < kPer / 2; ++j) to[j] = pack_bf16(out[2 * j] * inverse, out[2 * j + 1] * inverse);
+                 32 * piece + lane;
+      *to = pack_bf16(x * inverse, y * inverse);
     }
   }
 };

@@ -13,4 +13,9 @@ extern "C" __attribute__((visibility("default"))) int dflash_trace_draft(void* h
   using dflash::stream::trace_times;
   return static_cast<int>(cudaMemcpyFromSymbol(host, trace_times, sizeof trace_times));
 }
+// [kTraceBlocks][kTraceTiles] uint32 of the last launch.
+extern "C" __attribute__((visibility("default"))) int dflash_trace_draft_landed(void* host) {
+  using dflash::stream::landed_times;
+  return static_cast<int>(cudaMemcpyFromSymbol(host, landed_times, sizeof landed_times));
+}
 #endif

@@ -49,9 +49,9 @@
 //     Source source(k)                        where columns k .. k + 7 come from
 //     const uint16_t* address(source, token)  nullptr: zeros
 //   static bool has_more(stage)               no loader may enter the next such stage before this one's tiles are finished
-//   static void expect(p, shared, unit, tokens, thread)            256 threads, before other blocks' parts are waited
-//                                           for: may prefetch what finish will read
-//   static void finish(p, shared, unit, block, tokens, thread)     256 threads; block[token * kBlockPitch + row]
+//   Expected expect(p, shared, unit, tokens, thread)               256 threads, before other blocks' parts are waited
+//                                           for: may prefetch, or read what no block writes meanwhile
+//   static void finish(p, shared, unit, expected, block, tokens, thread)   256 threads; block[token * kBlockPitch + row]
 //   static void job(p, shared, unit, block, buffers, tokens, thread, wait)   the same for units without weights. Calls
 //                                           wait() once and reads before that only what no stage of this launch writes.
 //                                           buffers: those of the tokens, free if the block's next product waits for
@@ -258,6 +258,7 @@ class Stream {
     Ring<kStages> ring(rings, 1);
     Ring<kStages, 16> landed(rings, 0);
     int started = 0;
+    [[maybe_unused]] int number = 0;  // of the tile
     bool joined = false;
     const auto join = [&] {  // false: nobody will consume what is under way
       joined = true;
@@ -276,6 +277,7 @@ class Stream {
         if (started == kStages && !joined && !join()) return;
         if (started >= kInFlight) {
           mbarrier_wait(&control_.weights_full[landed.at()], landed.parity());
+          trace_landed(number - kInFlight, lane == 0);
           landed.advance();
         }
         mbarrier_wait(&control_.weights_empty[ring.at()], ring.parity());
@@ -287,6 +289,7 @@ class Stream {
         if (tile == u.tiles - 1) trace(i, kLastIssued, lane == 0);
         __syncwarp();
         ring.advance();
+        ++number;
         if (started < kStages) ++started;
       }
     }
@@ -518,7 +521,7 @@ class Stream {
         trace(unit_here(), kLeftPart, threadIdx.x == 0);
         continue;
       }
-      Policy::expect(p_, control_.policy, u, tokens, opaque(threadIdx.x));
+      const auto expected = Policy::expect(p_, control_.policy, u, tokens, opaque(threadIdx.x));
       if (u.contributors > 1) add_parts(u, tokens, kColumns);
       trace(unit_here(), kAddedParts, threadIdx.x == 0);
       if (Policy::has_more(u.stage)) {
@@ -527,7 +530,7 @@ class Stream {
           }
         }
       }
-      Policy::finish(p_, control_.policy, u, block_, tokens, opaque(threadIdx.x));
+      Policy::finish(p_, control_.policy, u, expected, block_, tokens, opaque(threadIdx.x));
       trace(unit_here(), kFinished, threadIdx.x == 0);
       end_unit(u);
       trace(unit_here(), kSignalled, threadIdx.x == 0);
@@ -550,36 +553,51 @@ class Stream {
     named_barrier(kConsumerBarrier, kConsumers);  // block_ may be reused
   }
 
-  // Adds the parts of ranks 1.. to block_; four ranks' words are on their way at a time.
+  // Adds the parts of ranks 1.. to block_; the words of two pieces and kRanks ranks are on their way at a time.
   __device__ __forceinline__ void add_parts(const Unit& u, int tokens, int columns) {
-    constexpr int kRanks = 4;
+    constexpr int kRanks = 6;
     const uint4 nothing = make_uint4(kNothing, kNothing, kNothing, kNothing);
-    const int slot = columns * kPieces;
-#pragma unroll 2
-    for (int i = opaque(threadIdx.x); i < tokens * kPieces; i += kConsumers) {
+    const int slot = columns * kPieces, pieces = tokens * kPieces;
+#pragma unroll 1
+    for (int i = opaque(threadIdx.x); i < pieces; i += 2 * kConsumers) {
       uint4* from = part(u, 1, columns) + i;
-      float4 sum = *block_piece(i);
+      float4 sum[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (i + k * kConsumers < pieces) sum[k] = *block_piece(i + k * kConsumers);
+      }
+#pragma unroll 1
       for (int left = u.contributors - 1; left > 0; left -= kRanks, from += kRanks * slot) {
-        uint4 v[kRanks];
+        uint4 v[2][kRanks];
         bool whole;
         do {
           whole = true;
 #pragma unroll
-          for (int r = 0; r < kRanks; ++r) {
-            if (r < left) v[r] = load_relaxed(from + r * slot);
-          }
+          for (int k = 0; k < 2; ++k)
 #pragma unroll
-          for (int r = 0; r < kRanks; ++r) whole &= r >= left || is_whole(v[r]);
+            for (int r = 0; r < kRanks; ++r) {
+              v[k][r] = make_uint4(0u, 0u, 0u, 0u);
+              if (r < left && i + k * kConsumers < pieces) v[k][r] = load_relaxed(from + r * slot + k * kConsumers);
+            }
+#pragma unroll
+          for (int k = 0; k < 2; ++k)
+#pragma unroll
+            for (int r = 0; r < kRanks; ++r) whole &= is_whole(v[k][r]);
         } while (!whole);
 #pragma unroll
-        for (int r = 0; r < kRanks; ++r) {
-          if (r >= left) break;
-          sum.x += __uint_as_float(v[r].x), sum.y += __uint_as_float(v[r].y);
-          sum.z += __uint_as_float(v[r].z), sum.w += __uint_as_float(v[r].w);
-          store_relaxed(from + r * slot, nothing);
-        }
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+          for (int r = 0; r < kRanks; ++r) {
+            if (r >= left || i + k * kConsumers >= pieces) break;
+            sum[k].x += __uint_as_float(v[k][r].x), sum[k].y += __uint_as_float(v[k][r].y);
+            sum[k].z += __uint_as_float(v[k][r].z), sum[k].w += __uint_as_float(v[k][r].w);
+            store_relaxed(from + r * slot + k * kConsumers, nothing);
+          }
       }
-      *block_piece(i) = sum;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (i + k * kConsumers < pieces) *block_piece(i + k * kConsumers) = sum[k];
+      }
     }
     named_barrier(kConsumerBarrier, kConsumers);
   }

@@ -38,8 +38,20 @@ __device__ __forceinline__ void trace(int unit, int event, bool here) {
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
   trace_times[(blockIdx.x * kTraceUnits + unit) * kEvents + event] = static_cast<uint32_t>(now);
 }
+
+// When each of a block's tiles had arrived.
+constexpr int kTraceTiles = 2048;
+static __device__ uint32_t landed_times[kTraceBlocks * kTraceTiles];
+
+__device__ __forceinline__ void trace_landed(int tile, bool here) {
+  if (!here || blockIdx.x >= kTraceBlocks || tile >= kTraceTiles) return;
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  landed_times[blockIdx.x * kTraceTiles + tile] = static_cast<uint32_t>(now);
+}
 #else
 __device__ __forceinline__ void trace(int, int, bool) {}
+__device__ __forceinline__ void trace_landed(int, bool) {}
 #endif
 
 }  // namespace dflash::stream
