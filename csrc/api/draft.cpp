@@ -483,6 +483,7 @@ StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {
   q.rotary_dim = static_cast<int>(p.rotary_dim);
   q.splits = static_cast<int>(stream_splits(s, blocks));
   q.row_tiles = static_cast<int>(stream_row_tiles(s));
+  q.units = q.batch * q.kv_heads * q.splits * q.row_tiles;
   q.vocab = p.vocab;
   q.max_positions = p.max_positions;
   q.rows = p.rows;

@@ -80,12 +80,12 @@ struct Draft {
     int32_t prefix[kMaxTokens];    // of request b: context keys, 0 for a row outside the table
     int32_t earliest[kMaxTokens];  // of request b: its lowest position
     int64_t table_rows[kMaxTokens];
-    int32_t first_slots[stream::kLoaders];  // of the first tile of keys of this block's attention; -1: no such key
-    uint64_t slots_known;                   // mbarrier, a phase a layer
+    int32_t first_slots[stream::kLoaders];    // of the first tile of keys of this block's attention; -1: no such key
+    uint32_t slots_of[stream::kLoaderWarps];  // 1 + the layer for which this loader warp has looked them up
   };
 
   static __device__ __forceinline__ void prepare(const Params& p, Shared& shared, int thread) {
-    if (thread == 0) mbarrier_init(&shared.slots_known, stream::kLoaders);
+    if (thread < stream::kLoaderWarps) shared.slots_of[thread] = 0;
     if (thread < p.batch * p.block_size) {
       const int64_t position = p.positions.at(thread / p.block_size, thread % p.block_size);
       shared.positions[thread] = clamp_to(position, INT32_MIN, INT32_MAX);
@@ -162,10 +162,6 @@ struct Draft {
     Keys keys;
   };
 
-  static __device__ __forceinline__ int num_parts(const Params& p) {
-    return p.batch * p.kv_heads * p.splits * p.row_tiles;
-  }
-
   static __device__ __forceinline__ Part part_of(const Params& p, const Shared& shared, int layer, int unit) {
     Part part;
     part.row0 = unit % p.row_tiles * kStreamQueryRows;
@@ -216,9 +212,8 @@ struct Draft {
       if (u.stage % kKinds != kAttend) return;
       const int layer = u.stage / kKinds, thread = static_cast<int>(threadIdx.x) - kConsumers;
       const StreamLayer& cache = p_.layers[layer];
-      bool looked_up = false;
 #pragma unroll 1
-      for (int unit = u.index[0]; unit < num_parts(p_); unit += p_.stream.blocks) {
+      for (int unit = u.index[0]; unit < p_.units; unit += p_.stream.blocks) {
         const Part part = part_of(p_, shared_, layer, unit);
         const int first = part.keys.low + part.begin * kKeys;
         const int last = min(part.keys.low + part.end * kKeys, shared_.prefix[part.b]);
@@ -227,10 +222,12 @@ struct Draft {
           int64_t slot = -1;
           if (key < last) slot = p_.req_to_token.at(shared_.table_rows[part.b], key);
           const bool there = slot >= 0 && slot < cache.num_slots;
-          if (!looked_up && part.begin < part.end) {
+          if (unit == u.index[0] && key == first + thread) {
             shared_.first_slots[thread] = there ? static_cast<int32_t>(slot) : -1;
-            mbarrier_arrive(&shared_.slots_known);
-            looked_up = true;
+            __syncwarp();
+            if (thread % 32 == 0) {
+              store_release_shared(&shared_.slots_of[thread / 32], static_cast<uint32_t>(layer) + 1);
+            }
           }
           if (key >= last) break;
           if (!there) continue;
@@ -243,7 +240,6 @@ struct Draft {
           }
         }
       }
-      if (!looked_up) mbarrier_arrive(&shared_.slots_known);
     }
 
     __device__ __forceinline__ const uint16_t* source(int k) const { return k < width_ ? from_ + k : nullptr; }
@@ -261,12 +257,8 @@ struct Draft {
 
   // ---- ends of tiles -----------------------------------------------------------------------------------------------
 
-  struct Expected {
-    uint2 before[kMaxTokens / kConsumerWarps];  // x, to which a tile adds
-  };
-
   static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u,
-                                                const Expected& expected, float* block, int tokens, int thread) {
+                                                float* block, int tokens, int thread) {
     const int kind = u.stage % kKinds, layer = u.stage / kKinds;
     if (kind == kQkv) {
       finish_heads(p, shared, layer, u.row_tile, block, tokens, thread);
@@ -277,15 +269,14 @@ struct Draft {
       // Of the norm that follows; after the last layer nobody reads x weighted.
       const uint16_t* norm = kind == kOut ? p.post_norm + int64_t{layer} * p.hidden
                                           : p.input_norm + int64_t{min(layer + 1, p.num_layers - 1)} * p.hidden;
-      finish_residual(p, kind, bias, norm, u.row_tile, expected, block, tokens, thread);
+      finish_residual(p, kind, bias, norm, u.row_tile, block, tokens, thread);
     }
   }
 
   // What the end of a tile reads and no block writes, on its way while other blocks' parts are waited for.
-  static __device__ __forceinline__ Expected expect(const Params& p, const Shared& shared, const Unit& u, int tokens,
-                                                    int thread) {
+  static __device__ __forceinline__ void expect(const Params& p, const Shared& shared, const Unit& u, int tokens,
+                                                int thread) {
     const int kind = u.stage % kKinds, layer = u.stage / kKinds;
-    Expected expected;
     if (kind == kQkv) {
       const int lines = (p.rotary_dim + 31) / 32;  // of 128 bytes
       for (int i = thread; i < tokens * lines; i += kConsumers) {
@@ -301,19 +292,6 @@ struct Draft {
       if (feature < p.hidden)
         prefetch_l1((kind == kOut ? p.post_norm : p.input_norm) + int64_t{next} * p.hidden + feature);
     }
-    if (kind == kOut || kind == kDown) {
-      const int feature = u.row_tile * kTileRows + 4 * (thread % 32);
-#pragma unroll
-      for (int i = 0; i < kMaxTokens / kConsumerWarps; ++i) {
-        const int token = thread / 32 + i * kConsumerWarps;
-        expected.before[i] = make_uint2(0, 0);
-        if (feature < p.hidden && token < tokens) {
-          expected.before[i] =
-              __ldcg(reinterpret_cast<const uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature));
-        }
-      }
-    }
-    return expected;
   }
 
   // A warp takes a head of a token at a time.
@@ -366,26 +344,38 @@ struct Draft {
     }
   }
 
+  static __device__ __forceinline__ uint2 x_of(const Params& p, int token, int feature) {
+    return __ldcg(reinterpret_cast<const uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature));
+  }
+
   // A warp takes a token at a time, a lane four features.
   static __device__ __forceinline__ void finish_residual(const Params& p, int kind, const uint16_t* bias,
-                                                         const uint16_t* norm, int row_tile, const Expected& expected,
-                                                         float* block, int tokens, int thread) {
+                                                         const uint16_t* norm, int row_tile, float* block, int tokens,
+                                                         int thread) {
     const int lane = thread % 32, warp = thread / 32;
     const int feature = row_tile * kTileRows + 4 * lane;
     const bool live = feature < p.hidden;
     uint2 added = make_uint2(0, 0), weight = make_uint2(0, 0);
     if (live) weight = __ldg(reinterpret_cast<const uint2*>(norm + feature));
     if (live && bias != nullptr) added = __ldg(reinterpret_cast<const uint2*>(bias + feature));
+    constexpr int kMost = kMaxTokens / kConsumerWarps;
+    uint2 before[kMost];  // all on their way before the first is changed
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int token = warp + i * kConsumerWarps;
+      before[i] = make_uint2(0, 0);
+      if (live && token < tokens) before[i] = x_of(p, token, feature);
+    }
     if (p.ranks.world > 1) sum_over_ranks(p, kind, row_tile, block, tokens, thread);
 #pragma unroll
-    for (int i = 0; i < kMaxTokens / kConsumerWarps; ++i) {
+    for (int i = 0; i < kMost; ++i) {
       const int token = warp + i * kConsumerWarps;
       if (token >= tokens) break;
       const float4 sum = *reinterpret_cast<const float4*>(block + token * kBlockPitch + 4 * lane);
-      const float a = rounded(low_half(expected.before[i].x) + (sum.x + low_half(added.x)));
-      const float b = rounded(high_half(expected.before[i].x) + (sum.y + high_half(added.x)));
-      const float c = rounded(low_half(expected.before[i].y) + (sum.z + low_half(added.y)));
-      const float d = rounded(high_half(expected.before[i].y) + (sum.w + high_half(added.y)));
+      const float a = rounded(low_half(before[i].x) + (sum.x + low_half(added.x)));
+      const float b = rounded(high_half(before[i].x) + (sum.y + high_half(added.x)));
+      const float c = rounded(low_half(before[i].y) + (sum.z + low_half(added.y)));
+      const float d = rounded(high_half(before[i].y) + (sum.w + high_half(added.y)));
       if (live) {
         *reinterpret_cast<uint2*>(p.x + static_cast<int64_t>(token) * p.hidden + feature) =
             make_uint2(pack_bf16(a, b), pack_bf16(c, d));
@@ -592,18 +582,20 @@ struct Draft {
     auto* k_tile = reinterpret_cast<unsigned char*>(block);
     unsigned char* v_tile = k_tile + kKeys * D * 2;
     unsigned char* exchange = q_tile + kStreamQueryRows * D * 2;
-    const int units = num_parts(p);
     constexpr int kStep = kConsumers / kChunks;
-    bool waited = false;
 
-    for (int unit = first; unit < units; unit += p.stream.blocks) {
+    for (int unit = first; unit < p.units; unit += p.stream.blocks) {
       const int here = opaque(thread);
       // This thread copies piece here % kChunks of the keys here / kChunks + i * kStep.
       const Part part_here = part_of(p, shared, layer, unit);
       const Keys& keys = part_here.keys;
       const int row0 = part_here.row0, kv_head = part_here.kv_head, b = part_here.b;
       const int begin = part_here.begin, end = part_here.end, prefix = shared.prefix[b];
-      if (begin >= end) continue;
+      const auto is_first = [&] { return unit == opaque(static_cast<int>(blockIdx.x)); };  // index[0] of the job
+      if (begin >= end) {
+        if (is_first()) wait();
+        continue;
+      }
 
       int32_t slots[kCopies];  // of the tile that is copied next; -1: no such key
       const auto find_slots = [&](int tile) {
@@ -642,19 +634,21 @@ struct Draft {
         copy_async_commit();
       };
 
-      // Of this block's first keys the loaders have looked them up; every part before is empty.
+      // Of the first unit's first keys the loaders have looked them up.
       const bool early = begin != keys.tiles;
-      if (!waited && early) {
-        mbarrier_wait(&shared.slots_known, layer % 2);
+      if (is_first() && early) {
+        for (int w = 0; w < stream::kLoaderWarps; ++w) {
+          while (load_acquire_shared(&shared.slots_of[w]) - 1 != static_cast<uint32_t>(layer)) {  // layer + 1 would be kept
+          }
+        }
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) slots[i] = shared.first_slots[here / kChunks + i * kStep];
       } else {
         find_slots(begin);
       }
-      if (waited) named_barrier(kConsumerBarrier, kConsumers);  // the unit before has left its part
+      if (!is_first()) named_barrier(kConsumerBarrier, kConsumers);  // the unit before has left its part
       if (early) copy_first();
-      if (!waited) wait();
-      waited = true;
+      if (is_first()) wait();
       if (!early) copy_first();
 
 #pragma unroll
@@ -671,8 +665,10 @@ struct Draft {
       const int lane = here % 32, part = here / 32 % 4, half = here / 128;
       // This thread's rows: row0 + 16 part + lane / 4 + {0, 8}.
       const bool busy = row0 + 16 * part < query_rows;
-      uint4* const fragments = reinterpret_cast<uint4*>(exchange) + part * (kKeys / 16 * 32) + lane;
-      const float scale_log2 = p.scale * 1.4426950408889634f;
+      const auto fragment = [&](int kk) {  // of the weights: rows of `part`, keys 16 kk ..
+        const int h = opaque(here);
+        return reinterpret_cast<uint4*>(exchange) + (h / 32 % 4 * (kKeys / 16) + kk) * 32 + h % 32;
+      };
       float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
       float out[D / 16][4] = {};  // columns half * D / 2 ..
 
@@ -683,7 +679,7 @@ struct Draft {
         float s[kHalf / 8][4] = {};
         if (busy) {
           const int lane = opaque(here) % 32;
-#pragma unroll
+#pragma unroll 2
           for (int c = 0; c < D / 32; ++c) {  // 32 columns: of each row this lane's 8
             const auto piece = [&](const unsigned char* from, int row) {
               return *reinterpret_cast<const uint4*>(from + (row * kChunks + k_chunk(row, 4 * c + lane % 4)) * 16);
@@ -705,6 +701,7 @@ struct Draft {
         copy_async_commit();
 
         if (busy) {
+          const float scale_log2 = p.scale * 1.4426950408889634f;
 #pragma unroll
           for (int j = 0; j < kHalf / 8; ++j)
 #pragma unroll
@@ -775,7 +772,7 @@ struct Draft {
           }
 #pragma unroll
           for (int kk = 0; kk < kHalf / 16; ++kk) {
-            fragments[(2 * half + kk) * 32] =
+            *fragment(2 * half + kk) =
                 make_uint4(pack_bf16(s[2 * kk][0], s[2 * kk][1]), pack_bf16(s[2 * kk][2], s[2 * kk][3]),
                            pack_bf16(s[2 * kk + 1][0], s[2 * kk + 1][1]), pack_bf16(s[2 * kk + 1][2], s[2 * kk + 1][3]));
           }
@@ -785,9 +782,9 @@ struct Draft {
         named_barrier(kConsumerBarrier, kConsumers);  // V is here
         if (tile == begin) wait.mark(stream::kLeftPart);
         if (busy) {
-#pragma unroll
+#pragma unroll 2
           for (int kk = 0; kk < kKeys / 16; ++kk) {
-            const uint4 w = fragments[kk * 32];
+            const uint4 w = *fragment(kk);
             const uint32_t a[4] = {w.x, w.y, w.z, w.w};
             const int lane = opaque(here) % 32, key = 16 * kk + lane % 16;
 #pragma unroll
@@ -834,8 +831,8 @@ struct Draft {
         }
       }
     }
-    if (!waited) wait();
-    merge(p, shared, layer, first, p.batch * p.block_size, opaque(thread));
+    if (first >= p.units) wait();
+    merge(p, shared, layer, opaque(static_cast<int>(blockIdx.x)), p.batch * p.block_size, opaque(thread));
   }
 
   static __device__ __forceinline__ float* part_row(const Params& p, int split, int token, int head) {
@@ -856,46 +853,24 @@ struct Draft {
       const int piece = item % kPieces, head = item / kPieces % p.q_heads, token = item / (kPieces * p.q_heads);
       const int used = keys_of(p, shared, layer, token / p.block_size).used_splits();
       float* const parts = part_row(p, 0, token, head);
-      const int64_t step = static_cast<int64_t>(p.batch * p.block_size * p.q_heads) * (D + 4);
+      const uint32_t step = static_cast<uint32_t>(p.batch * p.block_size * p.q_heads) * (D + 4);
       const auto at = [&](int split) {
         return reinterpret_cast<uint2*>(parts + split * step + 64 * piece + 2 * lane);
       };
       const auto stats_at = [&](int split) { return reinterpret_cast<uint2*>(parts + split * step + D + 2 * piece); };
-      uint2 v[kAtOnce], stats[kRounds];
-      // All of them are on their way at a time.
-      const auto wait_for_parts = [&](int from, bool with_stats) {
-        bool whole;
-        do {
-          whole = true;
-          if (with_stats) {
-#pragma unroll
-            for (int i = 0; i < kRounds; ++i) {
-              stats[i] = make_uint2(__float_as_uint(-INFINITY), 0u);
-              if (lane + 32 * i < used) stats[i] = load_relaxed(stats_at(lane + 32 * i));
-            }
-          }
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            v[j] = make_uint2(0u, 0u);
-            if (from + j < used) v[j] = load_relaxed(at(from + j));
-          }
-#pragma unroll
-          for (int i = 0; i < kRounds; ++i) whole &= stream::is_whole(stats[i]);
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) whole &= stream::is_whole(v[j]);
-        } while (!whole);
-        __syncwarp();
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          if (from + j < used) store_relaxed(at(from + j), nothing);
-        }
-      };
-      wait_for_parts(0, true);
-      float weight[kRounds], highest = -INFINITY, total = 0.0f;
+      float weight[kRounds], sum[kRounds], highest = -INFINITY, total = 0.0f;
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
-        if (lane + 32 * i < used) store_relaxed(stats_at(lane + 32 * i), nothing);
-        highest = fmaxf(highest, __uint_as_float(stats[i].x));
+        uint2 stats = make_uint2(__float_as_uint(-INFINITY), 0u);
+        if (lane + 32 * i < used) {
+          do {
+            stats = load_relaxed(stats_at(lane + 32 * i));
+          } while (!stream::is_whole(stats));
+          store_relaxed(stats_at(lane + 32 * i), nothing);
+        }
+        weight[i] = __uint_as_float(stats.x);
+        sum[i] = __uint_as_float(stats.y);
+        highest = fmaxf(highest, weight[i]);
       }
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) {
@@ -903,20 +878,34 @@ struct Draft {
       }
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
-        const float sum = __uint_as_float(stats[i].y);
-        weight[i] = sum == 0.0f ? 0.0f : exp2f(__uint_as_float(stats[i].x) - highest);
-        total += weight[i] * sum;
+        weight[i] = sum[i] == 0.0f ? 0.0f : exp2f(weight[i] - highest);
+        total += weight[i] * sum[i];
       }
       const float inverse = 1.0f / warp_sum(total);  // a query sees at least its own key
       float x = 0.0f, y = 0.0f;
+#pragma unroll 1
+      for (int from = 0; from < used; from += kAtOnce) {
+        uint2 v[kAtOnce];
+        bool whole;
+        do {
+          whole = true;
 #pragma unroll
-      for (int from = 0; from < kMaxStreamSplits; from += kAtOnce) {
-        if (from >= used) break;
-        if (from > 0) wait_for_parts(from, false);
+          for (int j = 0; j < kAtOnce; ++j) {
+            v[j] = make_uint2(0u, 0u);
+            if (from + j < used) v[j] = load_relaxed(at(from + j));
+          }
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) whole &= stream::is_whole(v[j]);
+        } while (!whole);
+        __syncwarp();
+        float of_round = weight[0];
+#pragma unroll
+        for (int i = 1; i < kRounds; ++i) of_round = from >= 32 * i ? weight[i] : of_round;
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          const float w = __shfl_sync(0xffffffffu, weight[from / 32], (from + j) % 32);  // 0 beyond `used`
+          const float w = __shfl_sync(0xffffffffu, of_round, (from + j) % 32);  // 0 beyond `used`
           x += w * __uint_as_float(v[j].x), y += w * __uint_as_float(v[j].y);
+          if (from + j < used) store_relaxed(at(from + j), nothing);
         }
       }
       auto* to = reinterpret_cast<uint32_t*>(p.attended + (static_cast<int64_t>(token) * p.q_heads + head) * D) +

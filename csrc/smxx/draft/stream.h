@@ -50,6 +50,7 @@ struct StreamDraftParams {
   int rotary_dim = 0, num_layers = 0;
   int splits = 1;     // parts the keys of a request are cut into
   int row_tiles = 1;  // of kStreamQueryRows of the T * G query rows of a KV head
+  int units = 0;      // of the attention of a layer: batch * kv_heads * splits * row_tiles
   int64_t vocab = 0, max_positions = 0, rows = 0, width = 0;
   IntView block_ids, positions;            // [B, T]
   IntView prefix_lens, req_pool_indices;   // [B]

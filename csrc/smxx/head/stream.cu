@@ -62,18 +62,15 @@ struct Argmax {
     const Params& p_;
   };
 
-  struct Expected {};
-
-  static __device__ __forceinline__ Expected expect(const Params& p, const Shared&, const Unit& u, int, int thread) {
+  static __device__ __forceinline__ void expect(const Params& p, const Shared&, const Unit& u, int, int thread) {
     if (thread < 2 && p.bias != nullptr && u.row_tile * kTileRows + 64 * thread < p.vocab) {
       prefetch_l1(p.bias + u.row_tile * kTileRows + 64 * thread);
     }
-    return {};
   }
 
   // A warp takes a token at a time, always the same ones; a lane four rows.
-  static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u, const Expected&,
-                                                const float* block, int tokens, int thread) {
+  static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u, const float* block,
+                                                int tokens, int thread) {
     const int lane = thread % 32, first = u.row_tile * kTileRows;
     float bias[4] = {};
     if (p.bias != nullptr) {

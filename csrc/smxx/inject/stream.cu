@@ -114,25 +114,22 @@ struct Inject {
   };
 
   // What the end of a tile reads and no block writes, on its way while other blocks' parts are waited for.
-  struct Expected {};
-
-  static __device__ __forceinline__ Expected expect(const Params& p, const Shared& shared, const Unit& u, int tokens,
-                                                    int thread) {
+  static __device__ __forceinline__ void expect(const Params& p, const Shared& shared, const Unit& u, int tokens,
+                                                int thread) {
     const WriteParams& w = p.write;
     if (u.stage == 0) {
       const int feature = u.row_tile * kTileRows + 64 * thread;
       if (thread < 2 && feature < p.hidden) prefetch_l1(p.hidden_norm + feature);
-      return {};
+      return;
     }
     const int lines = (w.rotary_dim + 31) / 32;  // of 128 bytes
     for (int i = thread; i < tokens * lines; i += stream::kConsumers) {
       prefetch_l1(w.cos_sin + shared.positions[i / lines] * w.cos_sin_stride + i % lines * 32);
     }
-    return {};
   }
 
-  static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u, const Expected&,
-                                                float* block, int tokens, int thread) {
+  static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u, float* block,
+                                                int tokens, int thread) {
     u.stage == 0 ? finish_fused(p, u, block, tokens, thread) : finish_heads(p, shared, u, block, tokens, thread);
   }
 

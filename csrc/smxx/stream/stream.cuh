@@ -49,9 +49,9 @@
 //     Source source(k)                        where columns k .. k + 7 come from
 //     const uint16_t* address(source, token)  nullptr: zeros
 //   static bool has_more(stage)               no loader may enter the next such stage before this one's tiles are finished
-//   Expected expect(p, shared, unit, tokens, thread)               256 threads, before other blocks' parts are waited
-//                                           for: may prefetch, or read what no block writes meanwhile
-//   static void finish(p, shared, unit, expected, block, tokens, thread)   256 threads; block[token * kBlockPitch + row]
+//   static void expect(p, shared, unit, tokens, thread)            256 threads, before other blocks' parts are waited
+//                                           for: may prefetch what finish will read
+//   static void finish(p, shared, unit, block, tokens, thread)     256 threads; block[token * kBlockPitch + row]
 //   static void job(p, shared, unit, block, buffers, tokens, thread, wait)   the same for units without weights. Calls
 //                                           wait() once and reads before that only what no stage of this launch writes.
 //                                           buffers: those of the tokens, free if the block's next product waits for
@@ -521,7 +521,7 @@ class Stream {
         trace(unit_here(), kLeftPart, threadIdx.x == 0);
         continue;
       }
-      const auto expected = Policy::expect(p_, control_.policy, u, tokens, opaque(threadIdx.x));
+      Policy::expect(p_, control_.policy, u, tokens, opaque(threadIdx.x));
       if (u.contributors > 1) add_parts(u, tokens, kColumns);
       trace(unit_here(), kAddedParts, threadIdx.x == 0);
       if (Policy::has_more(u.stage)) {
@@ -530,7 +530,7 @@ class Stream {
           }
         }
       }
-      Policy::finish(p_, control_.policy, u, expected, block_, tokens, opaque(threadIdx.x));
+      Policy::finish(p_, control_.policy, u, block_, tokens, opaque(threadIdx.x));
       trace(unit_here(), kFinished, threadIdx.x == 0);
       end_unit(u);
       trace(unit_here(), kSignalled, threadIdx.x == 0);
@@ -555,7 +555,7 @@ class Stream {
 
   // Adds the parts of ranks 1.. to block_; the words of two pieces and kRanks ranks are on their way at a time.
   __device__ __forceinline__ void add_parts(const Unit& u, int tokens, int columns) {
-    constexpr int kRanks = 6;
+    constexpr int kRanks = 4;
     const uint4 nothing = make_uint4(kNothing, kNothing, kNothing, kNothing);
     const int slot = columns * kPieces, pieces = tokens * kPieces;
 #pragma unroll 1
