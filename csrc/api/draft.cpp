@@ -429,12 +429,9 @@ int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_
                                        int64_t intermediate_size, int64_t num_q_heads, int64_t num_kv_heads,
                                        int64_t head_dim) {
   constexpr const char* kOp = "draft_forward_packed_workspace";
-  const std::pair<const char*, int64_t> sizes[] = {{"block_size", block_size},
-                                                   {"hidden_size", hidden_size},
-                                                   {"intermediate_size", intermediate_size},
-                                                   {"num_q_heads", num_q_heads},
-                                                   {"num_kv_heads", num_kv_heads},
-                                                   {"head_dim", head_dim}};
+  const std::pair<const char*, int64_t> sizes[] = {
+      {"block_size", block_size},   {"hidden_size", hidden_size},   {"intermediate_size", intermediate_size},
+      {"num_q_heads", num_q_heads}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}};
   DFLASH_CHECK(kOp, batch >= 0, "batch", "be at least 0", batch);
   for (const auto& [name, size] : sizes) DFLASH_CHECK(kOp, size >= 1, name, "be at least 1", size);
   DFLASH_CHECK(kOp, num_q_heads % num_kv_heads == 0, "num_q_heads",

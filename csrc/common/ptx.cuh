@@ -215,9 +215,10 @@ __device__ __forceinline__ uint32_t load_acquire_shared(const uint32_t* word) {
 }
 
 __device__ __forceinline__ void store_release_shared(uint32_t* word, uint32_t value) {
-  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(word))),
-               "r"(value)
-               : "memory");
+  asm volatile(
+      "st.release.cta.shared::cta.u32 [%0], %1;\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(word))),
+      "r"(value)
+      : "memory");
 }
 
 // Words that another block writes while this one looks: each of the four is whole, and nothing else is said about other

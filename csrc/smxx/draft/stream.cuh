@@ -14,16 +14,17 @@
 //   down     + residual, as out
 // Before the first layer: a job that gathers the embedding; after the last: the final norm.
 //
-// Five hand-offs a layer. Between products one takes, from the last multiplication of one stage to the first of the next
-// (sums of other blocks' parts, end of the tile, counter, tokens), about what the ring's 160 KB of W a block hide; from
-// qkv to o, with the attention, it takes several times that (bench/NOTES.md, bench/results/*/stream_trace.txt).
+// Five hand-offs a layer. Between products one takes, from the last multiplication of one stage to the first of the
+// next (sums of other blocks' parts, end of the tile, counter, tokens), about what the ring's 160 KB of W a block hide;
+// from qkv to o, with the attention, it takes several times that (bench/NOTES.md, bench/results/*/stream_trace.txt).
 //
 // Floor and first prediction on an H100 (3.15 TB/s), B 1, T 16, context 1024; measured: bench/NOTES.md.
 //   Qwen3-8B drafter    1.93 GB of W, 21 MB of context   619 us; + start, end, 30 hand-offs partly hidden: 660-690 us
 //   397B drafter / 8    0.29 GB, 3 MB                     93 us; latency decides: 6 x (12 + 13) + 10 = 160-175 us
 //
 // Attention of a unit: 8 warps = 4 x 16 query rows by 2 halves: a warp weighs half of a tile's 64 keys, passes the
-// weights to the other and adds up half of V's columns. K and V take the 32 KB of the finished block, Q the buffers of tokens, which nobody needs before o:
+// weights to the other and adds up half of V's columns. K and V take the 32 KB of the finished block, Q the buffers of
+// tokens, which nobody needs before o:
 //   Q [64][D] | K [64][D] | V [64][D] bf16, 16-byte chunks of a row permuted (k_chunk, v_chunk) against bank conflicts.
 // Q and K are multiplied in the order of stream/format.cuh.
 // cp.async: K of tile i + 1 is under way while tile i is weighed, V of tile i + 1 while S of tile i + 1 is computed.
@@ -130,11 +131,12 @@ struct Draft {
   static constexpr int kKeys = 64, kHalf = kKeys / 2;           // of a tile, of a warp
   static constexpr int kChunks = D / 8;                         // 16-byte pieces of a row
   static constexpr int kCopies = kKeys * kChunks / kConsumers;  // of K, and of V, a thread and tile
-  static constexpr int kPairBarrier = 4;  // .. 7, of the two warps of 16 query rows
+  static constexpr int kPairBarrier = 4;                        // .. 7, of the two warps of 16 query rows
   static_assert(kKeys == stream::kLoaders, "one looks up a slot");
   // Behind Q: the weights of a tile, as the warps of the same rows read them, and what they tell each other of a row.
   static constexpr int kExchangeBytes = kStreamQueryRows * kKeys * 2;
-  static_assert(kStreamQueryRows * D * 2 + kExchangeBytes + 128 * 4 <= stream::kTokenBuffers * stream::kTokenBufferBytes);
+  static_assert(kStreamQueryRows * D * 2 + kExchangeBytes + 128 * 4 <=
+                stream::kTokenBuffers * stream::kTokenBufferBytes);
   static_assert(kStreamQueryRows == kKeys, "Q is copied as K is");
   static_assert(2 * kKeys * D * 2 <= stream::kBlockBytes);
 
@@ -257,8 +259,8 @@ struct Draft {
 
   // ---- ends of tiles -----------------------------------------------------------------------------------------------
 
-  static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u,
-                                                float* block, int tokens, int thread) {
+  static __device__ __forceinline__ void finish(const Params& p, Shared& shared, const Unit& u, float* block,
+                                                int tokens, int thread) {
     const int kind = u.stage % kKinds, layer = u.stage / kKinds;
     if (kind == kQkv) {
       finish_heads(p, shared, layer, u.row_tile, block, tokens, thread);
@@ -638,7 +640,8 @@ struct Draft {
       const bool early = begin != keys.tiles;
       if (is_first() && early) {
         for (int w = 0; w < stream::kLoaderWarps; ++w) {
-          while (load_acquire_shared(&shared.slots_of[w]) - 1 != static_cast<uint32_t>(layer)) {  // layer + 1 would be kept
+          while (load_acquire_shared(&shared.slots_of[w]) - 1 !=
+                 static_cast<uint32_t>(layer)) {  // layer + 1 would be kept
           }
         }
 #pragma unroll
@@ -772,9 +775,9 @@ struct Draft {
           }
 #pragma unroll
           for (int kk = 0; kk < kHalf / 16; ++kk) {
-            *fragment(2 * half + kk) =
-                make_uint4(pack_bf16(s[2 * kk][0], s[2 * kk][1]), pack_bf16(s[2 * kk][2], s[2 * kk][3]),
-                           pack_bf16(s[2 * kk + 1][0], s[2 * kk + 1][1]), pack_bf16(s[2 * kk + 1][2], s[2 * kk + 1][3]));
+            *fragment(2 * half + kk) = make_uint4(
+                pack_bf16(s[2 * kk][0], s[2 * kk][1]), pack_bf16(s[2 * kk][2], s[2 * kk][3]),
+                pack_bf16(s[2 * kk + 1][0], s[2 * kk + 1][1]), pack_bf16(s[2 * kk + 1][2], s[2 * kk + 1][3]));
           }
         }
         copy_async_wait<1>();
@@ -817,8 +820,8 @@ struct Draft {
         for (int h = 0; h < 2; ++h) {
           const int row = row0 + 16 * part + lane / 4 + 8 * h;
           if (row >= query_rows) continue;
-          float* to = part_row(p, unit / p.row_tiles % p.splits, b * p.block_size + row / group,
-                               kv_head * group + row % group);
+          float* to =
+              part_row(p, unit / p.row_tiles % p.splits, b * p.block_size + row / group, kv_head * group + row % group);
 #pragma unroll
           for (int n = 0; n < D / 16; ++n) {
             store_relaxed(reinterpret_cast<uint2*>(to + half * (D / 2) + 8 * n + 2 * (lane % 4)),
@@ -840,8 +843,8 @@ struct Draft {
     return p.attention_parts + static_cast<int64_t>(row) * (D + 4);
   }
 
-  // out = sum_s 2^(m_s - m) o_s / sum_s 2^(m_s - m) l_s over the splits s of 64 columns of a (token, head): a warp each,
-  // of all blocks. Waits for the parts, whoever computes them, and leaves their places empty for the next layer.
+  // out = sum_s 2^(m_s - m) o_s / sum_s 2^(m_s - m) l_s over the splits s of 64 columns of a (token, head): a warp
+  // each, of all blocks. Waits for the parts, whoever computes them, and leaves their places empty for the next layer.
   static __device__ __forceinline__ void merge(const Params& p, const Shared& shared, int layer, int first, int tokens,
                                                int thread) {
     constexpr int kRounds = kMaxStreamSplits / 32, kPieces = D / 64, kAtOnce = 16;
@@ -854,9 +857,7 @@ struct Draft {
       const int used = keys_of(p, shared, layer, token / p.block_size).used_splits();
       float* const parts = part_row(p, 0, token, head);
       const uint32_t step = static_cast<uint32_t>(p.batch * p.block_size * p.q_heads) * (D + 4);
-      const auto at = [&](int split) {
-        return reinterpret_cast<uint2*>(parts + split * step + 64 * piece + 2 * lane);
-      };
+      const auto at = [&](int split) { return reinterpret_cast<uint2*>(parts + split * step + 64 * piece + 2 * lane); };
       const auto stats_at = [&](int split) { return reinterpret_cast<uint2*>(parts + split * step + D + 2 * piece); };
       float weight[kRounds], sum[kRounds], highest = -INFINITY, total = 0.0f;
 #pragma unroll

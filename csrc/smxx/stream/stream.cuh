@@ -48,8 +48,9 @@
 //                                             other blocks, written to `shared`; a warp does its share of it
 //     Source source(k)                        where columns k .. k + 7 come from
 //     const uint16_t* address(source, token)  nullptr: zeros
-//   static bool has_more(stage)               no loader may enter the next such stage before this one's tiles are finished
-//   static void expect(p, shared, unit, tokens, thread)            256 threads, before other blocks' parts are waited
+//   static bool has_more(stage)               no loader may enter the next such stage before this one's tiles are
+//   finished static void expect(p, shared, unit, tokens, thread)            256 threads, before other blocks' parts are
+//   waited
 //                                           for: may prefetch what finish will read
 //   static void finish(p, shared, unit, block, tokens, thread)     256 threads; block[token * kBlockPitch + row]
 //   static void job(p, shared, unit, block, buffers, tokens, thread, wait)   the same for units without weights. Calls
@@ -99,8 +100,8 @@ struct Control {
   uint64_t prepared;
   uint64_t job_done;                  // a job has read what it put into the buffers of tokens
   uint32_t more_stage[kLoaderWarps];  // 1 + the last stage whose more() this warp has done
-  uint32_t launch;               // how many launches of this schedule came before
-  int32_t unit[kConsumerWarps];  // that a consumer warp is at: neither products nor jobs have a register for it
+  uint32_t launch;                    // how many launches of this schedule came before
+  int32_t unit[kConsumerWarps];       // that a consumer warp is at: neither products nor jobs have a register for it
   typename Policy::Shared policy;
 };
 
