@@ -25,7 +25,7 @@ from dflash_kernels.ops import Verified
 
 # csrc/smxx/verify/trace.cuh
 START, LANDED, REDUCED, COPIED, REPORTED, ROW, REQUEST, END = range(1, 9)
-BLOCKS, WARPS, STAMPS = 160, 17, 256
+BLOCKS, WARPS, STAMPS = 160, 16, 256
 SETS = 4  # of logits, so that those of the traced call have left the cache
 
 

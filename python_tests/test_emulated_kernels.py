@@ -358,20 +358,6 @@ MUTATIONS = [
     ),
     pytest.param(
         "smxx/verify/verify_block.cu",
-        "mbarrier_wait(block.taken + warp, posted ^ 1);",
-        "",
-        "verify-many_units or verify-logits_match or verify-long_rows",
-        id="verify_block writes over a key that nobody has taken",
-    ),
-    pytest.param(
-        "smxx/verify/verify_block.cu",
-        "if (lane == first) best = top, count = static_cast<uint32_t>(__popc(group));",
-        "if (lane == first) best = key, count = static_cast<uint32_t>(__popc(group));",
-        "verify-many_units or verify-logits_match or verify-long_rows or verify-ties",
-        id="verify_block takes one key for all that came of a row",
-    ),
-    pytest.param(
-        "smxx/verify/verify_block.cu",
         "return (static_cast<unsigned>(state) & up_to_end) == up_to_end;",
         "return true;",
         "verify-many_units or verify-logits_match or verify-every_place",

@@ -145,21 +145,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
-// Whether the phase of that parity has ended.
-__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, done;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 // L2 policy of data that is read once.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;

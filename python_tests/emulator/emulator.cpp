@@ -27,7 +27,6 @@ constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kPoison = 0xff;
 constexpr int kIdleRounds = 1000;  // in a row, in which every thread that ran only looked whether it may go on
 constexpr std::chrono::seconds kIdleTime{60};  // the same, where a thread waits for another device
-constexpr int kVainTests = 1 << 22;            // of mbarriers, in a row
 
 uint64_t count(const dim3& size) { return uint64_t{size.x} * size.y * size.z; }
 
@@ -129,7 +128,6 @@ struct Machine {
   bool looked_outside = false;
   jmp_buf scheduler;
   std::string error;
-  int vain_tests = 0;
 
   Cta& cta() { return ctas[current->cta]; }
   unsigned live() const {
@@ -273,7 +271,6 @@ void run_cluster(const Launch& launch) {
     std::reverse(lane_order.begin(), lane_order.end());
   }
   int idle_rounds = 0;
-  m.vain_tests = 0;
   auto idle_since = std::chrono::steady_clock::now();
   while (m.live() > 0) {
     bool progress = false, all_spin = true;
@@ -524,17 +521,6 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
     if (due.empty()) spin();
     for (const BulkCopy& copy : due) finish_copy(copy);
   }
-}
-
-bool mbarrier_test(uint64_t* barrier, unsigned parity) {
-  Machine& m = machine();
-  if (state(barrier).phase == (parity & 1)) {
-    if (++m.vain_tests > kVainTests) fail("deadlock, a warp tests mbarriers that nobody completes");
-    spin();
-  }
-  if (state(barrier).phase == (parity & 1)) return false;
-  m.vain_tests = 0;
-  return true;
 }
 
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {

@@ -77,7 +77,6 @@ void pause();         // others may run, in random order
 void mbarrier_init(uint64_t* barrier, unsigned arrivals);
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
-bool mbarrier_test(uint64_t* barrier, unsigned parity);
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
 
 // ---- what the compiler's own syntax becomes (build.py) -----------------------------------------------------------

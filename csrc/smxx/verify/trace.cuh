@@ -13,7 +13,7 @@ namespace dflash::verify {
 enum class Event : int { kStart = 1, kLanded, kReduced, kCopied, kReported, kRow, kRequest, kEnd };
 
 #ifdef DFLASH_TRACE
-constexpr int kTracedBlocks = 160, kTracedWarps = 17, kStamps = 256;
+constexpr int kTracedBlocks = 160, kTracedWarps = 16, kStamps = 256;
 
 struct Stamp {
   unsigned long long time;  // ns

@@ -15,31 +15,28 @@
 //
 // Partition. A row is cut into equal slices of at most 7 KB, if possible so many that they divide the number of SMs or
 // are a multiple of it: 44 for V = 151936 in bfloat16 and 132 SMs. All slices of all rows, in order, are units 0, 1, 2,
-// ..; runs of them go round the blocks, one block an SM. All rows: one run a block, its share of the bytes from one end
-// to the other, so that nearly all that a block has to say of a row is said at once. Lazily: runs of four, row 0 of all
-// requests, then row 1, ..: what is read at one time is one front, and whatever rows are left over, all blocks get the
-// same number of bytes without a word between them.
+// ..; unit n belongs to block n % gridDim, one block an SM. So block c has the same slice of every third row: all
+// blocks get the same number of bytes, also of the rows that a lazy pass leaves over, without a word between them. What
+// is read at one time is one front that moves through memory; its order is request by request for all rows, so that
+// requests end one after another, and lazily row 0 of all requests, then row 1, ..
 //
-// Pipeline. A reader is a warp that owns a slot of shared memory, as large as a slice, and an mbarrier: it copies a
-// unit there in bulk, reduces it alone, starts the copy of its next unit and only then says what it found. Readers meet
-// nowhere: they take the block's units off a counter in shared memory, the first ones by their number. All their slots
-// are under way but for those that are being reduced. 48 KB under way take the memory's full rate; what is more only
-// queues, and everything else an SM asks of memory queues behind it (with 128 KB an atomic takes ten times as long).
+// Pipeline. A warp owns a slot of shared memory, as large as a slice, and an mbarrier: it copies a unit there in bulk,
+// reduces it alone, starts the copy of its next unit and only then reports. Warps meet nowhere: they take the block's
+// units off a counter in shared memory, the first ones by their number. Sixteen slots keep some 100 KB under way or
+// being reduced, more than what the memory's full rate takes; more would only queue, and everything else an SM asks of
+// memory, the reports, would queue behind it (with 128 KB under way an atomic takes ten times as long).
 //
 // Reports. A release or a fence waits for the copies that its SM has under way, so there is none. One word carries all
-// that is known of a row, the largest key so far and the number of slices that it is of (join): two atomics, without a
-// second try whoever else comes, and who makes the count full goes on with the row's argmax. The rows of a request meet
-// in the same way in a word of the request, and who completes it writes the outputs. Two trips to memory are longer
-// than the copy of a slice, so a reader does not make them: it leaves its key in a box, and the block's last warp,
-// which does nothing else, takes what has come to all boxes, joins what is of the same row by itself and makes the
-// trips for many slices at a time. Only a reader with nothing more to read makes its own. Results do not depend on the
-// order of arrival. All words are zero between calls. (Taking a row's word away and putting it back joined was dropped:
-// simulated, slices that land together contend for it for 5 to 20 us.)
+// that is known of a row, the largest key so far and the number of slices that it is of (join): two atomics a slice,
+// without a second try whoever else comes, and who makes the count full goes on with the row's argmax. The rows of a
+// request meet in the same way in a word of the request, and who completes it writes the outputs. Taking the word away
+// and putting it back joined was dropped: simulated, slices that land together contend for it for 5 to 20 us. Results
+// do not depend on the order of arrival. All words are zero between calls.
 //
-// Lazily a mismatch is also published in a byte of the request; every reader looks at those of its next 32 runs while
-// it reduces, so that what is dead costs nothing but that look. What dead rows leave in their words is cleared by the
-// last block to leave; here is the one fence, when nothing is under way. (Rows of millions of elements need more bits
-// than a word has: they are joined by a maximum and a released count.)
+// Lazily a mismatch is also published in a byte of the request; every warp reads it for its next 32 units while it
+// reduces, so that what is dead costs nothing but that look. What dead rows leave in their words is cleared by the last
+// block to leave; here is the one fence, when nothing is under way. (Rows of millions of elements need more bits than a
+// word has: they are joined by a maximum and a released count.)
 #include <algorithm>
 
 #include "common/cuda_check.h"
@@ -56,13 +53,10 @@
 namespace dflash::verify {
 namespace {
 
+constexpr int kWarps = 16;  // by measurement: bench/results/*/verify_warps.json
+constexpr int kThreads = 32 * kWarps;
 constexpr int kSliceBytes = 7168;  // at most
 static_assert(kSliceBytes % 128 == 0);
-
-// Lazily less is under way: what is read in vain is about what was under way when a mismatch became known.
-constexpr int kReaders = 16, kLazyReaders = 12;
-constexpr int kThreads = 32 * (kReaders + 1), kLazyThreads = 32 * (kLazyReaders + 1);
-constexpr int kLazyRun = 4;  // units, at most
 
 // Bytes of logits from which rows are left out unasked: between B 8 of V 151936, where reading all rows is faster, and
 // B 32, where it is not (bench/results/*/verify.json).
@@ -75,7 +69,6 @@ struct Slices {
   uint32_t units;   // of all rows
   int vectors;      // of a slice; the last of a row may have fewer
   Divisor per_row;  // slices
-  Divisor run;      // units that follow each other in one block
   Divisor inner;    // all rows: T; lazily: B
   // Of the word of a row: count_bits for the number of slices, 32 - count_bits for an index. 0: no such split is
   // enough.
@@ -88,14 +81,6 @@ struct Unit {
 };
 constexpr int kNone = -1;
 
-// A row that is complete: its argmax, what the draft has in its place, and the request's word as it was a little
-// before.
-struct EndedRow {
-  uint32_t index;
-  int64_t guess;
-  unsigned long long state;
-};
-
 // What is copied of a unit.
 struct Span {
   const uint4* from;
@@ -107,90 +92,27 @@ struct Watch {
   const uint8_t* byte;
   int most;
 
-  __device__ __forceinline__ int look() const { return byte == nullptr ? 0 : load_relaxed(byte); }
+  __device__ __forceinline__ bool is_wanted() const { return byte == nullptr || load_relaxed(byte) <= most; }
 };
 
 // Unit k of this block.
 __device__ __forceinline__ Unit unit_of(const Slices& slices, unsigned k) {
-  const uint32_t n = k + slices.run.value * (blockIdx.x + slices.run.divide(k) * (gridDim.x - 1));
+  const uint32_t n = blockIdx.x + gridDim.x * k;
   if (n >= slices.units) return Unit{kNone, 0};
   const uint32_t row = slices.per_row.divide(n);
   return Unit{static_cast<int>(row), static_cast<int>(n - row * slices.per_row.value)};
 }
 
-// What passes between a block's warps. A box holds what a reader has found in one unit.
-template <int kBoxes>
-struct Block {
-  uint64_t landed[kBoxes];                 // mbarriers: a slot is full,
-  uint64_t posted[kBoxes], taken[kBoxes];  // a box is full, and empty again,
-  uint64_t over;                           // all readers have ended
-  uint64_t key[kBoxes];
-  int row[kBoxes];
-  unsigned next;  // unit of this block
-};
-
-// Called by a warp, each lane with the argmax_key of `count` slices of row n, or 0 slices, and with what the row's word
-// held a while ago (0: not known). job.add(n, key, count, seen, ended) is called by each of those lanes and says
-// whether the row is complete with them; then all lanes call job.end_row(n, ended).
-template <typename Job>
-__device__ __forceinline__ void report(const Job& job, int n, uint64_t key, uint32_t count, unsigned long long seen) {
-  EndedRow ended{};
-  const bool complete = count > 0 && job.add(n, key, count, seen, ended);
-  unsigned left = __ballot_sync(kFullWarp, complete);
-  while (left != 0) {
-    const int lane = __ffs(left) - 1;
-    left &= left - 1;
-    job.end_row(__shfl_sync(kFullWarp, n, lane),
-                EndedRow{__shfl_sync(kFullWarp, ended.index, lane), __shfl_sync(kFullWarp, ended.guess, lane),
-                         __shfl_sync(kFullWarp, ended.state, lane)});
-  }
-}
-
-// Reports what readers leave in their boxes: one warp, lane i has box i.
-template <int kBoxes, typename Job>
-__device__ __forceinline__ void report_boxes(Block<kBoxes>& block, const Job& job) {
-  const int lane = threadIdx.x % 32;
-  uint32_t parity = 0;
-#pragma unroll 1
-  while (true) {
-    const bool full = lane < kBoxes && mbarrier_test(block.posted + lane, parity);
-    unsigned left = __ballot_sync(kFullWarp, full);
-    if (left == 0) {
-      // A reader ends when its box is empty.
-      if (__ballot_sync(kFullWarp, mbarrier_test(&block.over, 0)) != 0) return;
-      continue;
-    }
-    int row = kNone;
-    uint64_t key = 0;
-    if (full) {
-      row = block.row[lane], key = block.key[lane];
-      mbarrier_arrive(block.taken + lane);
-      parity ^= 1;
-    }
-    // The first lane of each row speaks for all.
-    uint64_t best = 0;
-    uint32_t count = 0;
-    while (left != 0) {
-      const int first = __ffs(left) - 1;
-      const bool same = row == __shfl_sync(kFullWarp, row, first);  // never kNone
-      const unsigned group = __ballot_sync(kFullWarp, same);
-      const uint64_t top = warp_max(same ? key : 0);
-      if (lane == first) best = top, count = static_cast<uint32_t>(__popc(group));
-      left &= ~group;
-    }
-    report(job, row, best, count, 0);
-  }
-}
-
-// Reads the units of this block. job.row(n): row n, a Row; what is found goes to `report`. If Job::kSkips, job.watch(n)
-// tells how to see whether row n still matters. All threads return when they have nothing more to do.
-template <LogitType kType, int kBoxes, typename Job>
+// Reads the units of this block. job.row(n): row n, a Row; job.report(n, key): the argmax_key of a slice of row n, the
+// same in all lanes of a warp. If Job::kSkips, job.watch(n) tells how to see whether row n still matters.
+template <LogitType kType, typename Job>
 __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size, const Job& job, Trace& trace) {
   extern __shared__ uint4 ring[];
-  __shared__ Block<kBoxes> block;
+  __shared__ uint64_t landed[kWarps];
+  __shared__ unsigned next;  // unit of this block
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint4* const slot = ring + warp * slices.vectors;
-  uint64_t* const barrier = block.landed + warp;
+  uint64_t* const barrier = landed + warp;
   const uint64_t policy = evict_first_policy();
 
   const auto span_of = [&](const Unit& unit) {
@@ -206,31 +128,29 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
   };
   const auto take = [&] {
     unsigned k = 0;
-    if (lane == 0) k = atomicAdd(&block.next, 1u);
+    if (lane == 0) k = atomicAdd(&next, 1u);
     return __shfl_sync(kFullWarp, k, 0);
   };
-  // How to see whether run `run` + lane is worth reading. There is no end to what lies behind the last one.
-  const auto watch = [&](unsigned run) {
+  // How to see whether unit k + lane is worth reading. There is no end to what lies behind the last one.
+  const auto watch = [&](unsigned k) {
     if constexpr (Job::kSkips) {
-      const Unit unit = unit_of(slices, (run + static_cast<unsigned>(lane)) * slices.run.value);
+      const Unit unit = unit_of(slices, k + static_cast<unsigned>(lane));
       if (unit.row != kNone) return job.watch(unit.row);
     }
     return Watch{nullptr, 0};
   };
 
-  if (warp < kBoxes && lane == 0) {
+  if (lane == 0) {
     mbarrier_init(barrier, 1);
     mbarrier_init_fence();
   }
+  if (threadIdx.x == 0) next = kWarps;
   __syncwarp();
-  Unit now = warp < kBoxes ? unit_of(slices, static_cast<unsigned>(warp)) : Unit{kNone, 0};
+  Unit now = unit_of(slices, static_cast<unsigned>(warp));
   copy(span_of(now));
-  if (warp == kBoxes && lane < kBoxes) mbarrier_init(block.posted + lane, 1), mbarrier_init(block.taken + lane, 1);
-  if (warp == kBoxes && lane == 0) mbarrier_init(&block.over, kBoxes), block.next = kBoxes;
-  __syncthreads();  // all of `block` is there
-  if (warp == kBoxes) return report_boxes(block, job);
+  __syncthreads();  // `next` is there
 
-  uint32_t parity = 0, posted = 1;
+  uint32_t parity = 0;
 #pragma unroll 1
   while (now.row != kNone) {
     const Row<kType> row = job.row(now.row);
@@ -243,15 +163,13 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     unsigned k = take();
     Unit following = unit_of(slices, k);
     Span span = span_of(following);
-    const Watch watched = watch(slices.run.divide(k));
-    // With the last unit, what may spare the report's first trip: nearly always there is a larger key by now.
-    const unsigned long long seen = following.row == kNone && lane == 0 ? load_relaxed(job.word(now.row)) : 0;
+    const Watch watched = watch(k);
     if (count > 0) {
       mbarrier_wait(barrier, parity);
       parity ^= 1;
     }
     trace.mark(Event::kLanded, now.row);
-    const int end = watched.look();  // not before: what was known when the copy began is old news
+    bool wanted = watched.is_wanted();
 
     Best<kType> best;
     best.take_all(slot, count, lane);
@@ -259,20 +177,17 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     trace.mark(Event::kReduced, now.row);
 
     if constexpr (Job::kSkips) {
-      bool wanted = end <= watched.most;
       while (true) {
-        const unsigned needed = __ballot_sync(kFullWarp, wanted);  // bit i: run `run` + i
+        const unsigned needed = __ballot_sync(kFullWarp, wanted);  // bit i: unit k + i
         if ((needed & 1) != 0) break;
         // For the whole block: nobody has to look at the dead ones again.
-        const unsigned run = slices.run.divide(k), dead = needed == 0 ? 32 : static_cast<unsigned>(__ffs(needed)) - 1;
-        if (lane == 0) atomicMax(&block.next, (run + dead) * slices.run.value);
+        const unsigned from = k, dead = needed == 0 ? 32 : static_cast<unsigned>(__ffs(needed)) - 1;
+        if (lane == 0) atomicMax(&next, from + dead);
         k = take();
         following = unit_of(slices, k);
         span = span_of(following);
-        const unsigned later = slices.run.divide(k);
-        if (later - run < 32 && (needed >> (later - run) & 1) != 0) break;
-        const Watch other = watch(later);
-        wanted = other.look() <= other.most;
+        if (k - from < 32 && (needed >> (k - from) & 1) != 0) break;
+        wanted = watch(k).is_wanted();
       }
     }
     copy(span);
@@ -280,23 +195,9 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
 
     uint64_t key = best.key(first, row.head);
     if (scalar >= 0) key = max(key, argmax_key(scalar_value, static_cast<uint32_t>(scalar)));
-    key = warp_max(key);
-    if (following.row == kNone) {
-      report(job, now.row, key, lane == 0 ? 1 : 0, seen);
-    } else {
-      posted ^= 1;
-      if (lane == 0) {  // alone: another lane might look when the next key is taken already
-        mbarrier_wait(block.taken + warp, posted ^ 1);
-        block.row[warp] = now.row, block.key[warp] = key;
-        mbarrier_arrive(block.posted + warp);
-      }
-    }
+    job.report(now.row, warp_max(key));
     trace.mark(Event::kReported, now.row);
     now = following;
-  }
-  if (lane == 0) {
-    mbarrier_wait(block.taken + warp, posted);
-    mbarrier_arrive(&block.over);
   }
 }
 
@@ -305,7 +206,7 @@ struct Joined {
   unsigned long long before, after;
 };
 
-// A word holds the largest `high` so far above the sum of all `low` so far, `low_bits` of
+// Called by lane 0 of a warp. A word holds the largest `high` so far above the sum of all `low` so far, `low_bits` of
 // it. A larger `high` wipes out the sum; who brought it adds what was there to its own. So the sum may fall for a while
 // but is never too large, and with the last addition both are complete: two atomics a part, none is tried twice, and
 // all that is to be known is in one word, which needs no order with another.
@@ -324,7 +225,7 @@ struct RowWord {
   unsigned long long* words;
   const Slices& slices;
 
-  // The sum is that of the slices.
+  // The sum of the slices, one each, is all of them.
   __device__ __forceinline__ bool is_complete(unsigned long long word) const {
     return (word & ((1ull << slices.count_bits) - 1)) == slices.per_row.value;
   }
@@ -333,20 +234,18 @@ struct RowWord {
     return ~static_cast<uint32_t>(word >> slices.count_bits) & ((1u << (32 - slices.count_bits)) - 1);
   }
 
-  // The argmax_key of `count` slices: true with the last ones to arrive; row_index is the row's argmax then. `seen`:
-  // what *words was a while ago.
-  __device__ __forceinline__ bool add(uint64_t key, uint32_t count, unsigned long long seen,
-                                      uint32_t& row_index) const {
+  // Called by lane 0 with a slice's argmax_key: true with the last one to arrive; `index` is the row's argmax then.
+  __device__ __forceinline__ bool add(uint64_t key, uint32_t& row_index) const {
     if (slices.count_bits > 0) {
       const int index_bits = 32 - slices.count_bits;
       const uint32_t low = ~argmax_index(key) & ((1u << index_bits) - 1);
       const uint64_t high = static_cast<uint64_t>(argmax_order_key(key)) << index_bits | low;
-      const Joined joined = join(words, high > seen >> slices.count_bits ? high : 0, count, slices.count_bits);
+      const Joined joined = join(words, high, 1, slices.count_bits);
       row_index = index(joined.after);
       return is_complete(joined.after);
     }
     atomicMax(words, static_cast<unsigned long long>(key));
-    if (atomic_add_release(words + 1, count) + count != slices.per_row.value) return false;
+    if (atomic_add_release(words + 1, 1) != slices.per_row.value - 1) return false;
     fence_device();
     row_index = argmax_index(__ldcg(words));
     return true;
@@ -368,6 +267,20 @@ struct RowWord {
 
   __device__ __forceinline__ void clear() const { words[0] = words[1] = 0; }
 };
+
+// Called by a warp with the argmax_key of one slice of a row, the same in all lanes: true in all lanes with the last
+// one to arrive, and `index` is the row's argmax.
+__device__ __forceinline__ bool add_to_row(const RowWord& row, uint64_t key, bool clears, uint32_t& index) {
+  bool complete = false;
+  index = 0;
+  if (threadIdx.x % 32 == 0) {
+    complete = row.add(key, index);
+    if (complete && clears) row.clear();
+  }
+  complete = __shfl_sync(kFullWarp, complete, 0);
+  index = __shfl_sync(kFullWarp, index, 0);
+  return complete;
+}
 
 // The draft token that row j is compared with, as load_request gives it to lane j.
 __device__ __forceinline__ int64_t load_guess(const BlockParams& p, int b, int j) {
@@ -394,29 +307,15 @@ struct ReadAll {
     return Row<kType>(p.logits, b, n - b * p.block_size, p.vocab_size);
   }
 
-  __device__ __forceinline__ unsigned long long* word(int n) const {
-    const int b = request(n);
-    return p.workspace.row(b, n - b * p.block_size);
-  }
-
-  __device__ __forceinline__ bool add(int n, uint64_t key, uint32_t count, unsigned long long seen,
-                                      EndedRow& ended) const {
-    const int b = request(n);
-    const RowWord row{word(n), slices};
-    ended.guess = load_guess(p, b, n - b * p.block_size);
-    ended.state = load_relaxed(p.workspace.state(b));
-    if (!row.add(key, count, seen, ended.index)) return false;
-    row.clear();
-    return true;
-  }
-
-  __device__ __forceinline__ void end_row(int n, const EndedRow& ended) const {
+  __device__ __forceinline__ void report(int n, uint64_t key) const {
     const int lane = threadIdx.x % 32, block_size = p.block_size, b = request(n), j = n - b * block_size;
+    const int64_t guess = load_guess(p, b, j);
+    uint32_t index;
+    if (!add_to_row(RowWord{p.workspace.row(b, j), slices}, key, true, index)) return;
     trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
-    const bool ends = j == block_size - 1 || static_cast<int64_t>(ended.index) != ended.guess;
-    uint64_t first = ends ? static_cast<uint64_t>(block_size - j) << kTokenBits | ended.index : 0;
-    if (first <= ended.state >> kCountBits) first = 0;  // an earlier row is there already
+    const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
+    uint64_t first = ends ? static_cast<uint64_t>(block_size - j) << kTokenBits | index : 0;
     bool complete = false;
     if (lane == 0) {
       const Joined joined = join(p.workspace.state(b), first, 1, kCountBits);
@@ -438,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     verify_logits_kernel(const __grid_constant__ BlockParams p, const __grid_constant__ Slices slices) {
   Trace trace;
   trace.mark(Event::kStart);
-  read_units<kType, kReaders>(slices, p.vocab_size, ReadAll<kType>{p, slices, trace}, trace);
+  read_units<kType>(slices, p.vocab_size, ReadAll<kType>{p, slices, trace}, trace);
   trace.mark(Event::kEnd);
 }
 
@@ -483,36 +382,25 @@ struct ReadNeeded {
     return Watch{p.workspace.known_end(request(n, j)), p.block_size - j};
   }
 
-  __device__ __forceinline__ unsigned long long* word(int n) const {
-    const int j = position(n);
-    return p.workspace.row(request(n, j), j);
-  }
-
-  __device__ __forceinline__ bool add(int n, uint64_t key, uint32_t count, unsigned long long seen,
-                                      EndedRow& ended) const {
-    const int j = position(n), b = request(n, j);
-    ended.guess = load_guess(p, b, j);
-    ended.state = load_relaxed(p.workspace.state(b));
-    return RowWord{word(n), slices}.add(key, count, seen, ended.index);
-  }
-
-  __device__ __forceinline__ void end_row(int n, const EndedRow& ended) const {
+  __device__ __forceinline__ void report(int n, uint64_t key) const {
     const int lane = threadIdx.x % 32, block_size = p.block_size, j = position(n), b = request(n, j);
+    const int64_t guess = load_guess(p, b, j);
+    uint32_t index;
+    if (!add_to_row(RowWord{p.workspace.row(b, j), slices}, key, false, index)) return;
     trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
-    const bool ends = j == block_size - 1 || static_cast<int64_t>(ended.index) != ended.guess;
+    const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
     int accept_len = -1;  // not decided, or not by this
     uint32_t bonus = 0;
     if (lane == 0) {
-      uint64_t end = ends ? static_cast<uint64_t>(block_size - j) : 0;
-      if (end <= ended.state >> State::kRowBits) end = 0;  // an earlier row is there already
-      // At times a later row still takes the place of an earlier one. All units up to the later one have been taken by
-      // then: of those between, the few that are not looked up yet may be read in vain.
-      if (end != 0) store_relaxed(p.workspace.known_end(b), static_cast<uint8_t>(end));
+      // A later row may take the place of an earlier one. All units up to the later one have been taken by then: of
+      // those between, the few that are not looked up yet may be read in vain.
+      if (ends) store_relaxed(p.workspace.known_end(b), static_cast<uint8_t>(block_size - j));
+      const uint64_t end = ends ? static_cast<uint64_t>(block_size - j) : 0;
       const Joined joined = join(p.workspace.state(b), end, 1ull << j, State::kRowBits);
       if (!State::is_decided(joined.before, block_size) && State::is_decided(joined.after, block_size)) {
         accept_len = State::end(joined.after, block_size);
-        bonus = accept_len == j ? ended.index : RowWord{p.workspace.row(b, accept_len), slices}.await();
+        bonus = accept_len == j ? index : RowWord{p.workspace.row(b, accept_len), slices}.await();
       }
     }
     accept_len = __shfl_sync(kFullWarp, accept_len, 0);
@@ -524,18 +412,18 @@ struct ReadNeeded {
 };
 
 template <LogitType kType>
-__global__ void __launch_bounds__(kLazyThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     verify_lazy_kernel(const __grid_constant__ BlockParams p, const __grid_constant__ Slices slices) {
   __shared__ bool last;
   Trace trace;
   trace.mark(Event::kStart);
-  read_units<kType, kLazyReaders>(slices, p.vocab_size, ReadNeeded<kType>{p, slices, trace}, trace);
+  read_units<kType>(slices, p.vocab_size, ReadNeeded<kType>{p, slices, trace}, trace);
   __syncthreads();
   if (threadIdx.x == 0) last = add_acquire_release(p.workspace.blocks_left(), 1) == gridDim.x - 1;
   __syncthreads();
   if (last) {
     const int64_t words = Workspace::size(p.batch, p.block_size);
-    for (int64_t i = threadIdx.x; i < words; i += kLazyThreads) p.workspace.words[i] = 0;
+    for (int64_t i = threadIdx.x; i < words; i += kThreads) p.workspace.words[i] = 0;
   }
   trace.mark(Event::kEnd);
 }
@@ -550,20 +438,11 @@ struct ReadShard {
 
   __device__ __forceinline__ Row<kType> row(int n) const { return Row<kType>(p.logits, n, 0, p.vocab_size); }
 
-  __device__ __forceinline__ unsigned long long* word(int n) const { return p.workspace.row(n, 0); }
-
-  __device__ __forceinline__ bool add(int n, uint64_t key, uint32_t count, unsigned long long seen,
-                                      EndedRow& ended) const {
-    const RowWord row{word(n), slices};
-    if (!row.add(key, count, seen, ended.index)) return false;
-    row.clear();
-    return true;
-  }
-
-  __device__ __forceinline__ void end_row(int n, const EndedRow& ended) const {
-    if (threadIdx.x % 32 != 0) return;
-    p.ids[n] = p.vocab_start + ended.index;
-    p.values[n] = Element<kType>::value(row(n).data[ended.index]);
+  __device__ __forceinline__ void report(int n, uint64_t key) const {
+    uint32_t index;
+    if (!add_to_row(RowWord{p.workspace.row(n, 0), slices}, key, true, index) || threadIdx.x % 32 != 0) return;
+    p.ids[n] = p.vocab_start + index;
+    p.values[n] = Element<kType>::value(row(n).data[index]);
   }
 };
 
@@ -571,7 +450,7 @@ template <LogitType kType>
 __global__ void __launch_bounds__(kThreads, 1)
     argmax_logits_kernel(const __grid_constant__ ArgmaxParams p, const __grid_constant__ Slices slices) {
   Trace trace;
-  read_units<kType, kReaders>(slices, p.vocab_size, ReadShard<kType>{p, slices}, trace);
+  read_units<kType>(slices, p.vocab_size, ReadShard<kType>{p, slices}, trace);
 }
 
 // One warp a request.
@@ -592,11 +471,9 @@ __global__ void __launch_bounds__(kMergeThreads) merge_vocab_shards_kernel(Merge
 
 unsigned blocks_for(int64_t items, int per_block) { return static_cast<unsigned>((items + per_block - 1) / per_block); }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How `rows` rows of `vocab_size` elements, `per_vector` of them in 16 bytes, are cut for `sms` blocks: one run for
-// each, or (lazily) runs of a few slices of one row.
-Slices cut_rows(int64_t rows, int64_t inner, int64_t vocab_size, int64_t per_vector, int64_t sms, bool lazy) {
+// How `rows` rows of `vocab_size` elements, `per_vector` of them in 16 bytes, are cut for `sms` blocks.
+Slices cut_rows(int64_t rows, int64_t inner, int64_t vocab_size, int64_t per_vector, int64_t sms) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   int index_bits = 0;
   while ((vocab_size - 1) >> index_bits != 0) ++index_bits;
   const int64_t most_counted = (int64_t{1} << (32 - index_bits)) - 1;
@@ -610,28 +487,21 @@ Slices cut_rows(int64_t rows, int64_t inner, int64_t vocab_size, int64_t per_vec
   }
   const int64_t vectors = ceil_div(ceil_div(vectors_of_row, count), 8) * 8;  // lines of 128 bytes
   count = ceil_div(vectors_of_row, vectors);
-  int64_t run = lazy ? kLazyRun : ceil_div(rows * count, sms);
-  while (lazy && count % run != 0) --run;
-  return Slices{static_cast<uint32_t>(rows * count),
-                static_cast<int>(vectors),
-                Divisor(count),
-                Divisor(run),
-                Divisor(inner),
+  return Slices{static_cast<uint32_t>(rows * count), static_cast<int>(vectors), Divisor(count), Divisor(inner),
                 count <= most_counted ? 32 - index_bits : 0};
 }
 
 // Launches kernel(params, slices) on `rows` rows of p.logits.
-template <LogitType kType, bool kLazy, typename Params>
+template <LogitType kType, typename Params>
 void launch_rows(void (*kernel)(Params, Slices), const Params& p, int64_t rows, int64_t inner, const char* op,
                  cudaStream_t stream) {
   constexpr int kPerVector = Element<kType>::kPerVector, kBytes = static_cast<int>(sizeof(uint4));
   static_assert(kSliceBytes / kBytes * kPerVector >= kTileElements);
   const int sms = sm_count(op);
-  const Slices slices = cut_rows(rows, inner, p.vocab_size, kPerVector, sms, kLazy);
-  const int shared_bytes = (kLazy ? kLazyReaders : kReaders) * slices.vectors * kBytes;
-  const auto blocks = static_cast<uint32_t>(std::min<int64_t>(ceil_div(slices.units, slices.run.value), sms));
+  const Slices slices = cut_rows(rows, inner, p.vocab_size, kPerVector, sms);
+  const int shared_bytes = kWarps * slices.vectors * kBytes;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), op);
-  kernel<<<blocks, kLazy ? kLazyThreads : kThreads, shared_bytes, stream>>>(p, slices);
+  kernel<<<std::min(slices.units, static_cast<uint32_t>(sms)), kThreads, shared_bytes, stream>>>(p, slices);
 }
 
 template <LogitType kType>
@@ -639,9 +509,9 @@ void launch_logits(const BlockParams& p, cudaStream_t stream) {
   const int64_t rows = p.batch * p.block_size;
   const int64_t bytes = rows * p.vocab_size * static_cast<int64_t>(sizeof(typename Element<kType>::Bits));
   if (p.lazy == Lazy::kOn || (p.lazy == Lazy::kAuto && bytes >= kLazyBytes)) {
-    launch_rows<kType, true>(verify_lazy_kernel<kType>, p, rows, p.batch, "verify_block", stream);
+    launch_rows<kType>(verify_lazy_kernel<kType>, p, rows, p.batch, "verify_block", stream);
   } else {
-    launch_rows<kType, false>(verify_logits_kernel<kType>, p, rows, p.block_size, "verify_block", stream);
+    launch_rows<kType>(verify_logits_kernel<kType>, p, rows, p.block_size, "verify_block", stream);
   }
 }
 
@@ -659,7 +529,7 @@ void launch_verify_block(const BlockParams& p, cudaStream_t stream) {
 void launch_argmax_logits(const ArgmaxParams& p, cudaStream_t stream) {
   dispatch_logit_type(p.logits.type, [&](auto type) {
     constexpr LogitType kType = decltype(type)::value;
-    launch_rows<kType, false>(argmax_logits_kernel<kType>, p, p.rows, 1, "argmax_logits", stream);
+    launch_rows<kType>(argmax_logits_kernel<kType>, p, p.rows, 1, "argmax_logits", stream);
   });
   cuda_check_launch("argmax_logits");
 }
@@ -672,7 +542,7 @@ void launch_merge_vocab_shards(const MergeParams& p, cudaStream_t stream) {
 }  // namespace dflash::verify
 
 #ifdef DFLASH_TRACE
-static_assert(dflash::verify::kReaders < dflash::verify::kTracedWarps);
+static_assert(dflash::verify::kWarps <= dflash::verify::kTracedWarps);
 
 // Moves the stamps to `host`, as many bytes as there are (0: too few given), and forgets them.
 extern "C" __attribute__((visibility("default"))) size_t dflash_verify_trace(void* host, size_t bytes) {

@@ -42,7 +42,6 @@ inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }
 inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) { emulator::mbarrier_arrive(barrier, bytes); }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
-inline bool mbarrier_test(uint64_t* barrier, uint32_t parity) { return emulator::mbarrier_test(barrier, parity); }
 inline uint64_t evict_first_policy() { return 0; }
 inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint64_t) {
   emulator::copy_bulk(shared, global, bytes, barrier);
