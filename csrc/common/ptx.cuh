@@ -65,20 +65,16 @@ __device__ __forceinline__ unsigned long long atomic_add_release(unsigned long l
 }
 
 // What other CTAs write: never from L1; in no order with anything else.
-__device__ __forceinline__ uint8_t load_relaxed(const uint8_t* place) {
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* place) {
   uint32_t value;
-  asm volatile("ld.relaxed.gpu.global.u8 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
-  return static_cast<uint8_t>(value);
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
+  return value;
 }
 
 __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* place) {
   unsigned long long value;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(place) : "memory");
   return value;
-}
-
-__device__ __forceinline__ void store_relaxed(uint8_t* place, uint8_t value) {
-  asm volatile("st.relaxed.gpu.global.u8 [%0], %1;" ::"l"(place), "r"(static_cast<uint32_t>(value)) : "memory");
 }
 
 // Acquire and release; __threadfence() would be sequentially consistent, which nobody here needs.
@@ -143,6 +139,16 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       "}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
       "r"(parity)
       : "memory");
+}
+
+// 16 bytes that nothing writes during the launch, past L1, in order among the accesses of the thread's program.
+__device__ __forceinline__ uint4 load_once(const uint4* from, uint64_t policy) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from), "l"(policy)
+               : "memory");
+  return v;
 }
 
 // L2 policy of data that is read once.

@@ -43,10 +43,10 @@ struct Workspace {
   int block_size = 0;
 
   static DFLASH_HOST_DEVICE int64_t size(int64_t batch, int64_t block_size) { return batch * (2 * block_size + 2); }
-  // Lazily, in the first B words: blocks of the grid that have left; a byte for each request, T - j for a row j that is
-  // known to end the accepted prefix, 0 if none is.
+  // Lazily, in the first B words: blocks of the grid that have left; half a word for each request, T - j for the first
+  // row j that is known to mismatch, 0 if none is.
   DFLASH_HOST_DEVICE uint32_t* blocks_left() const { return reinterpret_cast<uint32_t*>(words); }
-  DFLASH_HOST_DEVICE uint8_t* known_end(int64_t b) const { return reinterpret_cast<uint8_t*>(words) + 4 + b; }
+  DFLASH_HOST_DEVICE uint32_t* known_end(int64_t b) const { return reinterpret_cast<uint32_t*>(words) + 1 + b; }
   // What is known of the rows of a request.
   DFLASH_HOST_DEVICE unsigned long long* state(int64_t b) const { return word(batch + b); }
   // Two words for each row: what is known of it; the second one for rows of millions only.

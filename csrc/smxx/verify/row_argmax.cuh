@@ -8,6 +8,7 @@
 
 #include "common/cuda_check.h"
 #include "common/order_key.h"
+#include "common/ptx.cuh"
 #include "smxx/verify/finish.cuh"
 #include "smxx/verify/row_reader.cuh"
 
@@ -38,46 +39,61 @@ struct Row {
   }
 };
 
-// The best of the vectors that one thread takes.
+// What a lane holds of a slice of at most 32 * kVectors vectors, in registers: every 32nd. In place of those that there
+// are not it has the last one, which changes nothing.
+template <LogitType kType, int kVectors>
+struct Held {
+  uint4 vectors[kVectors];
+
+  static __device__ __forceinline__ int place(int i, int count, int lane) { return min(lane + 32 * i, count - 1); }
+
+  // Starts to load vectors from[0, count), count > 0.
+  __device__ __forceinline__ void load(const uint4* from, int count, int lane, uint64_t policy) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) vectors[i] = load_once(from + place(i, count, lane), policy);
+  }
+};
+
+// The best of what a lane holds.
 template <LogitType kType>
 struct Best {
   uint4 elements;
   float top;
-  int place;  // of `elements` among all vectors; -1: none was taken
+  int vector;  // of the slice
 
   // The first among equals stays, and so does the first NaN.
   static __device__ __forceinline__ bool beats(float later, float earlier) {
     return !(later <= earlier) && earlier == earlier;
   }
 
-  // The lane's share of `count` vectors. Four at a time meet among themselves first, so that few steps wait for what
-  // was found before.
-  __device__ __forceinline__ void take_all(const uint4* vectors, int count, int lane) {
-    constexpr int kStep = 4;
-    const float none = __uint_as_float(0xff800000u);
-    top = none, place = lane < count ? lane : -1;
-#pragma unroll 1
-    for (int i = lane; i < count; i += 32 * kStep) {
-      float values[kStep];
+  // Two at a time meet first, so that few steps wait for what was found before.
+  template <int kVectors>
+  __device__ __forceinline__ void take(const Held<kType, kVectors>& held, int count, int lane) {
+    top = __uint_as_float(0xff800000u);
+    int best = 0;
 #pragma unroll
-      for (int u = 0; u < kStep; ++u) {
-        values[u] = i + 32 * u < count ? Element<kType>::max_of(vectors[i + 32 * u]) : none;
-      }
-      const bool first = beats(values[1], values[0]), second = beats(values[3], values[2]);
-      const float a = first ? values[1] : values[0], b = second ? values[3] : values[2];
-      const int at_a = first ? i + 32 : i, at_b = second ? i + 96 : i + 64;
-      const bool half = beats(b, a);
-      const float best = half ? b : a;
-      const bool better = beats(best, top);
-      top = better ? best : top;
-      place = better ? (half ? at_b : at_a) : place;
+    for (int i = 0; i < kVectors; i += 2) {
+      const float a = Element<kType>::max_of(held.vectors[i]);
+      const float b = Element<kType>::max_of(held.vectors[min(i + 1, kVectors - 1)]);
+      const bool second = beats(b, a);
+      const float pair = second ? b : a;
+      const bool better = beats(pair, top);
+      top = better ? pair : top;
+      best = better ? (second ? i + 1 : i) : best;
     }
-    if (place >= 0) elements = vectors[place];
+    elements = held.vectors[0];
+#pragma unroll
+    for (int i = 1; i < kVectors; ++i) {
+      elements.x = best == i ? held.vectors[i].x : elements.x;
+      elements.y = best == i ? held.vectors[i].y : elements.y;
+      elements.z = best == i ? held.vectors[i].z : elements.z;
+      elements.w = best == i ? held.vectors[i].w : elements.w;
+    }
+    vector = Held<kType, kVectors>::place(best, count, lane);
   }
 
-  // argmax_key with the index counted from the row's start, for vectors from `first` on; 0 if none was taken.
+  // argmax_key with the index counted from the row's start; the slice is the row's vectors from `first` on.
   __device__ __forceinline__ uint64_t key(int first, int head) const {
-    if (place < 0) return 0;
     float x[Element<kType>::kPerVector];
     Element<kType>::unpack(elements, x);
     int element = 0;
@@ -85,7 +101,7 @@ struct Best {
     for (int e = Element<kType>::kPerVector - 1; e >= 0; --e) {
       if (x[e] == top || x[e] != x[e]) element = e;
     }
-    return argmax_key(top, static_cast<uint32_t>(head + (first + place) * Element<kType>::kPerVector + element));
+    return argmax_key(top, static_cast<uint32_t>(head + (first + vector) * Element<kType>::kPerVector + element));
   }
 };
 

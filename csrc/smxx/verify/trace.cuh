@@ -10,7 +10,7 @@
 
 namespace dflash::verify {
 
-enum class Event : int { kStart = 1, kLanded, kReduced, kCopied, kReported, kRow, kRequest, kEnd };
+enum class Event : int { kStart = 1, kReduced, kAsked, kReported, kRow, kRequest, kEnd };
 
 #ifdef DFLASH_TRACE
 constexpr int kTracedBlocks = 160, kTracedWarps = 16, kStamps = 256;

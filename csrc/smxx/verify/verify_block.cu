@@ -53,10 +53,10 @@
 namespace dflash::verify {
 namespace {
 
-constexpr int kWarps = 16;  // by measurement: bench/results/*/verify_warps.json
+constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kSliceBytes = 7168;  // at most
-static_assert(kSliceBytes % 128 == 0);
+constexpr int kHeld = 14;                     // vectors of a lane
+constexpr int kSliceBytes = 32 * 16 * kHeld;  // at most
 
 // Bytes of logits from which rows are left out unasked: between B 8 of V 151936, where reading all rows is faster, and
 // B 32, where it is not (bench/results/*/verify.json).
@@ -81,18 +81,10 @@ struct Unit {
 };
 constexpr int kNone = -1;
 
-// What is copied of a unit.
+// What is loaded of a unit.
 struct Span {
   const uint4* from;
-  uint32_t bytes;
-};
-
-// A row is wanted as long as *byte is at most `most`; nullptr: always.
-struct Watch {
-  const uint8_t* byte;
-  int most;
-
-  __device__ __forceinline__ bool is_wanted() const { return byte == nullptr || load_relaxed(byte) <= most; }
+  int count;
 };
 
 // Unit k of this block.
@@ -104,79 +96,83 @@ __device__ __forceinline__ Unit unit_of(const Slices& slices, unsigned k) {
 }
 
 // Reads the units of this block. job.row(n): row n, a Row; job.report(n, key): the argmax_key of a slice of row n, the
-// same in all lanes of a warp. If Job::kSkips, job.watch(n) tells how to see whether row n still matters.
+// same in all lanes of a warp. If Job::kSkips: job.is_wanted(n) looks whether row n still matters, job.bar(n) is the key
+// above which a slice shows that the rows behind row n do not, which job.end_at(n) tells all.
 template <LogitType kType, typename Job>
 __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size, const Job& job, Trace& trace) {
-  extern __shared__ uint4 ring[];
-  __shared__ uint64_t landed[kWarps];
   __shared__ unsigned next;  // unit of this block
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint4* const slot = ring + warp * slices.vectors;
-  uint64_t* const barrier = landed + warp;
   const uint64_t policy = evict_first_policy();
 
   const auto span_of = [&](const Unit& unit) {
     if (unit.row == kNone) return Span{nullptr, 0};
     const Row<kType> row = job.row(unit.row);
     const int first = unit.slice * slices.vectors, count = max(min(slices.vectors, row.vectors - first), 0);
-    return Span{row.vector(first), static_cast<uint32_t>(count) * static_cast<uint32_t>(sizeof(uint4))};
+    return Span{row.vector(first), count};
   };
-  const auto copy = [&](const Span& span) {
-    if (lane != 0 || span.bytes == 0) return;
-    mbarrier_arrive_expect(barrier, span.bytes);
-    copy_bulk(slot, span.from, span.bytes, barrier, policy);
+  Held<kType, kHeld> held;
+  const auto load = [&](const Span& span) {
+    if (span.count > 0) held.load(span.from, span.count, lane, policy);
   };
   const auto take = [&] {
     unsigned k = 0;
     if (lane == 0) k = atomicAdd(&next, 1u);
     return __shfl_sync(kFullWarp, k, 0);
   };
-  // How to see whether unit k + lane is worth reading. There is no end to what lies behind the last one.
-  const auto watch = [&](unsigned k) {
+  // Whether unit k + lane is worth reading. There is no end to what lies behind the last one.
+  const auto is_wanted = [&](unsigned k) {
     if constexpr (Job::kSkips) {
       const Unit unit = unit_of(slices, k + static_cast<unsigned>(lane));
-      if (unit.row != kNone) return job.watch(unit.row);
+      if (unit.row != kNone) return job.is_wanted(unit.row);
     }
-    return Watch{nullptr, 0};
+    return true;
   };
 
-  if (lane == 0) {
-    mbarrier_init(barrier, 1);
-    mbarrier_init_fence();
-  }
   if (threadIdx.x == 0) next = kWarps;
-  __syncwarp();
   Unit now = unit_of(slices, static_cast<unsigned>(warp));
-  copy(span_of(now));
+  load(span_of(now));
   __syncthreads();  // `next` is there
 
-  uint32_t parity = 0;
 #pragma unroll 1
   while (now.row != kNone) {
     const Row<kType> row = job.row(now.row);
     const int first = now.slice * slices.vectors, count = min(slices.vectors, row.vectors - first);
-    const bool is_last = now.slice + 1 == static_cast<int>(slices.per_row.value);
-    const int scalar = row.scalar(vocab_size, lane, now.slice == 0, is_last);
-    float scalar_value = 0.0f;
-    if (scalar >= 0) scalar_value = Element<kType>::value(row.data[scalar]);
-    // Worked out while the data is on its way, so that the slot stays empty for a short time only.
-    unsigned k = take();
-    Unit following = unit_of(slices, k);
-    Span span = span_of(following);
-    const Watch watched = watch(k);
-    if (count > 0) {
-      mbarrier_wait(barrier, parity);
-      parity ^= 1;
+    Unit following;
+    Span span;
+    uint64_t bar = 0;
+    // Worked out while the data is on its way.
+    if constexpr (Job::kSkips) {
+      bar = job.bar(now.row);
+    } else {
+      following = unit_of(slices, take());
+      span = span_of(following);
     }
-    trace.mark(Event::kLanded, now.row);
-    bool wanted = watched.is_wanted();
 
     Best<kType> best;
-    best.take_all(slot, count, lane);
-    __syncwarp();  // the slot is free
+    if (count > 0) best.take(held, count, lane);
     trace.mark(Event::kReduced, now.row);
+    const auto key_of_slice = [&] {
+      uint64_t key = count > 0 ? best.key(first, row.head) : 0;
+      const bool is_last = now.slice + 1 == static_cast<int>(slices.per_row.value);
+      const int scalar = row.scalar(vocab_size, lane, now.slice == 0, is_last);
+      if (scalar >= 0) {
+        key = max(key, argmax_key(Element<kType>::value(row.data[scalar]), static_cast<uint32_t>(scalar)));
+      }
+      return warp_max(key);
+    };
 
+    uint64_t key;
+    bool matters = true;  // to its request
     if constexpr (Job::kSkips) {
+      // Not before the data is there: on its way it would have become old.
+      unsigned k = take();
+      bool wanted = is_wanted(k);
+      matters = job.is_wanted(now.row);
+      key = key_of_slice();  // meanwhile
+      matters = __any_sync(kFullWarp, matters);
+      if (matters && key > bar) job.end_at(now.row);
+      following = unit_of(slices, k);
+      span = span_of(following);
       while (true) {
         const unsigned needed = __ballot_sync(kFullWarp, wanted);  // bit i: unit k + i
         if ((needed & 1) != 0) break;
@@ -187,15 +183,16 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
         following = unit_of(slices, k);
         span = span_of(following);
         if (k - from < 32 && (needed >> (k - from) & 1) != 0) break;
-        wanted = watch(k).is_wanted();
+        wanted = is_wanted(k);
       }
+      load(span);
+    } else {
+      load(span);  // first of all
+      key = key_of_slice();
     }
-    copy(span);
-    trace.mark(Event::kCopied, following.row);
+    trace.mark(Event::kAsked, following.row);
 
-    uint64_t key = best.key(first, row.head);
-    if (scalar >= 0) key = max(key, argmax_key(scalar_value, static_cast<uint32_t>(scalar)));
-    job.report(now.row, warp_max(key));
+    if (matters) job.report(now.row, key);
     trace.mark(Event::kReported, now.row);
     now = following;
   }
@@ -282,11 +279,6 @@ __device__ __forceinline__ bool add_to_row(const RowWord& row, uint64_t key, boo
   return complete;
 }
 
-// The draft token that row j is compared with, as load_request gives it to lane j.
-__device__ __forceinline__ int64_t load_guess(const BlockParams& p, int b, int j) {
-  return j < p.block_size - 1 ? p.candidates.at(b, j + 1) : 0;
-}
-
 // Rows in the order of requests. A request's word: T - j and the target's token of the first row j that ends the
 // prefix, above the number of rows.
 template <LogitType kType>
@@ -309,11 +301,11 @@ struct ReadAll {
 
   __device__ __forceinline__ void report(int n, uint64_t key) const {
     const int lane = threadIdx.x % 32, block_size = p.block_size, b = request(n), j = n - b * block_size;
-    const int64_t guess = load_guess(p, b, j);
     uint32_t index;
     if (!add_to_row(RowWord{p.workspace.row(b, j), slices}, key, true, index)) return;
     trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
+    const int64_t guess = __shfl_sync(kFullWarp, request.guess, j);
     const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
     uint64_t first = ends ? static_cast<uint64_t>(block_size - j) << kTokenBits | index : 0;
     bool complete = false;
@@ -377,25 +369,40 @@ struct ReadNeeded {
     return Row<kType>(p.logits, request(n, j), j, p.vocab_size);
   }
 
-  __device__ __forceinline__ Watch watch(int n) const {
+  __device__ __forceinline__ bool is_wanted(int n) const {
     const int j = position(n);
-    return Watch{p.workspace.known_end(request(n, j)), p.block_size - j};
+    return load_relaxed(p.workspace.known_end(request(n, j))) <= static_cast<uint32_t>(p.block_size - j);
+  }
+
+  // Of the draft's token: what beats it is proof of a mismatch, long before the row is complete. There is nothing behind
+  // the last row.
+  __device__ __forceinline__ uint64_t bar(int n) const {
+    const int j = position(n), b = request(n, j);
+    if (j == p.block_size - 1) return ~uint64_t{0};
+    const int64_t guess = p.candidates.at(b, j + 1);
+    if (guess < 0 || guess >= p.vocab_size) return 0;
+    return argmax_key(Element<kType>::value(row(n).data[guess]), static_cast<uint32_t>(guess));
+  }
+
+  // Called by a warp.
+  __device__ __forceinline__ void end_at(int n) const {
+    const int j = position(n);
+    if (threadIdx.x % 32 == 0) {
+      atomicMax(p.workspace.known_end(request(n, j)), static_cast<uint32_t>(p.block_size - j));
+    }
   }
 
   __device__ __forceinline__ void report(int n, uint64_t key) const {
     const int lane = threadIdx.x % 32, block_size = p.block_size, j = position(n), b = request(n, j);
-    const int64_t guess = load_guess(p, b, j);
     uint32_t index;
     if (!add_to_row(RowWord{p.workspace.row(b, j), slices}, key, false, index)) return;
     trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
+    const int64_t guess = __shfl_sync(kFullWarp, request.guess, j);
     const bool ends = j == block_size - 1 || static_cast<int64_t>(index) != guess;
     int accept_len = -1;  // not decided, or not by this
     uint32_t bonus = 0;
     if (lane == 0) {
-      // A later row may take the place of an earlier one. All units up to the later one have been taken by then: of
-      // those between, the few that are not looked up yet may be read in vain.
-      if (ends) store_relaxed(p.workspace.known_end(b), static_cast<uint8_t>(block_size - j));
       const uint64_t end = ends ? static_cast<uint64_t>(block_size - j) : 0;
       const Joined joined = join(p.workspace.state(b), end, 1ull << j, State::kRowBits);
       if (!State::is_decided(joined.before, block_size) && State::is_decided(joined.after, block_size)) {
@@ -499,9 +506,7 @@ void launch_rows(void (*kernel)(Params, Slices), const Params& p, int64_t rows, 
   static_assert(kSliceBytes / kBytes * kPerVector >= kTileElements);
   const int sms = sm_count(op);
   const Slices slices = cut_rows(rows, inner, p.vocab_size, kPerVector, sms);
-  const int shared_bytes = kWarps * slices.vectors * kBytes;
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), op);
-  kernel<<<std::min(slices.units, static_cast<uint32_t>(sms)), kThreads, shared_bytes, stream>>>(p, slices);
+  kernel<<<std::min(slices.units, static_cast<uint32_t>(sms)), kThreads, 0, stream>>>(p, slices);
 }
 
 template <LogitType kType>

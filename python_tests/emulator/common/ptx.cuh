@@ -29,12 +29,11 @@ void copy_async_wait() {
 inline unsigned long long atomic_add_release(unsigned long long* counter, unsigned long long value) {
   return atomicAdd(counter, value);
 }
-inline uint8_t load_relaxed(const uint8_t* place) { return __ldg(place); }
+inline uint32_t load_relaxed(const uint32_t* place) { return __ldg(place); }
 inline unsigned long long load_relaxed(const unsigned long long* place) {
   emulator::spin();
   return __ldg(place);
 }
-inline void store_relaxed(uint8_t* place, uint8_t value) { *place = value; }
 inline void fence_device() {}
 
 inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::mbarrier_init(barrier, arrivals); }
@@ -42,6 +41,7 @@ inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }
 inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) { emulator::mbarrier_arrive(barrier, bytes); }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
+inline uint4 load_once(const uint4* from, uint64_t) { return *from; }
 inline uint64_t evict_first_policy() { return 0; }
 inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint64_t) {
   emulator::copy_bulk(shared, global, bytes, barrier);
