@@ -1,5 +1,5 @@
-"""One call of `verify_block` from logits, warp by warp: when data came, how long each part of a unit took, when rows
-and requests were complete. Needs a GPU and a library that was built with the trace:
+"""One call of `verify_block` from logits, warp by warp: when slices were reduced, how long each part of a unit took,
+when rows and requests were complete. Needs a GPU and a library that was built with the trace:
 
     cmake -G Ninja -S . -B build/trace -DPython3_EXECUTABLE=$(which python) -DDFLASH_CUDA_ARCHS=90a \\
         -DCMAKE_CUDA_FLAGS=-DDFLASH_TRACE
@@ -24,7 +24,7 @@ from dflash_kernels import ops
 from dflash_kernels.ops import Verified
 
 # csrc/smxx/verify/trace.cuh
-START, LANDED, REDUCED, COPIED, REPORTED, ROW, REQUEST, END = range(1, 9)
+START, REDUCED, ASKED, REPORTED, ROW, REQUEST, END = range(1, 8)
 BLOCKS, WARPS, STAMPS = 160, 16, 256
 SETS = 4  # of logits, so that those of the traced call have left the cache
 
@@ -77,11 +77,11 @@ def show(log: Log, batch: int, block_size: int, row_bytes: int, slices: int, laz
     head = f"{'count':>6}{'first':>9}{'median':>9}{'90 %':>9}{'last':>9}"
     print(f"{'us after the first start':<28}{head}")
     print(f"{'start':<28}{spread(log.of(START))}")
-    first_data = torch.full((BLOCKS * WARPS,), float("inf"), dtype=torch.float64)
-    landed = log.event == LANDED
-    first_data.scatter_reduce_(0, log.warp[landed], log.time[landed], "amin")
-    print(f"{'first data of a warp':<28}{spread(first_data[first_data.isfinite()])}")
-    print(f"{'data':<28}{spread(log.of(LANDED))}")
+    first_slice = torch.full((BLOCKS * WARPS,), float("inf"), dtype=torch.float64)
+    reduced = log.event == REDUCED
+    first_slice.scatter_reduce_(0, log.warp[reduced], log.time[reduced], "amin")
+    print(f"{'first slice of a warp':<28}{spread(first_slice[first_slice.isfinite()])}")
+    print(f"{'slice reduced':<28}{spread(log.of(REDUCED))}")
     rows, times = log.row[log.event == ROW], log.of(ROW)
     position = rows // batch if lazy else rows % block_size
     for j in range(block_size):
@@ -89,13 +89,12 @@ def show(log: Log, batch: int, block_size: int, row_bytes: int, slices: int, laz
     print(f"{'request decided':<28}{spread(log.of(REQUEST))}")
     print(f"{'end of a warp':<28}{spread(log.of(END))}")
     print(f"{'us of a unit':<28}{head.replace('first', ' least').replace('last', 'most')}")
-    print(f"{'waiting for data':<28}{spread(log.after(LANDED, (REPORTED,)))}")
-    print(f"{'data -> reduced':<28}{spread(log.after(REDUCED, (LANDED,)))}")
-    print(f"{'reduced -> next copy':<28}{spread(log.after(COPIED, (REDUCED,)))}")
-    print(f"{'next copy -> reported':<28}{spread(log.after(REPORTED, (COPIED,)))}")
+    print(f"{'reported -> next reduced':<28}{spread(log.after(REDUCED, (REPORTED,)))}")
+    print(f"{'reduced -> next loads':<28}{spread(log.after(ASKED, (REDUCED,)))}")
+    print(f"{'next loads -> reported':<28}{spread(log.after(REPORTED, (ASKED,)))}")
     print(f"{'row complete -> reported':<28}{spread(log.after(REPORTED, (ROW,)))}")
-    print("us: TB/s landed", end="")
-    counts = torch.bincount((log.of(LANDED) / 2).long())
+    print("us: TB/s reduced", end="")
+    counts = torch.bincount((log.of(REDUCED) / 2).long())
     for i, count in enumerate(counts.tolist()):
         print(f"{'  ' if i % 8 else chr(10)}{2 * i:>3}: {count * row_bytes / slices / 2e6:.2f}", end="")
     print("\n")
@@ -125,7 +124,7 @@ def main() -> None:
             ops.verify_block(guesses[i % SETS], sets[i % SETS], prefix, lazy=lazy, out=out, workspace=workspace)
         torch.cuda.synchronize()
         log = read_log()
-        units = log.of(LANDED).numel()
+        units = log.of(REDUCED).numel()
         slices = slices or units // (batch * block_size)
         mode = "lazy" if lazy else "full"
         print(f"verify_block {mode} B{batch} T{block_size} V{vocab} bf16: {units} units, {slices} a row")

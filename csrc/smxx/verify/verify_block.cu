@@ -20,23 +20,28 @@
 // is read at one time is one front that moves through memory; its order is request by request for all rows, so that
 // requests end one after another, and lazily row 0 of all requests, then row 1, ..
 //
-// Pipeline. A warp owns a slot of shared memory, as large as a slice, and an mbarrier: it copies a unit there in bulk,
-// reduces it alone, starts the copy of its next unit and only then reports. Warps meet nowhere: they take the block's
-// units off a counter in shared memory, the first ones by their number. Sixteen slots keep some 100 KB under way or
-// being reduced, more than what the memory's full rate takes; more would only queue, and everything else an SM asks of
-// memory, the reports, would queue behind it (with 128 KB under way an atomic takes ten times as long).
+// Pipeline. A warp holds a whole slice in registers, 14 vectors a lane: it starts all of its loads at once, reduces the
+// slice alone, starts the loads of its next unit and only then reports. Nothing goes through shared memory but a
+// counter, off which warps take the block's units, the first ones by their number; they meet nowhere. Sixteen warps
+// keep some 100 KB under way or being reduced, more than what the memory's full rate takes; more would only queue, and
+// everything else an SM asks of memory, the reports, would queue behind it (with 128 KB under way an atomic takes ten
+// times as long). Bulk copies of the same slices into shared memory are a little slower (bench/NOTES.md).
 //
-// Reports. A release or a fence waits for the copies that its SM has under way, so there is none. One word carries all
-// that is known of a row, the largest key so far and the number of slices that it is of (join): two atomics a slice,
-// without a second try whoever else comes, and who makes the count full goes on with the row's argmax. The rows of a
-// request meet in the same way in a word of the request, and who completes it writes the outputs. Taking the word away
-// and putting it back joined was dropped: simulated, slices that land together contend for it for 5 to 20 us. Results
-// do not depend on the order of arrival. All words are zero between calls.
+// Reports. A release or a fence waits for what its SM has under way, so there is none. One word carries all that is
+// known of a row, the largest key so far and the number of slices that it is of (join): two atomics a slice, without a
+// second try whoever else comes, and who makes the count full goes on with the row's argmax. The rows of a request meet
+// in the same way in a word of the request, and who completes it writes the outputs. Taking the word away and putting
+// it back joined was dropped: simulated, slices that land together contend for it for 5 to 20 us. Results do not depend
+// on the order of arrival. All words are zero between calls.
 //
-// Lazily a mismatch is also published in a byte of the request; every warp reads it for its next 32 units while it
-// reduces, so that what is dead costs nothing but that look. What dead rows leave in their words is cleared by the last
-// block to leave; here is the one fence, when nothing is under way. (Rows of millions of elements need more bits than a
-// word has: they are joined by a maximum and a released count.)
+// Lazily what counts is how long after a mismatch rows behind it are still asked for: all the requests' rows go by in
+// the time a few slices take. So it is not the complete row that tells: any slice whose best element beats the logit of
+// the draft's token is proof, and it is told at once, in half a word of the request. Every warp looks at those of its
+// next 32 units when its slice has landed, not earlier, as news that waits for data is old, while it is finding the
+// slice's key; its slot is empty for that trip, which costs no bandwidth as long as the other warps have enough under
+// way. A slice of a dead row is not reported. What dead rows leave in their words is cleared by the last block to
+// leave; here is the one fence, when nothing is under way. (Rows of millions of elements need more bits than a word
+// has: they are joined by a maximum and a released count.)
 #include <algorithm>
 
 #include "common/cuda_check.h"
@@ -59,7 +64,7 @@ constexpr int kHeld = 14;                     // vectors of a lane
 constexpr int kSliceBytes = 32 * 16 * kHeld;  // at most
 
 // Bytes of logits from which rows are left out unasked: between B 8 of V 151936, where reading all rows is faster, and
-// B 32, where it is not (bench/results/*/verify.json).
+// B 32, where it is not, and hardly so if all tokens are committed (bench/NOTES.md).
 constexpr int64_t kLazyBytes = int64_t{96} << 20;
 
 constexpr int kTop1Threads = 128;
@@ -96,8 +101,8 @@ __device__ __forceinline__ Unit unit_of(const Slices& slices, unsigned k) {
 }
 
 // Reads the units of this block. job.row(n): row n, a Row; job.report(n, key): the argmax_key of a slice of row n, the
-// same in all lanes of a warp. If Job::kSkips: job.is_wanted(n) looks whether row n still matters, job.bar(n) is the key
-// above which a slice shows that the rows behind row n do not, which job.end_at(n) tells all.
+// same in all lanes of a warp. If Job::kSkips: job.is_wanted(n) looks whether row n still matters, and job.end_at(n)
+// tells all that those behind it do not, which one element shows that beats the one that was guessed, job.guess(n).
 template <LogitType kType, typename Job>
 __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size, const Job& job, Trace& trace) {
   __shared__ unsigned next;  // unit of this block
@@ -131,22 +136,23 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
   if (threadIdx.x == 0) next = kWarps;
   Unit now = unit_of(slices, static_cast<unsigned>(warp));
   load(span_of(now));
+  uint32_t guess = 0;  // of the row that is being read
+  if constexpr (Job::kSkips) {
+    if (now.row != kNone) guess = job.guess(now.row);
+  }
   __syncthreads();  // `next` is there
 
 #pragma unroll 1
   while (now.row != kNone) {
     const Row<kType> row = job.row(now.row);
     const int first = now.slice * slices.vectors, count = min(slices.vectors, row.vectors - first);
-    Unit following;
-    Span span;
-    uint64_t bar = 0;
-    // Worked out while the data is on its way.
-    if constexpr (Job::kSkips) {
-      bar = job.bar(now.row);
-    } else {
-      following = unit_of(slices, take());
-      span = span_of(following);
-    }
+    // Worked out while the data is on its way, so that the slot stays empty for a short time only.
+    unsigned k = take();
+    Unit following = unit_of(slices, k);
+    Span span = span_of(following);
+    typename Element<kType>::Bits rival = 0;  // the guess's logit
+    const bool has_rival = Job::kSkips && guess < static_cast<uint32_t>(vocab_size);
+    if (has_rival) rival = row.data[guess];
 
     Best<kType> best;
     if (count > 0) best.take(held, count, lane);
@@ -162,17 +168,12 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     };
 
     uint64_t key;
-    bool matters = true;  // to its request
     if constexpr (Job::kSkips) {
-      // Not before the data is there: on its way it would have become old.
-      unsigned k = take();
+      // Looked at when the data is there and not before: on its way, news would have become old.
       bool wanted = is_wanted(k);
-      matters = job.is_wanted(now.row);
+      const bool lane_wants = job.is_wanted(now.row);
       key = key_of_slice();  // meanwhile
-      matters = __any_sync(kFullWarp, matters);
-      if (matters && key > bar) job.end_at(now.row);
-      following = unit_of(slices, k);
-      span = span_of(following);
+      const bool matters = __ballot_sync(kFullWarp, lane_wants) != 0;
       while (true) {
         const unsigned needed = __ballot_sync(kFullWarp, wanted);  // bit i: unit k + i
         if ((needed & 1) != 0) break;
@@ -186,13 +187,19 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
         wanted = is_wanted(k);
       }
       load(span);
+      trace.mark(Event::kAsked, following.row);
+      if (matters) {
+        const uint64_t bar = has_rival ? argmax_key(Element<kType>::value(rival), guess) : 0;
+        if (key > bar) job.end_at(now.row);
+      }
+      if (following.row != kNone) guess = job.guess(following.row);
+      if (matters) job.report(now.row, key);
     } else {
-      load(span);  // first of all
+      load(span);
+      trace.mark(Event::kAsked, following.row);
       key = key_of_slice();
+      job.report(now.row, key);
     }
-    trace.mark(Event::kAsked, following.row);
-
-    if (matters) job.report(now.row, key);
     trace.mark(Event::kReported, now.row);
     now = following;
   }
@@ -374,20 +381,18 @@ struct ReadNeeded {
     return load_relaxed(p.workspace.known_end(request(n, j))) <= static_cast<uint32_t>(p.block_size - j);
   }
 
-  // Of the draft's token: what beats it is proof of a mismatch, long before the row is complete. There is nothing behind
-  // the last row.
-  __device__ __forceinline__ uint64_t bar(int n) const {
-    const int j = position(n), b = request(n, j);
-    if (j == p.block_size - 1) return ~uint64_t{0};
-    const int64_t guess = p.candidates.at(b, j + 1);
-    if (guess < 0 || guess >= p.vocab_size) return 0;
-    return argmax_key(Element<kType>::value(row(n).data[guess]), static_cast<uint32_t>(guess));
+  // The lower half of the draft's token, any for the last row. With a token outside the vocabulary every element would
+  // be proof of a mismatch, so it does no harm if its lower half is another's.
+  __device__ __forceinline__ uint32_t guess(int n) const {
+    const int j = position(n);
+    const int64_t offset = request(n, j) * p.candidates.stride0 + min(j + 1, p.block_size - 1) * p.candidates.stride1;
+    return static_cast<const uint32_t*>(p.candidates.data)[p.candidates.is_int64 ? 2 * offset : offset];
   }
 
   // Called by a warp.
   __device__ __forceinline__ void end_at(int n) const {
     const int j = position(n);
-    if (threadIdx.x % 32 == 0) {
+    if (threadIdx.x % 32 == 0 && j < p.block_size - 1) {
       atomicMax(p.workspace.known_end(request(n, j)), static_cast<uint32_t>(p.block_size - j));
     }
   }
