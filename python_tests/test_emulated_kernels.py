@@ -113,6 +113,7 @@ CHECKS = [
     ),
     *calls(test_verify.test_nan_infinities_and_zeros, *({"dtype": t, "lazy": 1} for t in (BF16, FP16, FP32))),
     *calls(test_verify.test_poison_past_the_mismatch_is_harmless),
+    *calls(test_verify.test_guesses_outside_the_vocabulary, *({"lazy": lazy} for lazy in (0, 1))),
     *calls(test_verify.test_sharded_equals_unsharded, {"dtype": BF16, "shards": 4}),
     *calls(test_verify.test_shard_values_are_the_logits),
     *calls(

@@ -290,6 +290,23 @@ def test_poison_past_the_mismatch_is_harmless(device: str, rng: torch.Generator)
         assert_same(ops.verify_block(candidates.to(device), logits.to(device), prefix.to(device), lazy=lazy), expected)
 
 
+@pytest.mark.parametrize("lazy", [0, 1])
+def test_guesses_outside_the_vocabulary(device: str, rng: torch.Generator, lazy: int) -> None:
+    """They match nothing, also where their lower half is the target's token."""
+    logits = torch.randn(6, 7, 3000, generator=rng)
+    top1 = reference.argmax(logits)
+    candidates = torch.zeros(6, 7, dtype=torch.int64)
+    candidates[:, 1:] = top1[:, :-1]
+    candidates[0, 1], candidates[1, 3], candidates[2, 6] = -1, 3000, 1 << 40
+    candidates[3, 2] += 1 << 32
+    candidates[4, 4] -= 1 << 32
+    candidates[4, 6] = -1
+    prefix = torch.arange(6)
+    expected = reference.verify_block(candidates, logits, prefix)
+    assert expected.accept_lens.tolist() == [0, 2, 5, 1, 3, 6]
+    assert_same(ops.verify_block(candidates.to(device), logits.to(device), prefix.to(device), lazy=lazy), expected)
+
+
 @pytest.mark.parametrize("vocab", [151936, 248320])
 def test_large_vocabulary(device: str, rng: torch.Generator, vocab: int) -> None:
     batch = 2 if device == "cpu" else 40  # 40 x 8 rows: several waves of CTAs, the lazy path worth its while
