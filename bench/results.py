@@ -25,7 +25,6 @@ _OTHERS = (
     "acceptance",
     "drafter",
     "sglang_tokens",
-    "sglang_tokens_nine_seams",
     "verify_warps",
     "sglang",
     "engine_trace",
