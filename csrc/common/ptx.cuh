@@ -15,6 +15,13 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// What an instruction under way writes behind the compiler's back, until it is waited for: no use may move across this.
+template <int kCount>
+__device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
 // The launch's dynamic shared memory.

@@ -1,95 +1,29 @@
-// The mainloop of large Hopper GEMMs: tiles [128, BN] of A [M, K] * W [N, K]^T, bf16 in, fp32 in registers.
+// Tiles [128, BN] of A [M, K] * W [N, K]^T by wgmma, bf16 in, fp32 in registers, from the ring of smxx/many_rows.
 //
-// A pair of blocks of one cluster takes two row tiles (128 rows each) of the same BN columns. Each block has two
-// consumer warpgroups, 64 rows each, and a producer of which one thread issues TMA loads. Blocks may be persistent: the
-// producer runs ahead into the next tile while the consumers finish with theirs. Shared memory: kStages stages of K =
-// 64: A [128, 64], then W [BN, 64], 128-byte rows swizzled by 128 bytes (for BN = 256: 16 + 32 KB). Of W each block
-// loads BN / 2 rows and multicasts them into both: with BN = 256, 32 KB of L2 reads for 4.2 MFLOP, where 48 would be
-// too many. A block without a partner (pair = 1) loads both halves itself. Barriers of a stage:
-//   full   1 arrival (the producer, announcing the bytes) + the bytes: its own A, its own half of W, the other's half
-//   empty  8 arrivals a block of the pair: its consumer warps, because the other block's producer writes here too
-// A producer that is ahead signals bytes to a full barrier whose phase still lacks its block's own arrival, so no phase
-// ends early; it cannot be a whole round ahead, because its own empty barrier needs the other block's consumers.
-// Blocks leave together (cluster barrier): nobody signals or writes into a block that has gone.
-// Edges: TMA fills what lies outside of A or W with zeros.
+// Block: two consumer warpgroups, 64 rows of a tile each, and a producer warpgroup of which one thread issues the
+// loads. Eight arrivals of a block empty a stage: its consumer warps.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "sm90/gemm/ptx.cuh"
+#include "smxx/many_rows/kernel.cuh"
 
 namespace dflash::sm90 {
 
-template <int BN_, int STAGES_>
-struct Mainloop {
-  static constexpr int BM = 128, BN = BN_, BK = 64;
-  static constexpr int kStages = STAGES_;
-  static constexpr int kConsumers = 256;
-  static constexpr uint32_t kBytesA = BM * BK * 2, kBytesW = BN * BK * 2, kStageBytes = kBytesA + kBytesW;
-  static constexpr int kAlignment = 1024;  // of swizzled tiles
-  static constexpr int kSharedBytes = kStages * static_cast<int>(kStageBytes) + kAlignment;
-  static_assert(kSharedBytes + 1024 <= 232448, "shared memory of an SM");
-  static_assert(BN % 32 == 0, "both halves of W consist of whole swizzle patterns (8 rows)");
-};
+using many_rows::Pair;
+using many_rows::Pipeline;
+using many_rows::PipelineState;
 
-// Stage and phase parity, kept alike by the producer and each consumer.
-template <typename C>
-struct PipelineState {
-  uint32_t stage = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == C::kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// Which of the cluster's blocks share W.
-struct Pair {
-  uint32_t size;   // 1 or 2
-  uint32_t first;  // rank in the cluster of the first of them
-  uint32_t index;  // of this block: 0 .. size - 1
-};
-
-template <typename C>
-struct Pipeline {
-  uint32_t tiles;     // shared address of stage 0, 1024-aligned
-  uint32_t barriers;  // shared address of full[kStages], then empty[kStages]
-  __device__ __forceinline__ uint32_t a(uint32_t stage) const { return tiles + stage * C::kStageBytes; }
-  __device__ __forceinline__ uint32_t w(uint32_t stage) const { return a(stage) + C::kBytesA; }
-  __device__ __forceinline__ uint32_t full(uint32_t stage) const { return barriers + stage * 8; }
-  __device__ __forceinline__ uint32_t empty(uint32_t stage) const { return barriers + (C::kStages + stage) * 8; }
-};
-
-// All threads of all blocks of the cluster, once.
-template <typename C>
-__device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_t* shared_barriers, uint32_t pair_size,
-                                                     uint32_t full_arrivals = 1) {
-  Pipeline<C> pipe;
-  pipe.tiles = (shared_address(shared_tiles) + C::kAlignment - 1) / C::kAlignment * C::kAlignment;
-  pipe.barriers = shared_address(shared_barriers);
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < C::kStages; ++s) {
-      barrier_init(pipe.full(s), full_arrivals);
-      barrier_init(pipe.empty(s), pair_size * C::kConsumers / 32);
-    }
-    barrier_init_fence();
-  }
-  cluster_sync();
-  return pipe;
+// Descriptor of a K-major operand in shared memory whose rows are 128 bytes (64 bf16), swizzled by 128 bytes: groups of
+// 8 rows are 1024 bytes, and 1024 bytes apart. Address 1024-aligned plus the offset along K. 16 columns further: + 2.
+__device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
+  constexpr uint64_t kFixed = (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16);
+  return kFixed | ((address & 0x3ffffu) >> 4);
 }
 
-// One thread: this block's share of W [BN, 64] at columns k.. of W; half h begins at row w_row[h]. Its bytes were
-// announced.
 template <typename C>
-__device__ __forceinline__ void load_w(const Pipeline<C>& pipe, uint32_t stage, const CUtensorMap* w_map, int k,
-                                       int w_row0, int w_row1, const Pair& pair) {
-  const uint32_t full = pipe.full(stage);
-  if (pair.size == 1) {
-    tma_load(pipe.w(stage), w_map, k, w_row0, full);
-    tma_load(pipe.w(stage) + C::kBytesW / 2, w_map, k, w_row1, full);
-  } else {
-    tma_load_multicast(pipe.w(stage) + pair.index * (C::kBytesW / 2), w_map, k, pair.index == 0 ? w_row0 : w_row1, full,
-                       static_cast<uint16_t>(0b11u << pair.first));
-  }
+__device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_t* barriers, const Pair& pair) {
+  return many_rows::make_pipeline<C>(shared_tiles, barriers, pair.size * C::kConsumers / 32);
 }
 
 // A consumer warp gives a stage back to the producers of its pair.
@@ -125,4 +59,54 @@ __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineS
   if (k_steps > 0) release_stage(pipe, previous, pair);
 }
 
+namespace gemm {
+
+using dflash::gemm::GemmParams;
+using many_rows::Place;
+using many_rows::Schedule;
+using many_rows::SourceMaps;
+using many_rows::Tiles;
+using many_rows::Work;
+
+constexpr int kProducers = 128;
+constexpr int kThreads = 256 + kProducers;
+// Of 168 registers at the start, the producers' go to the consumers: 2 * 224 + 56 = 3 * 168.
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+template <int BN>
+constexpr int kBarriers = 2 * Tiles<BN>::kStages;
+
+// What a kernel of this kind does; the kernel itself only names its launch bounds and its epilogue.
+template <int BN, typename Epilogue>
+__device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_maps, const CUtensorMap* w_map,
+                                    const Schedule& schedule, unsigned char* shared_bytes, uint64_t* barriers,
+                                    Epilogue epilogue) {
+  using C = Tiles<BN>;
+  grid_dependency_launch();
+  const Place at(schedule);
+  const Pair& pair = at.pair;
+  const Pipeline<C> pipe = make_pipeline<C>(shared_bytes, barriers, pair);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+
+  if (warp >= C::kConsumers / 32) {
+    give_back_registers<kProducerRegisters>();
+    many_rows::produce<C, Epilogue::kGated>(p, pipe, a_maps, w_map, schedule, at);
+    __syncwarp();
+  } else {
+    take_registers<kConsumerRegisters>();
+    grid_dependency_wait();
+    const Work work = many_rows::find_work<C>(p, schedule, at.split);
+    PipelineState<C> state;
+    float acc[BN / 2];
+    for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
+      epilogue.begin((static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM + 16 * warp,
+                     work.live_rows);
+      multiply_tile(pipe, state, warp / 4, work.num_steps, pair, acc);
+      if (schedule.splits > 1) many_rows::reduce_over_splits<C, Epilogue>(acc, shared_bytes, schedule.splits, at);
+      epilogue.finish(acc, tile / work.pairs, schedule.splits, at.split);
+    }
+  }
+  cluster_sync();
+}
+
+}  // namespace gemm
 }  // namespace dflash::sm90

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace dflash::sm90 {
+namespace dflash::many_rows {
 
 // Boxes of box_rows x 64 columns, swizzled by 128 bytes; outside of [rows, columns] they read zeros. Base aligned to 16
 // bytes, stride (elements) a multiple of 8 and at least columns. False where the driver has none or refuses.
@@ -33,4 +33,4 @@ inline bool make_tensor_map(CUtensorMap* map, const void* data, int64_t rows, in
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-}  // namespace dflash::sm90
+}  // namespace dflash::many_rows

@@ -1,5 +1,6 @@
-// The persistent GEMM of many rows on Hopper around mainloop.cuh: what gemm_bf16.cu (stores C) and inject/project.cu
-// (writes K and V into the caches) share. The choice of tiles is in plan.h.
+// The persistent GEMM of many rows on Hopper and Blackwell: what sm90/gemm (wgmma) and sm100/gemm (tcgen05) share for
+// kernels that store C or write K and V into the caches. The choice of tiles is in plan.h, the ring that feeds the
+// tensor cores in ring.cuh; what multiplies, and run(), in <arch>/gemm/mainloop.cuh.
 //
 // Floors: 2 * M * N * K flops of the tensor cores with M live rows, and W once from DRAM. Between 65 and some 300 rows
 // both are alike, and the path from L2 to the SMs, which carries A and W once for every tile, is as narrow: hence pairs
@@ -8,23 +9,24 @@
 // Partition: tile t of a cluster is the row tile (or pair of them) t % pairs and the BN columns t / pairs, so clusters
 // that run together share W. How many row tiles are live is read on the device. Few tiles: K is cut over up to 4 blocks
 // (or pairs) of a cluster. At the end of a tile they put their accumulators into their own pipeline memory, which is
-// free by then, and each adds up its share of the epilogue's groups of columns in a fixed order; the producers wait
+// free by then, and each adds up its share of the epilogue's groups of columns in a fixed order; all other warps wait
 // meanwhile (two cluster barriers a tile).
 //
-// Block: two consumer warpgroups and a producer warpgroup, of which one thread issues all loads. Gated: the first half
-// of a tile's rows of W are gate's, the second half up's, so that a thread has both of a column. A from several
-// sources: a step of K never straddles two; a source's last step is filled up with zeros.
+// Block: threads 0 .. 255 end up with a tile's accumulators, 16 rows a warp; thread 256 issues all loads. Gated: the
+// first half of a tile's rows of W are gate's, the second half up's, so that a thread has both of a column. A from
+// several sources: a step of K never straddles two; a source's last step is filled up with zeros.
 //
 // Before the wait for the preceding kernel: a block's first stages of W, or, where the number of live rows is not known
 // until then and with it the first tile, a prefetch of W into L2 for the tile that is likely the first.
 //
-// An epilogue is a class with
+// A fragment is what a thread holds of its warp's 16 rows: float acc[BN / 2]; for j = 0 .. BN / 8 - 1, lane l has
+// columns 8 j + 2 * (l % 4) + {0, 1} of row l / 4 in acc[4 j + {0, 1}], and of row l / 4 + 8 in acc[4 j + {2, 3}].
+// wgmma leaves it so in registers, tcgen05.ld.16x256b brings it so from tensor memory. An epilogue is a class with
 //   kGated             W's rows are gate's and up's
 //   group_of(j)        group of columns 8 j .. 8 j + 7 of the tile, alike for j = 4 i .. 4 i + 3; with K in parts, part
-//   s
-//                      gets the groups g with g % splits == s
+//                      s gets the groups g with g % splits == s
 //   begin(row0, live)  before the products of a tile: row0 is the first of this warp's 16 rows
-//   finish(acc, column_tile, splits, split)    accumulators as of wgmma_k16
+//   finish(acc, column_tile, splits, split)
 #pragma once
 
 #include <cooperative_groups.h>
@@ -33,27 +35,20 @@
 
 #include "common/cuda_check.h"
 #include "common/dependent_launch.cuh"
-#include "sm90/gemm/mainloop.cuh"
-#include "sm90/gemm/plan.h"
-#include "sm90/gemm/tensor_map.h"
+#include "common/ptx.cuh"
 #include "smxx/gemm/params.h"
+#include "smxx/many_rows/plan.h"
+#include "smxx/many_rows/ring.cuh"
+#include "smxx/many_rows/tensor_map.h"
 
-namespace dflash::sm90::gemm {
+namespace dflash::many_rows {
 
 namespace cg = cooperative_groups;
 
 using dflash::gemm::GemmParams;
 using dflash::gemm::kMaxSources;
 
-constexpr int kProducers = 128;
-// Of 168 registers at the start, the producers' go to the consumers: 2 * 224 + 56 = 3 * 168.
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kAheadSteps = 8;  // of W that go to L2 before the wait
-
-template <int BN>
-using Tiles = Mainloop<BN, BN == 256   ? 4
-                           : BN == 192 ? 5
-                                       : 6>;
 
 struct SourceMaps {
   CUtensorMap map[kMaxSources];
@@ -69,7 +64,22 @@ struct Schedule {
   int box_rows;  // of A that one TMA load brings
 };
 
-// What both roles know.
+// This block's place among the blocks that share a tile, and the cluster's among all.
+struct Place {
+  Pair pair;
+  int split;
+  int cluster, clusters;
+  explicit __device__ __forceinline__ Place(const Schedule& schedule)
+      : split(static_cast<int>(blockIdx.z)),
+        cluster(static_cast<int>(blockIdx.x) / schedule.pair_size),
+        clusters(static_cast<int>(gridDim.x) / schedule.pair_size) {
+    pair.size = static_cast<uint32_t>(schedule.pair_size);
+    pair.index = blockIdx.x % pair.size;
+    pair.first = static_cast<uint32_t>(split) * pair.size;
+  }
+};
+
+// What all roles know.
 struct Work {
   int64_t live_rows;
   int pairs;  // live row tiles, or pairs of them
@@ -77,7 +87,10 @@ struct Work {
   int first_step, num_steps;  // this block's part of K
 };
 
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 256;\n" ::: "memory"); }
+template <typename C>
+__device__ __forceinline__ void consumers_sync() {
+  named_barrier(1, C::kConsumers);
+}
 
 // After the preceding kernel's end where there are commit lengths.
 template <typename C>
@@ -120,42 +133,42 @@ __device__ __forceinline__ void load_w_step(const GemmParams& p, const Pipeline<
 // W of a tile's first steps into L2.
 template <typename C, bool kGated>
 __device__ __forceinline__ void prefetch_w(const GemmParams& p, const CUtensorMap* w_map, const Schedule& schedule,
-                                           const Pair& pair, int cluster, int split) {
-  const int column_tile = cluster / schedule.expected_pairs;
+                                           const Place& place) {
+  const int column_tile = place.cluster / schedule.expected_pairs;
   if (column_tile >= schedule.column_tiles) return;
   const int half = C::BN / 2;
   const int row0 = column_tile * (kGated ? half : C::BN);
   const int row1 = kGated ? row0 + static_cast<int>(p.n / 2) : row0 + half;
-  const int first = static_cast<int>(static_cast<int64_t>(schedule.k_steps) * split / schedule.splits);
+  const int first = static_cast<int>(static_cast<int64_t>(schedule.k_steps) * place.split / schedule.splits);
   Position at(first, schedule.steps_per_source);
   for (int s = 0; s < kAheadSteps && at.source < p.num_sources; ++s) {
     const int column = static_cast<int>(at.source * (p.k / p.num_sources)) + at.step * C::BK;
-    if (pair.index == 0) tma_prefetch(w_map, column, row0);
-    if (pair.index == pair.size - 1) tma_prefetch(w_map, column, row1);
+    if (place.pair.index == 0) tma_prefetch(w_map, column, row0);
+    if (place.pair.index == place.pair.size - 1) tma_prefetch(w_map, column, row1);
     at.advance();
   }
 }
 
-// The producer warpgroup while the accumulators of a tile lie in the pipeline's memory: see reduce_over_splits.
+// All other warps while the accumulators of a tile lie in the pipeline's memory: see reduce_over_splits.
 __device__ __forceinline__ void sit_out_reduction() {
   __syncwarp();
   cluster_sync();
   cluster_sync();
 }
 
-// All producer threads: the first issues all loads of this block, by TMA.
+// Whole warps: thread 256 issues all loads of this block, by TMA.
 template <typename C, bool kGated>
 __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& pipe, const SourceMaps& a_maps,
-                                        const CUtensorMap* w_map, const Schedule& schedule, const Pair& pair,
-                                        int cluster, int clusters, int split) {
+                                        const CUtensorMap* w_map, const Schedule& schedule, const Place& place) {
+  const Pair& pair = place.pair;
   const bool leader = threadIdx.x == C::kConsumers;
   const int64_t source_k = p.k / p.num_sources;
   const bool counted = p.live.commit_lens.data != nullptr;
   if (counted) {
-    if (leader) prefetch_w<C, kGated>(p, w_map, schedule, pair, cluster, split);
+    if (leader) prefetch_w<C, kGated>(p, w_map, schedule, place);
     grid_dependency_wait();
   }
-  const Work work = find_work<C>(p, schedule, split);
+  const Work work = find_work<C>(p, schedule, place.split);
   // Boxes of A with a live row; what the others would bring is not used.
   const uint32_t box_bytes = static_cast<uint32_t>(schedule.box_rows) * C::BK * 2;
   const auto boxes_of = [&](int64_t row0) {
@@ -168,19 +181,19 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
   };
   int ahead = 0;  // stages whose W goes ahead of the wait
   if (!counted) {
-    if (leader && cluster < work.tiles) {
+    if (leader && place.cluster < work.tiles) {
       ahead = min(C::kStages, work.num_steps);
       Position at(work.first_step, schedule.steps_per_source);
       for (int s = 0; s < ahead; ++s) {  // a fresh stage is empty
-        barrier_arrive_expect(pipe.full(s), bytes_of(row_of(cluster)));
-        load_w_step<C, kGated>(p, pipe, s, w_map, source_k, at, cluster / work.pairs, pair);
+        barrier_arrive_expect(pipe.full(s), bytes_of(row_of(place.cluster)));
+        load_w_step<C, kGated>(p, pipe, s, w_map, source_k, at, place.cluster / work.pairs, pair);
         at.advance();
       }
     }
     grid_dependency_wait();
   }
   PipelineState<C> state;
-  for (int tile = cluster; tile < work.tiles; tile += clusters) {
+  for (int tile = place.cluster; tile < work.tiles; tile += place.clusters) {
     if (leader) {
       const int64_t row0 = row_of(tile);
       const int boxes = boxes_of(row0);
@@ -210,11 +223,11 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
 // Adds up the accumulators of the parts of K: part s ends with the sums of the groups g with g % splits == s.
 template <typename C, typename Epilogue>
 __device__ __forceinline__ void reduce_over_splits(float (&acc)[C::BN / 2], unsigned char* shared_tiles, int splits,
-                                                   int split, const Pair& pair) {
+                                                   const Place& place) {
   static_assert(C::BN / 8 * C::kConsumers * 16 <= C::kStages * C::kStageBytes, "the accumulators fit the pipeline");
   const cg::cluster_group cluster = cg::this_cluster();
   auto* mine = reinterpret_cast<float4*>(shared_tiles) + threadIdx.x;
-  consumers_sync();  // both warpgroups are past their last product
+  consumers_sync<C>();  // all are past their last product
 #pragma unroll
   for (int j = 0; j < C::BN / 8; ++j) {
     mine[j * C::kConsumers] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
@@ -224,13 +237,13 @@ __device__ __forceinline__ void reduce_over_splits(float (&acc)[C::BN / 2], unsi
 #pragma unroll
   for (int j0 = 0; j0 < C::BN / 8; j0 += kBatch) {
     static_assert(C::BN / 8 % kBatch == 0, "whole batches");
-    if (Epilogue::group_of(j0) % splits != split) continue;
+    if (Epilogue::group_of(j0) % splits != place.split) continue;
     float4 total[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 2
     for (int s = 0; s < splits; ++s) {
-      const auto rank = static_cast<unsigned>(s) * pair.size + pair.index;
+      const auto rank = static_cast<unsigned>(s) * place.pair.size + place.pair.index;
       const float4* from = cluster.map_shared_rank(mine, rank);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -250,53 +263,22 @@ __device__ __forceinline__ void reduce_over_splits(float (&acc)[C::BN / 2], unsi
   cluster_sync();
 }
 
-// What a kernel of this kind does; the kernel itself only names its launch bounds and its epilogue.
-template <int BN, typename Epilogue>
-__device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_maps, const CUtensorMap* w_map,
-                                    const Schedule& schedule, unsigned char* shared_bytes, uint64_t* barriers,
-                                    Epilogue epilogue) {
-  using C = Tiles<BN>;
-  grid_dependency_launch();
-  const int split = static_cast<int>(blockIdx.z);
-  const int cluster = static_cast<int>(blockIdx.x) / schedule.pair_size;
-  const int clusters = static_cast<int>(gridDim.x) / schedule.pair_size;
-  Pair pair;
-  pair.size = static_cast<uint32_t>(schedule.pair_size);
-  pair.index = blockIdx.x % pair.size;
-  pair.first = static_cast<uint32_t>(split) * pair.size;
-  const Pipeline<C> pipe = make_pipeline<C>(shared_bytes, barriers, pair.size);
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-
-  if (warp >= C::kConsumers / 32) {
-    give_back_registers<kProducerRegisters>();
-    produce<C, Epilogue::kGated>(p, pipe, a_maps, w_map, schedule, pair, cluster, clusters, split);
-    __syncwarp();
-  } else {
-    take_registers<kConsumerRegisters>();
-    grid_dependency_wait();
-    const Work work = find_work<C>(p, schedule, split);
-    PipelineState<C> state;
-    float acc[C::BN / 2];
-    for (int tile = cluster; tile < work.tiles; tile += clusters) {
-      epilogue.begin((static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM + 16 * warp,
-                     work.live_rows);
-      multiply_tile(pipe, state, warp / 4, work.num_steps, pair, acc);
-      if (schedule.splits > 1) reduce_over_splits<C, Epilogue>(acc, shared_bytes, schedule.splits, split, pair);
-      epilogue.finish(acc, tile / work.pairs, schedule.splits, split);
-    }
-  }
-  cluster_sync();
-}
-
 // Where the last row tile is likely to be half empty, its dead rows are not fetched: A crosses from L2 to the SMs once
 // for every column tile, which between 129 and some 300 rows is as much as W. Otherwise one load a tile.
 inline int box_rows_of(const GemmParams& p) { return p.live.commit_lens.data != nullptr ? 32 : 128; }
 
-// A kernel of (GemmParams, SourceMaps, CUtensorMap, Schedule, more ..) around run<BN, ..>().
+struct Operands {
+  Plan plan;
+  SourceMaps a_maps = {};
+  CUtensorMap w_map;
+};
+
+// A kernel of (GemmParams, SourceMaps, CUtensorMap, Schedule, more ..) with blocks of `threads`, around run<BN, ..>().
 template <int BN, typename Kernel, typename... More>
-void launch(Kernel kernel, const GemmParams& p, const SourceMaps& a_maps, const CUtensorMap& w_map, const Plan& plan,
-            int num_sms, cudaStream_t stream, const char* what, const More&... more) {
+void launch(Kernel kernel, int threads, const GemmParams& p, const Operands& of, int num_sms, cudaStream_t stream,
+            const char* what, const More&... more) {
   using C = Tiles<BN>;
+  const Plan& plan = of.plan;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes), what);
   const int64_t pair_rows = int64_t{C::BM} * plan.pair;
   const auto pairs_of = [&](int64_t rows) { return (rows + pair_rows - 1) / pair_rows; };
@@ -312,23 +294,17 @@ void launch(Kernel kernel, const GemmParams& p, const SourceMaps& a_maps, const 
       std::min<int64_t>(pairs_of(p.m) * schedule.column_tiles, std::max(num_sms / (plan.pair * plan.splits), 1));
   const dim3 grid(static_cast<unsigned>(clusters * plan.pair), 1, static_cast<unsigned>(plan.splits));
   const dim3 cluster(static_cast<unsigned>(plan.pair), 1, static_cast<unsigned>(plan.splits));
-  launch_in_clusters(kernel, grid, C::kConsumers + kProducers, C::kSharedBytes, cluster, stream, p.early_start, what, p,
-                     a_maps, w_map, schedule, more...);
+  launch_in_clusters(kernel, grid, threads, C::kSharedBytes, cluster, stream, p.early_start, what, p, of.a_maps,
+                     of.w_map, schedule, more...);
 }
-
-struct Operands {
-  Plan plan;
-  SourceMaps a_maps = {};
-  CUtensorMap w_map;
-};
 
 // Plan and tensor maps; groups of `granule` columns stay in one tile. False where the operands do not fit them, or the
 // live rows are not the first ones.
-inline bool prepare(Operands* operands, const GemmParams& p, int granule, int num_sms) {
+inline bool prepare(Operands* operands, const GemmParams& p, int granule, int num_sms, const Rates& rates) {
   const int64_t source_k = p.k / p.num_sources;
   if (p.k == 0 || (p.live.commit_lens.data != nullptr && p.live.rows_per_request < p.m)) return false;
   const int64_t rows = p.expected_live > 0 ? p.expected_live : p.m;
-  operands->plan = choose_plan(rows, p.n, (source_k + 63) / 64 * p.num_sources, granule, num_sms);
+  operands->plan = choose_plan(rows, p.n, (source_k + 63) / 64 * p.num_sources, granule, num_sms, rates);
   for (int s = 0; s < p.num_sources; ++s) {
     if (p.a_stride[s] < source_k ||
         !make_tensor_map(&operands->a_maps.map[s], p.a[s], p.m, source_k, p.a_stride[s], box_rows_of(p))) {
@@ -338,4 +314,4 @@ inline bool prepare(Operands* operands, const GemmParams& p, int granule, int nu
   return make_tensor_map(&operands->w_map, p.w, p.n, p.k, p.k, operands->plan.columns / 2);
 }
 
-}  // namespace dflash::sm90::gemm
+}  // namespace dflash::many_rows

@@ -1,0 +1,102 @@
+// What wgmma and tcgen05 multiply from: a ring of stages in shared memory, filled by TMA. Each holds K = 64 of a tile
+// [128, BN] of A [M, K] * W [N, K]^T in bf16: A [128, 64], then W [BN, 64], rows of 128 bytes swizzled by 128 bytes.
+//
+// A pair of blocks of one cluster takes two row tiles (128 rows each) of the same BN columns. Each block has a producer
+// of which one thread issues TMA loads. Blocks may be persistent: the producer runs ahead into the next tile while the
+// others finish with theirs. Of W each block loads BN / 2 rows and multicasts them into both: with BN = 256, 32 KB of
+// L2 reads for 4.2 MFLOP, where 48 would be too many. A block without a partner (pair = 1) loads both halves itself.
+// Barriers of a stage:
+//   full   1 arrival (the producer, announcing the bytes) + the bytes: its own A, its own half of W, the other's half
+//   empty  as many from each block of the pair as its tensor cores' side makes, because the other block's producer
+//          writes here too
+// A producer that is ahead signals bytes to a full barrier whose phase still lacks its block's own arrival, so no phase
+// ends early; it cannot be a whole round ahead, because its own empty barrier needs the other block's too.
+// Blocks leave together (cluster barrier): nobody signals or writes into a block that has gone.
+// Edges: TMA fills what lies outside of A or W with zeros.
+#pragma once
+
+#include "common/tma.cuh"
+
+namespace dflash::many_rows {
+
+template <int BN_, int STAGES_>
+struct Ring {
+  static constexpr int BM = 128, BN = BN_, BK = 64;
+  static constexpr int kStages = STAGES_;
+  static constexpr int kConsumers = 256;  // threads that end up with the accumulators: 8 warps, 16 rows each
+  static constexpr uint32_t kBytesA = BM * BK * 2, kBytesW = BN * BK * 2, kStageBytes = kBytesA + kBytesW;
+  static constexpr int kAlignment = 1024;  // of swizzled tiles
+  static constexpr int kSharedBytes = kStages * static_cast<int>(kStageBytes) + kAlignment;
+  static_assert(kSharedBytes + 1024 <= 232448, "shared memory of an SM");
+  static_assert(BN % 32 == 0, "both halves of W consist of whole swizzle patterns (8 rows)");
+};
+
+// As many stages as fit: 180 .. 196 KB of operands under way or in use.
+template <int BN>
+using Tiles = Ring<BN, BN == 256   ? 4
+                       : BN == 192 ? 5
+                                   : 6>;
+
+// Stage and phase parity, kept alike by all who take part.
+template <typename C>
+struct PipelineState {
+  uint32_t stage = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == C::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Which of the cluster's blocks share W.
+struct Pair {
+  uint32_t size;   // 1 or 2
+  uint32_t first;  // rank in the cluster of the first of them
+  uint32_t index;  // of this block: 0 .. size - 1
+};
+
+template <typename C>
+struct Pipeline {
+  uint32_t tiles;     // shared address of stage 0, 1024-aligned
+  uint32_t barriers;  // shared address of full[kStages], then empty[kStages]
+  __device__ __forceinline__ uint32_t a(uint32_t stage) const { return tiles + stage * C::kStageBytes; }
+  __device__ __forceinline__ uint32_t w(uint32_t stage) const { return a(stage) + C::kBytesA; }
+  __device__ __forceinline__ uint32_t full(uint32_t stage) const { return barriers + stage * 8; }
+  __device__ __forceinline__ uint32_t empty(uint32_t stage) const { return barriers + (C::kStages + stage) * 8; }
+};
+
+// All threads of all blocks of the cluster, once. A stage is empty after `empty_arrivals`, of the whole pair.
+template <typename C>
+__device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_t* shared_barriers,
+                                                     uint32_t empty_arrivals) {
+  Pipeline<C> pipe;
+  pipe.tiles = (shared_address(shared_tiles) + C::kAlignment - 1) / C::kAlignment * C::kAlignment;
+  pipe.barriers = shared_address(shared_barriers);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < C::kStages; ++s) {
+      barrier_init(pipe.full(s), 1);
+      barrier_init(pipe.empty(s), empty_arrivals);
+    }
+    barrier_init_fence();
+  }
+  cluster_sync();
+  return pipe;
+}
+
+// One thread: this block's share of W [BN, 64] at columns k.. of W; half h begins at row w_row[h]. Its bytes were
+// announced.
+template <typename C>
+__device__ __forceinline__ void load_w(const Pipeline<C>& pipe, uint32_t stage, const CUtensorMap* w_map, int k,
+                                       int w_row0, int w_row1, const Pair& pair) {
+  const uint32_t full = pipe.full(stage);
+  if (pair.size == 1) {
+    tma_load(pipe.w(stage), w_map, k, w_row0, full);
+    tma_load(pipe.w(stage) + C::kBytesW / 2, w_map, k, w_row1, full);
+  } else {
+    tma_load_multicast(pipe.w(stage) + pair.index * (C::kBytesW / 2), w_map, k, pair.index == 0 ? w_row0 : w_row1, full,
+                       static_cast<uint16_t>(0b11u << pair.first));
+  }
+}
+
+}  // namespace dflash::many_rows
