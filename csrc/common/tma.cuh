@@ -27,8 +27,12 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// What this thread wrote to shared memory by ordinary stores or cp.async that it has waited for, before wgmma reads it:
-// then a barrier must follow.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// What this thread wrote to shared memory by ordinary stores or cp.async that it has waited for, before wgmma reads or
+// TMA writes there: then a barrier must follow.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
 // Arrives at the same barrier of block `rank` of the cluster (this one included). Orders no writes beyond this block:

@@ -1,6 +1,6 @@
 """Builds a library that registers the CUDA side of the ops as `torch.ops.dflash_emulated`, for CPU tensors.
 
-The kernels are the production sources of csrc/smxx. Three spellings that only nvcc reads are translated (`translate`);
+The kernels are the production sources of csrc/smxx, csrc/sm90 and csrc/sm100. Three spellings that only nvcc reads are translated (`translate`);
 the rest is done by headers of this folder that come before the toolkit's and the project's own.
 """
 
@@ -95,6 +95,7 @@ def build(folder: Path, changes: Mapping[str, tuple[str, str]] | None = None) ->
     flags += sanitize
     flags += [f"-I{HERE}", f"-I{CSRC}", "-isystem", str(cuda), "-isystem", str(include)]
     flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DDFLASH_WITH_CUDA=1"]
+    flags += ["-DDFLASH_WITH_SM90=1", "-DDFLASH_WITH_SM100=1"]
     command = [*([ccache] if (ccache := shutil.which("ccache")) else []), str(compiler()), *flags]
     common = [path for path in sorted(HERE.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
     common += sorted(path for suffix in ("h", "cuh") for path in CSRC.rglob(f"*.{suffix}"))
@@ -102,8 +103,8 @@ def build(folder: Path, changes: Mapping[str, tuple[str, str]] | None = None) ->
 
     sources = [(path, ["-include", "api_on_cpu.h"]) for path in sorted(CSRC.glob("api/*.cpp"))]
     sources = [item for item in sources if item[0].name != "library.cpp"]  # the namespace `dflash` and the module
-    sources += [(path, ["-include", "cuda_runtime.h"]) for path in sorted(CSRC.glob("smxx/*/*.cu"))]
-    sources += [(path, []) for path in [*sorted(CSRC.glob("cpu/*.cpp")), HERE / "emulator.cpp"]]
+    sources += [(path, ["-include", "cuda_runtime.h"]) for path in sorted(CSRC.glob("sm*/*/*.cu"))]
+    sources += [(path, []) for path in [*sorted(CSRC.glob("cpu/*.cpp")), *sorted(HERE.glob("*.cpp"))]]
 
     def changed(text: str, name: str) -> str:
         old, new = changes[name]
@@ -129,7 +130,7 @@ def build(folder: Path, changes: Mapping[str, tuple[str, str]] | None = None) ->
             text = f'#line 1 "{path}"\n' + translate(text)
         key = state.copy()
         key.update(f"{path.name} {options} {text}".encode())
-        stem = folder / f"{path.parent.name}-{path.stem}-{key.hexdigest()[:16]}"
+        stem = folder / f"{path.parent.parent.name}-{path.parent.name}-{path.stem}-{key.hexdigest()[:16]}"
         made = stem.with_suffix(".o")
         if not made.exists():
             unit = stem.with_suffix(".cpp")

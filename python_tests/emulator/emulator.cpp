@@ -14,6 +14,8 @@
 #include <stdexcept>
 #include <thread>
 
+#include "tensor_cores.h"
+
 __thread EMULATOR_TLS uint3 threadIdx, blockIdx;
 __thread EMULATOR_TLS dim3 blockDim, gridDim;
 
@@ -59,6 +61,7 @@ struct Cta {
   unsigned live = 0;
   bool any[2] = {};  // of even and odd generations of the barrier
   uint3 index{};
+  TensorMemory tensor_memory;
 };
 
 struct Copy {
@@ -67,11 +70,10 @@ struct Copy {
   int bytes, group;
 };
 
-struct BulkCopy {
-  void* to;
-  const void* from;
-  unsigned bytes;
-  uint64_t* barrier;
+struct Operation {
+  std::vector<uint64_t*> barriers;
+  const void* queue;
+  std::function<void()> happen;
 };
 
 // What the 8 bytes of an mbarrier hold here.
@@ -96,6 +98,7 @@ struct Fiber {
   uint64_t cluster_generation = 0;
   std::vector<Copy> copies;
   int groups = 0;
+  TensorState tensor;
 
   bool is_blocked() const { return waits_for != nullptr && waits_for->generation == generation; }
 };
@@ -103,7 +106,7 @@ struct Fiber {
 struct Settings {
   Order order = Order::kForward;
   uint64_t seed = 0;
-  int sms = 132;
+  int sms = 132, major = 9;
 };
 
 Settings settings;  // of devices to come
@@ -112,7 +115,8 @@ Settings settings;  // of devices to come
 struct Machine {
   Order order = settings.order;
   std::mt19937_64 random{settings.seed};
-  int sms = settings.sms;
+  int sms = settings.sms, major = settings.major;
+  uint64_t products[static_cast<int>(Product::kKinds)] = {};
   bool last_launch_accepted = true;
   std::map<const void*, size_t> allowed_shared_bytes;
 
@@ -122,7 +126,7 @@ struct Machine {
   std::map<int, Region> regions;  // of static variables, alike in all CTAs
   size_t dynamic_bytes = 0, shared_end = 0;
   Barrier cluster_barrier;
-  std::vector<BulkCopy> bulk_copies;  // under way
+  std::vector<Operation> operations;  // under way
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
   bool looked_outside = false;
@@ -193,10 +197,18 @@ void perform(const Copy& copy) {
 
 MBarrier& state(uint64_t* barrier) { return *reinterpret_cast<MBarrier*>(barrier); }
 
-void finish_copy(const BulkCopy& copy) {
-  std::memcpy(copy.to, copy.from, copy.bytes);
-  state(copy.barrier).bytes -= copy.bytes;
-  state(copy.barrier).complete_if_done();
+// The operation at `at`, after those before it in its queue.
+void happen(size_t at) {
+  std::vector<Operation>& operations = machine().operations;
+  const void* queue = operations[at].queue;
+  std::vector<Operation> due;
+  for (size_t i = 0; i <= at; ++i) {
+    if (i == at || (queue != nullptr && operations[i].queue == queue)) due.push_back(std::move(operations[i]));
+    if (i == at || (queue != nullptr && operations[i].queue == queue)) operations[i].happen = nullptr;
+  }
+  const auto has_happened = [](const Operation& operation) { return !operation.happen; };
+  operations.erase(std::remove_if(operations.begin(), operations.end(), has_happened), operations.end());
+  for (const Operation& operation : due) operation.happen();
 }
 
 void check_guards() {
@@ -237,6 +249,7 @@ void start_threads(const Launch& launch) {
     fiber.spins = false;
     fiber.copies.clear();
     fiber.groups = 0;
+    fiber.tensor = {};
   }
 }
 
@@ -250,9 +263,10 @@ void run_cluster(const Launch& launch) {
     cta.barrier = {};
     for (Barrier& barrier : cta.named) barrier = {};
     cta.live = launch.threads;
+    cta.tensor_memory = {};
   }
   m.cluster_barrier = {};
-  m.bulk_copies.clear();
+  m.operations.clear();
   start_threads(launch);
 
   // Random: the first warp that can run does, each one behind it half as often as the one before.
@@ -313,6 +327,10 @@ void run_cluster(const Launch& launch) {
     }
   }
   check_guards();
+  if (!m.operations.empty()) throw std::runtime_error("emulator: CTAs ended with asynchronous operations under way");
+  for (const Cta& cta : m.ctas) {
+    if (cta.tensor_memory.used.any()) throw std::runtime_error("emulator: a CTA ended and had not freed tensor memory");
+  }
 }
 
 }  // namespace
@@ -376,12 +394,18 @@ void fail(const std::string& what) {
 
 unsigned lane() { return machine().current->thread % kWarp; }
 
+TensorState& tensor_state() { return machine().current->tensor; }
+TensorMemory& tensor_memory() { return machine().cta().tensor_memory; }
+unsigned warp() { return machine().current->thread / kWarp; }
+
 void block_barrier() {
+  tensor_state().before_signal();
   Cta& cta = machine().cta();
   const uint64_t generation = cta.barrier.generation;
   ++cta.barrier.arrived;
   cta.barrier.open_if(cta.live);
   wait(cta.barrier, generation);
+  tensor_state().waited = true;
 }
 
 bool block_any(bool value) {
@@ -394,13 +418,17 @@ bool block_any(bool value) {
 }
 
 void cluster_arrive() {
+  tensor_state().before_signal();
   Machine& m = machine();
   m.current->cluster_generation = m.cluster_barrier.generation;
   ++m.cluster_barrier.arrived;
   m.cluster_barrier.open_if(m.live());
 }
 
-void cluster_wait() { wait(machine().cluster_barrier, machine().current->cluster_generation); }
+void cluster_wait() {
+  wait(machine().cluster_barrier, machine().current->cluster_generation);
+  tensor_state().waited = true;
+}
 
 unsigned cluster_rank() { return machine().current->cta; }
 unsigned cluster_size() { return static_cast<unsigned>(machine().ctas.size()); }
@@ -450,6 +478,19 @@ unsigned char* remote_shared(const void* local, unsigned rank) {
   return m.ctas[rank].memory.data() + (place - mine);
 }
 
+// No multiple of what tiles are aligned to, so that it shows where alignment is taken for granted.
+constexpr uint32_t kSharedWindow = 1024 + 128;
+
+uint32_t shared_address(const void* place) {
+  return kSharedWindow + static_cast<uint32_t>(remote_shared(place, cluster_rank()) - machine().cta().memory.data());
+}
+
+unsigned char* shared_place(uint32_t address, unsigned rank) {
+  const unsigned char* mine = machine().cta().memory.data();
+  if (address < kSharedWindow) fail("not an address in shared memory");
+  return remote_shared(mine + (address - kSharedWindow), rank);
+}
+
 void copy_async(void* shared, const void* global, int bytes) {
   Machine& m = machine();
   const auto* place = static_cast<unsigned char*>(shared);
@@ -475,12 +516,14 @@ void wait_for_copies(int pending) {
 }
 
 void named_barrier(int id, unsigned threads) {
+  tensor_state().before_signal();
   if (id < 1 || id > 15 || threads == 0 || threads % kWarp != 0) fail("no such named barrier");
   Barrier& barrier = machine().cta().named[id];
   const uint64_t generation = barrier.generation;
   ++barrier.arrived;
   barrier.open_if(threads);
   wait(barrier, generation);
+  tensor_state().waited = true;
 }
 
 void spin() {
@@ -504,6 +547,7 @@ void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
 }
 
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes) {
+  tensor_state().before_signal();
   MBarrier& s = state(barrier);
   if (s.pending == 0) fail("more arrivals at an mbarrier than it was made for");
   s.bytes += expected_bytes;
@@ -512,15 +556,42 @@ void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes) {
 }
 
 void mbarrier_wait(uint64_t* barrier, unsigned parity) {
-  Machine& m = machine();
+  std::vector<Operation>& operations = machine().operations;
   while (state(barrier).phase == (parity & 1)) {
-    const auto awaited = [&](const BulkCopy& copy) { return copy.barrier == barrier; };
-    const auto first = std::stable_partition(m.bulk_copies.begin(), m.bulk_copies.end(), std::not_fn(awaited));
-    const std::vector<BulkCopy> due(first, m.bulk_copies.end());
-    m.bulk_copies.erase(first, m.bulk_copies.end());
-    if (due.empty()) spin();
-    for (const BulkCopy& copy : due) finish_copy(copy);
+    const auto awaited = [&](const Operation& operation) {
+      return std::find(operation.barriers.begin(), operation.barriers.end(), barrier) != operation.barriers.end();
+    };
+    const auto due = std::find_if(operations.begin(), operations.end(), awaited);
+    if (due == operations.end()) {
+      spin();
+    } else {
+      happen(due - operations.begin());
+    }
   }
+  tensor_state().waited = true;
+}
+
+void complete_bytes(uint64_t* barrier, unsigned bytes) {
+  state(barrier).bytes -= bytes;
+  state(barrier).complete_if_done();
+}
+
+void complete_arrival(uint64_t* barrier) {
+  MBarrier& s = state(barrier);
+  if (s.pending == 0) fail("more arrivals at an mbarrier than it was made for");
+  --s.pending;
+  s.complete_if_done();
+}
+
+bool happens_at_once() {
+  Machine& m = machine();
+  return m.order == Order::kReversed || (m.order == Order::kRandom && m.coin());
+}
+
+void start(std::vector<uint64_t*> barriers, const void* queue, std::function<void()> operation) {
+  Machine& m = machine();
+  m.operations.push_back({std::move(barriers), queue, std::move(operation)});
+  if (happens_at_once()) happen(m.operations.size() - 1);
 }
 
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
@@ -530,19 +601,26 @@ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barri
     fail("a copy beyond shared memory");
   const auto bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes;
   if (bits % 16 != 0) fail("a bulk copy with an address or a size that is not a multiple of 16");
-  const BulkCopy copy{shared, global, bytes, barrier};
-  if (m.order == Order::kReversed || (m.order == Order::kRandom && m.coin())) {
-    finish_copy(copy);
-  } else {
-    m.bulk_copies.push_back(copy);
-  }
+  start({barrier}, nullptr, [=] {
+    std::memcpy(shared, global, bytes);
+    complete_bytes(barrier, bytes);
+  });
 }
 
-extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int sms) {
-  settings = {static_cast<Order>(order), seed, sms};
+void count_product(Product kind) { ++machine().products[static_cast<int>(kind)]; }
+
+// How many threads have issued products of a kind since the last call; of the device of this host thread.
+extern "C" __attribute__((visibility("default"))) uint64_t emulator_products(int kind) {
+  return std::exchange(machine().products[kind], 0);
+}
+
+extern "C" __attribute__((visibility("default"))) void emulator_configure(int order, uint64_t seed, int sms,
+                                                                          int major) {
+  settings = {static_cast<Order>(order), seed, sms, major};
   machine().order = settings.order;
   machine().random.seed(seed);
   machine().sms = sms;
+  machine().major = major;
 }
 
 }  // namespace dflash::emulator
@@ -561,7 +639,7 @@ const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute == cudaDevAttrMultiProcessorCount) return *value = machine().sms, cudaSuccess;
-  if (attribute == cudaDevAttrComputeCapabilityMajor) return *value = 9, cudaSuccess;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) return *value = machine().major, cudaSuccess;
   return cudaErrorInvalidValue;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
@@ -582,6 +660,13 @@ cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) {
 }
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return std::free(memory), cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *function = known ? reinterpret_cast<void*>(dflash::emulator::encode_tensor_map) : nullptr;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }

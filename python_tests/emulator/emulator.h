@@ -6,7 +6,8 @@
 //   * threads that wait for each other for ever, and warp functions that not all lanes of a warp call;
 //   * shared memory: poisoned (0xff, a NaN) at the start, guarded behind every variable, within the limits of a launch;
 //   * shared memory of another CTA: read and written only while that CTA runs;
-//   * limits of the grid, alignment of asynchronous copies and matrix loads.
+//   * limits of the grid, alignment of asynchronous copies and matrix loads;
+//   * asynchronous operations that nobody waits for, and what tensor_cores.h adds for TMA, wgmma and tcgen05.
 // A failure is a std::runtime_error in the thread that launched.
 //
 // A barrier that is missing shows where the order of fibers matters: run a test in several orders (see Order).
@@ -57,7 +58,7 @@ unsigned cluster_rank();
 unsigned cluster_size();
 
 // One warp function, called by all 32 lanes: `words` of every lane, until the warp's next call.
-enum class Collective { kBarrier, kShuffle, kBallot, kReduce, kLoadMatrix, kMultiply };
+enum class Collective { kBarrier, kShuffle, kBallot, kReduce, kLoadMatrix, kMultiply, kTensor };
 constexpr int kWords = 6;
 using LaneWords = uint64_t[kWords];
 const LaneWords* exchange(Collective what, const uint64_t* words, int count);
@@ -65,6 +66,8 @@ const LaneWords* exchange(Collective what, const uint64_t* words, int count);
 unsigned char* dynamic_shared();
 unsigned char* static_shared(int id, size_t bytes);              // variable `id` of this CTA
 unsigned char* remote_shared(const void* local, unsigned rank);  // the same place in another CTA
+uint32_t shared_address(const void* place);                      // of this CTA, in 32 bits
+unsigned char* shared_place(uint32_t address, unsigned rank);    // in CTA `rank` of the cluster, while it runs
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_for_copies(int pending);
@@ -78,6 +81,16 @@ void mbarrier_init(uint64_t* barrier, unsigned arrivals);
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
+
+// An operation that happens while threads go on: at once, or when a thread waits for one of `barriers` and no sooner
+// (see Order). Those of one queue happen in the order in which they were started; nullptr: in any order.
+void start(std::vector<uint64_t*> barriers, const void* queue, std::function<void()> operation);
+void complete_bytes(uint64_t* barrier, unsigned bytes);  // what such an operation does to an mbarrier
+void complete_arrival(uint64_t* barrier);
+bool happens_at_once();  // for what has other ways to be waited for
+
+enum class Product { kMma, kWgmma, kTcgen05, kKinds };
+void count_product(Product kind);  // for emulator_products
 
 // ---- what the compiler's own syntax becomes (build.py) -----------------------------------------------------------
 

@@ -10,6 +10,8 @@
 #include "common/bf16_pairs.cuh"
 #include "common/cuda_check.h"
 #include "common/dependent_launch.cuh"
+#include "common/device.h"
+#include "sm100/gemm/launch.h"
 #include "sm90/gemm/launch.h"
 #include "smxx/gemm/launch.h"
 #include "smxx/gemm/tile.cuh"
@@ -30,9 +32,9 @@ constexpr int kMaxSplits = 8;  // the portable size of a cluster
 // else a little more than there are SMs.
 template <typename C>
 constexpr int64_t kOneWave = C::BM == 16 ? 396 : 160;
-constexpr int64_t kMinTilesK = 8;                    // steps of K that a part keeps, so that its pipeline fills
-[[maybe_unused]] constexpr int64_t kWgmmaRows = 64;  // more rows than this go to sm90/gemm on Hopper
-constexpr int64_t kWideTiles = 256;                  // 64-column tiles from which 16 rows take them: two a SM
+constexpr int64_t kMinTilesK = 8;    // steps of K that a part keeps, so that its pipeline fills
+constexpr int64_t kManyRows = 64;    // more than these go to smxx/many_rows, where the device has wgmma or tcgen05
+constexpr int64_t kWideTiles = 256;  // 64-column tiles from which 16 rows take them: two a SM
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
@@ -215,15 +217,15 @@ void launch(const GemmParams& p, cudaStream_t stream) {
 void launch_gemm_bf16(const GemmParams& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return;
   const int64_t rows = likely_rows(p);
+  if (p.m > kManyRows) {
+    [[maybe_unused]] const Device device = current_device("gemm_bf16");
 #if DFLASH_WITH_SM90
-  if (p.m > kWgmmaRows) {
-    int device = 0, major = 0, num_sms = 0;
-    cuda_check(cudaGetDevice(&device), "gemm_bf16");
-    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "gemm_bf16");
-    cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "gemm_bf16");
-    if (major == 9 && sm90::gemm::launch_gemm_bf16(p, num_sms, stream)) return;
-  }
+    if (device.major == 9 && sm90::gemm::launch_gemm_bf16(p, device.num_sms, stream)) return;
 #endif
+#if DFLASH_WITH_SM100
+    if (device.major == 10 && sm100::gemm::launch_gemm_bf16(p, device.num_sms, stream)) return;
+#endif
+  }
   if (rows <= 16) {
     return num_tiles<Rows16Wide>(p) >= kWideTiles ? launch<Rows16Wide>(p, stream) : launch<Rows16>(p, stream);
   }

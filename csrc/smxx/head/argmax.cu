@@ -1,6 +1,6 @@
 // lm_head_argmax, and verify_block_from_hidden which ends it with the accept rule; formulas in params.h.
 //
-// Up to 128 rows, and any number where there is no kernel for many (sm90/head/argmax.cu).
+// Up to 128 rows, and any number where there is no kernel for many (many_rows.cuh).
 //
 // Floors. N <= 128 rows: the weights once, V * H * 2 bytes, at the HBM read rate; hidden rows come from L2, N / 128 of
 // the weights' traffic. More rows: 2 * N * V * H tensor-core flops. Nothing else of size moves: a matmul followed by an
@@ -13,18 +13,18 @@
 // visible (fence, barrier, then the add). The last one turns keys into outputs and leaves keys and counter at zero, so
 // that the next launch, or a graph replay, needs no clearing.
 #include "common/cuda_check.h"
+#include "common/device.h"
+#include "sm100/head/launch.h"
+#include "sm90/head/launch.h"
 #include "smxx/head/config.cuh"
 #include "smxx/head/finish.cuh"
 #include "smxx/head/launch.h"
-#if DFLASH_WITH_SM90
-#include "sm90/head/launch.h"
-#endif
 
 namespace dflash::head {
 namespace {
 
-// More rows than this are bound by the tensor cores, and on Hopper go to wgmma.
-[[maybe_unused]] constexpr int64_t kWgmmaRows = 128;
+// More rows than this are bound by the tensor cores, and go to many_rows.cuh where the device has wgmma or tcgen05.
+constexpr int64_t kManyRows = 128;
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, kBlocksPerSm) argmax_kernel(const __grid_constant__ HeadParams p) {
@@ -82,15 +82,15 @@ void launch(const HeadParams& p, cudaStream_t stream) {
 
 void launch_argmax(const HeadParams& p, cudaStream_t stream) {
   if (p.gemm.m == 0) return;
+  if (p.gemm.m > kManyRows) {
+    [[maybe_unused]] const Device device = current_device("lm_head_argmax");
 #if DFLASH_WITH_SM90
-  if (p.gemm.m > kWgmmaRows) {
-    int device = 0, major = 0, num_sms = 0;
-    cuda_check(cudaGetDevice(&device), "lm_head_argmax");
-    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "lm_head_argmax");
-    cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "lm_head_argmax");
-    if (major == 9 && sm90::head::launch_argmax(p, num_sms, stream)) return;
-  }
+    if (device.major == 9 && sm90::head::launch_argmax(p, device.num_sms, stream)) return;
 #endif
+#if DFLASH_WITH_SM100
+    if (device.major == 10 && sm100::head::launch_argmax(p, device.num_sms, stream)) return;
+#endif
+  }
   if (p.gemm.m <= 16) {
     launch<Rows16>(p, stream);
   } else if (p.gemm.m <= 32) {

@@ -1,10 +1,10 @@
 // inject_kv: the target's hidden states of committed tokens become the drafter's context KV; formula in params.h.
 //
 // Launches, for each chunk of rows: fc (GEMM over K sources), RMSNorm in place, KV projection of all layers (one GEMM),
-// then K-norm + RoPE + paged write of all layers. On Hopper, for more than 64 rows and heads of 64 or 128, the
-// projection's epilogue does the last of these (sm90/inject/project.cu): K and V go from the accumulators to the
-// caches. All but the first start while their predecessor still runs (dependent_launch.cuh), so that the projection's
-// first weights are on their way while fc and the norm finish.
+// then K-norm + RoPE + paged write of all layers. For more than 64 rows and heads of 64 or 128, where the
+// device has wgmma or tcgen05, the projection's epilogue does the last of these (write_heads.cuh): K and V go from the
+// accumulators to the caches. All but the first start while their predecessor still runs (dependent_launch.cuh), so
+// that the projection's first weights are on their way while fc and the norm finish.
 //
 // More than 64 rows with commit lengths: a first launch puts the live tokens' taps together (gather.cu), and from there
 // on the live rows are the first ones. So all tiles but the last are full, and a step that commits 6 of 16 tokens does
@@ -28,6 +28,8 @@
 
 #include "common/cuda_check.h"
 #include "common/dependent_launch.cuh"
+#include "common/device.h"
+#include "sm100/inject/launch.h"
 #include "sm90/inject/launch.h"
 #include "smxx/gemm/launch.h"
 #include "smxx/inject/gather.h"
@@ -41,8 +43,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int64_t kMaxChunkRows = 65536;  // keeps rows * L * Hkv of a launch in 31 bits
 constexpr int kCheckThreads = 256;
-constexpr int kHeadRows = 8;                            // of a warp of write_heads_kernel
-[[maybe_unused]] constexpr bool kFusedEpilogue = true;  // on Hopper; false: the projection stores, a kernel writes
+constexpr int kHeadRows = 8;  // of a warp of write_heads_kernel
 constexpr unsigned long long kNoFault = ~0ull;
 
 __global__ void __launch_bounds__(32 * kWarps) write_kernel(const __grid_constant__ WriteParams p) {
@@ -164,6 +165,20 @@ IntView advanced(IntView view, int64_t count) {
   return view;
 }
 
+// The projection with K-norm, RoPE and the paged write in one launch. False, with nothing launched, where the device
+// has no kernel that does it, or for operands that it does not take.
+bool launch_project([[maybe_unused]] const gemm::GemmParams& project, [[maybe_unused]] const WriteParams& write,
+                    [[maybe_unused]] cudaStream_t stream) {
+  [[maybe_unused]] const Device device = current_device("inject_kv");
+#if DFLASH_WITH_SM90
+  if (device.major == 9) return sm90::inject::launch_project(project, write, device.num_sms, stream);
+#endif
+#if DFLASH_WITH_SM100
+  if (device.major == 10) return sm100::inject::launch_project(project, write, device.num_sms, stream);
+#endif
+  return false;
+}
+
 }  // namespace
 
 void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
@@ -274,12 +289,7 @@ void launch_inject_kv(const InjectParams& p, cudaStream_t stream) {
     project.live = write.live;
     project.expected_live = expected_live;
     project.early_start = true;
-#if DFLASH_WITH_SM90
-    if (kFusedEpilogue && rows > kGatherRows && takes_whole_heads(write) &&
-        sm90::inject::launch_project(project, write, stream)) {
-      continue;
-    }
-#endif
+    if (rows > kGatherRows && takes_whole_heads(write) && launch_project(project, write, stream)) continue;
     gemm::launch_gemm_bf16(project, stream);
 
     launch_write(write, stream);

@@ -27,6 +27,10 @@ struct Rates {
 // Measured on an H100 at 1.755 GHz; 2048 multiply-adds a cycle and SM.
 constexpr Rates kH100Rates = {4.0, 64, 3300, 1800};
 
+// A B200 at 1.85 GHz as published, nothing measured: 4096 multiply-adds a cycle and SM; L2 to an SM as on an H100;
+// 7.3 TB/s of DRAM.
+constexpr Rates kB200Rates = {2.0, 64, 9400, 3950};
+
 // Estimated cycles of one candidate.
 inline double estimate(const Plan& plan, int64_t rows, int64_t n, int64_t k_steps, int num_sms, const Rates& rates) {
   constexpr double kFill = 3000, kReduce = 3000;

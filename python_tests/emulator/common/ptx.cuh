@@ -10,6 +10,8 @@
 namespace dflash {
 
 inline int opaque(int x) { return x; }
+template <int kCount>
+void pin_registers(float (&)[kCount]) {}
 inline unsigned long long global_timer() {
   static thread_local unsigned long long reads = 0;
   return ++reads;
@@ -118,6 +120,7 @@ inline float bf16_half(uint64_t pair, int half) {
 }
 
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::count_product(emulator::Product::kMma);
   const uint64_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const auto* lanes = emulator::exchange(emulator::Collective::kMultiply, words, 6);
   const unsigned lane = emulator::lane();

@@ -1,0 +1,74 @@
+// How tcgen05.mma is told where its operands are and what they are (PTX ISA 9.0, 9.7.16.4: matrix descriptor and
+// instruction descriptor of .kind::f16 and .kind::f8f6f4).
+//
+// Operand in shared memory, 64 bits:
+//    0..13  address >> 4
+//   16..29  leading dimension byte offset >> 4; not used by swizzled K-major operands whose K fits the swizzle
+//   32..45  stride dimension byte offset >> 4: from 8 rows to the next 8
+//   46..48  0b001
+//   49..51  base offset: 0, where swizzle patterns begin at multiples of their size (1024 bytes)
+//   52      leading dimension is an offset (0)
+//   53..60  0
+//   61..63  swizzle: 0 none, 1 128 bytes in atoms of 32, 2 128 bytes, 4 64 bytes, 6 32 bytes
+//
+// Instruction, 32 bits:
+//    0..1   sparsity selector      2  sparse      3  saturate (integers)
+//    4..5   type of D: 0 f16, 1 f32, 2 s32
+//    7..9   type of A, 10..12 of B: .kind::f16: 0 f16, 1 bf16; .kind::f8f6f4: 0 e4m3, 1 e5m2, 3 e2m3, 4 e3m2, 5 e2m1
+//   13, 14  negate A, B           15, 16  A, B transposed: 0, K-major
+//   17..22  N >> 3                24..28  M >> 4
+//   30..31  shift (.ws only)
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace dflash::sm100 {
+
+enum class Swizzle : uint64_t { kNone = 0, k128Atom32 = 1, k128 = 2, k64 = 4, k32 = 6 };
+enum class F16Type : uint32_t { kF16 = 0, kBf16 = 1 };
+enum class AccumulatorType : uint32_t { kF16 = 0, kF32 = 1 };
+
+// A K-major operand whose rows are 128 bytes (64 bf16), swizzled by 128 bytes: 8 rows are 1024 bytes, and 1024 bytes
+// apart. Address 1024-aligned plus the offset along K; 32 bytes (16 bf16) further: + 2. The swizzle is a function of
+// the address, so that the offset along K stays inside the pattern.
+DFLASH_HOST_DEVICE constexpr uint64_t operand_descriptor(uint32_t address) {
+  constexpr uint64_t kFixed =
+      static_cast<uint64_t>(Swizzle::k128) << 61 | uint64_t{1} << 46 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16;
+  return kFixed | (address & 0x3ffffu) >> 4;
+}
+
+DFLASH_HOST_DEVICE constexpr uint32_t instruction_descriptor(AccumulatorType d, F16Type a, F16Type b, uint32_t m,
+                                                             uint32_t n) {
+  return static_cast<uint32_t>(d) << 4 | static_cast<uint32_t>(a) << 7 | static_cast<uint32_t>(b) << 10 | n >> 3 << 17 |
+         m >> 4 << 24;
+}
+
+// M = 128: row m is lane m of tensor memory, column n the n-th column from the address on.
+template <int M, int N>
+DFLASH_HOST_DEVICE constexpr uint32_t bf16_instruction() {
+  static_assert(M == 128 && N % 16 == 0 && 16 <= N && N <= 256,
+                "a shape that .kind::f16 has for one block and M = 128");
+  return instruction_descriptor(AccumulatorType::kF32, F16Type::kBf16, F16Type::kBf16, M, N);
+}
+
+// The fields one by one, against the tables above.
+constexpr uint64_t field(uint64_t descriptor, int first, int last) {
+  return descriptor >> first & ((uint64_t{1} << (last - first + 1)) - 1);
+}
+static_assert(field(operand_descriptor(0x2fc60), 0, 13) == 0x2fc6);
+static_assert(field(operand_descriptor(0x2fc60), 14, 15) == 0 && field(operand_descriptor(0x2fc60), 30, 31) == 0);
+static_assert(field(operand_descriptor(0), 32, 45) * 16 == 8 * 128);
+static_assert(field(operand_descriptor(0), 46, 48) == 0b001 && field(operand_descriptor(0), 49, 60) == 0);
+static_assert(field(operand_descriptor(0), 61, 63) == 2);
+static_assert(operand_descriptor(1024 + 32) == operand_descriptor(1024) + 2, "16 columns further");
+static_assert(field(bf16_instruction<128, 256>(), 0, 3) == 0 && field(bf16_instruction<128, 256>(), 4, 5) == 1);
+static_assert(field(bf16_instruction<128, 256>(), 7, 9) == 1 && field(bf16_instruction<128, 256>(), 10, 12) == 1);
+static_assert(field(bf16_instruction<128, 256>(), 13, 16) == 0 && field(bf16_instruction<128, 256>(), 23, 23) == 0);
+static_assert(field(bf16_instruction<128, 256>(), 17, 22) == 256 / 8);
+static_assert(field(bf16_instruction<128, 160>(), 17, 22) == 160 / 8);
+static_assert(field(bf16_instruction<128, 160>(), 24, 28) == 128 / 16);
+static_assert(field(bf16_instruction<128, 160>(), 29, 31) == 0);
+
+}  // namespace dflash::sm100

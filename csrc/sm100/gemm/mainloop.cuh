@@ -1,0 +1,199 @@
+// Tiles [128, BN] of A [M, K] * W [N, K]^T by tcgen05, bf16 in, fp32 in tensor memory, from the ring of smxx/many_rows.
+// Never run on the hardware: compiled, disassembled, and executed by the emulator of python_tests.
+//
+// Block: warps 0 .. 7 finish tiles, warp 8 issues the loads, warp 9 allocates tensor memory and one thread of it issues
+// the products; warps 10 and 11 are there because registers change hands by warpgroup. Tensor memory: two accumulators
+// [128 lanes, BN columns], so that the products of a tile go on while the one before is finished. One thread, one block
+// (cta_group::1): pairs of blocks share W by multicast, not by tcgen05's pairs; bench/NOTES.md has what the latter
+// would save. Barriers beside the ring's, whose stages are emptied by one commit of each block of the pair:
+//   full    1 arrival: the commit after a tile's last product
+//   empty   8 arrivals: the warps that have taken their rows out of it
+//
+// A product of K = 16 takes N / 2 cycles and reads 32 * (128 + N) bytes of shared memory, which gives 128 a cycle:
+// N = 128 needs all of that, N = 256 three quarters. At work are (stages - 1) * 32 .. 48 KB from L2 or DRAM a block and
+// SM, at least 144 KB; 7.3 TB/s for 148 SMs times 1 us of latency ask for 49 KB.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "sm100/gemm/descriptor.h"
+#include "sm100/gemm/ptx.cuh"
+#include "smxx/many_rows/kernel.cuh"
+
+namespace dflash::sm100 {
+
+using many_rows::Pair;
+using many_rows::Pipeline;
+using many_rows::PipelineState;
+
+constexpr int kThreads = 384;
+constexpr int kLoadWarp = 8, kMultiplyWarp = 9;
+// Of 168 registers at the start, the last warpgroup's go to those who hold accumulators: 2 * 224 + 56 = 3 * 168.
+constexpr int kFewRegisters = 56, kManyRegisters = 224;
+constexpr int kAccumulators = 2;
+constexpr uint32_t kTmemColumns = 512;  // all of an SM: a second block has no room in shared memory either
+
+template <typename C>
+constexpr int kBarriers = 2 * C::kStages + 2 * kAccumulators;
+
+// All threads of all blocks of the cluster, once: allocates tensor memory. `barriers` [kBarriers<C>] and `tmem` are
+// shared.
+template <typename C>
+__device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_t* barriers, uint32_t* tmem,
+                                                     const Pair& pair) {
+  if (threadIdx.x / 32 == kMultiplyWarp) {
+    tmem_allocate(shared_address(tmem), kTmemColumns);
+    tmem_relinquish();
+    tcgen05_fence_before_signal();
+  }
+  if (threadIdx.x == 0) {
+    const uint32_t own = shared_address(barriers + 2 * C::kStages);
+    for (int i = 0; i < kAccumulators; ++i) {
+      barrier_init(own + i * 8, 1);
+      barrier_init(own + (kAccumulators + i) * 8, C::kConsumers / 32);
+    }
+  }
+  const Pipeline<C> pipe = many_rows::make_pipeline<C>(shared_tiles, barriers, pair.size);  // ends with a barrier
+  tcgen05_fence_after_wait();
+  return pipe;
+}
+
+// All threads, as the last thing that they do.
+__device__ __forceinline__ void leave_together(const uint32_t* tmem) {
+  tcgen05_fence_before_signal();
+  cluster_sync();
+  if (threadIdx.x / 32 == kMultiplyWarp) {
+    tcgen05_fence_after_wait();
+    tmem_free(*tmem, kTmemColumns);
+  }
+}
+
+// The accumulators of a block, and the one whose turn it is.
+template <typename C>
+class TensorMemory {
+  static_assert(kAccumulators * C::BN <= kTmemColumns, "tensor memory of an SM");
+  static_assert((C::kStages - 1) * C::kStageBytes >= 64 * 1024, "bytes under way");
+
+ public:
+  __device__ __forceinline__ TensorMemory(const uint64_t* barriers, const uint32_t* tmem)
+      : address_(*tmem), barriers_(shared_address(barriers + 2 * C::kStages)) {}
+  __device__ __forceinline__ uint32_t at() const { return address_ + index_ * C::BN; }
+  __device__ __forceinline__ uint32_t full() const { return barriers_ + index_ * 8; }
+  __device__ __forceinline__ uint32_t empty() const { return barriers_ + (kAccumulators + index_) * 8; }
+  __device__ __forceinline__ uint32_t parity() const { return parity_; }
+  __device__ __forceinline__ void advance() {
+    if (++index_ == kAccumulators) {
+      index_ = 0;
+      parity_ ^= 1;
+    }
+  }
+
+ private:
+  uint32_t address_;
+  uint32_t barriers_;  // shared address of full[2], then empty[2]
+  uint32_t index_ = 0, parity_ = 0;
+};
+
+// One thread, always the same: the products of a tile.
+template <typename C>
+__device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineState<C>& state,
+                                              const TensorMemory<C>& memory, int k_steps, const Pair& pair) {
+  constexpr uint32_t kInstruction = bf16_instruction<C::BM, C::BN>();
+  barrier_wait(memory.empty(), memory.parity() ^ 1);
+#pragma unroll 1  // four products a step keep the tensor cores busy for 4 * N / 2 cycles
+  for (int k = 0; k < k_steps; ++k) {
+    barrier_wait(pipe.full(state.stage), state.parity);
+    tcgen05_fence_after_wait();
+    const uint64_t a = operand_descriptor(pipe.a(state.stage)), w = operand_descriptor(pipe.w(state.stage));
+#pragma unroll
+    for (int step = 0; step < C::BK / 16; ++step) {
+      multiply_bf16(memory.at(), a + 2 * step, w + 2 * step, kInstruction, k > 0 || step > 0);
+    }
+    if (pair.size == 1) {
+      tcgen05_commit(pipe.empty(state.stage));
+    } else {
+      tcgen05_commit(pipe.empty(state.stage), static_cast<uint16_t>(0b11u << pair.first));
+    }
+    state.advance();
+  }
+  tcgen05_commit(memory.full());
+}
+
+// Rows of a tile that warp w (0 .. 7) takes: the 16 from here on. It reaches the lanes 32 * (w % 4) .. + 31.
+__device__ __forceinline__ int first_row_of(int warp) { return 32 * (warp % 4) + 16 * (warp / 4); }
+
+// A warp of the first eight: its fragment of the tile, and the accumulator is free again.
+template <typename C>
+__device__ __forceinline__ void take_tile(const TensorMemory<C>& memory, int warp, float (&acc)[C::BN / 2]) {
+  barrier_wait(memory.full(), memory.parity());
+  tcgen05_fence_after_wait();
+  const uint32_t address = memory.at() + (static_cast<uint32_t>(first_row_of(warp)) << 16);
+#pragma unroll
+  for (int i = 0; i < C::BN / 32; ++i) tmem_load_16x32(acc + 16 * i, address + 32 * i);
+  tmem_wait_loads();
+  pin_registers(acc);
+  tcgen05_fence_before_signal();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(memory.empty());
+}
+
+namespace gemm {
+
+using dflash::gemm::GemmParams;
+using many_rows::Place;
+using many_rows::Schedule;
+using many_rows::SourceMaps;
+using many_rows::Tiles;
+using many_rows::Work;
+
+template <int BN>
+constexpr int kBarriers = sm100::kBarriers<Tiles<BN>>;
+
+// What a kernel of this kind does; the kernel itself only names its launch bounds and its epilogue.
+template <int BN, typename Epilogue>
+__device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_maps, const CUtensorMap* w_map,
+                                    const Schedule& schedule, unsigned char* shared_bytes, uint64_t* barriers,
+                                    uint32_t* tmem, Epilogue epilogue) {
+  using C = Tiles<BN>;
+  grid_dependency_launch();
+  const Place at(schedule);
+  const Pair& pair = at.pair;
+  const Pipeline<C> pipe = make_pipeline<C>(shared_bytes, barriers, tmem, pair);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+
+  if (warp < C::kConsumers / 32) {
+    take_registers<kManyRegisters>();
+    grid_dependency_wait();
+    const Work work = many_rows::find_work<C>(p, schedule, at.split);
+    TensorMemory<C> memory(barriers, tmem);
+    float acc[BN / 2];
+    for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
+      epilogue.begin((static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM + first_row_of(warp),
+                     work.live_rows);
+      take_tile(memory, warp, acc);
+      memory.advance();
+      if (schedule.splits > 1) many_rows::reduce_over_splits<C, Epilogue>(acc, shared_bytes, schedule.splits, at);
+      epilogue.finish(acc, tile / work.pairs, schedule.splits, at.split);
+    }
+  } else {
+    give_back_registers<kFewRegisters>();
+    if (warp == kLoadWarp) {
+      many_rows::produce<C, Epilogue::kGated>(p, pipe, a_maps, w_map, schedule, at);
+    } else {
+      grid_dependency_wait();
+      const Work work = many_rows::find_work<C>(p, schedule, at.split);
+      const bool elected = warp == kMultiplyWarp && elect_one();
+      TensorMemory<C> memory(barriers, tmem);
+      PipelineState<C> state;
+      for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
+        if (elected) multiply_tile(pipe, state, memory, work.num_steps, pair);
+        memory.advance();
+        if (schedule.splits > 1) many_rows::sit_out_reduction();
+      }
+    }
+    __syncwarp();
+  }
+  leave_together(tmem);
+}
+
+}  // namespace gemm
+}  // namespace dflash::sm100

@@ -1,0 +1,95 @@
+// tcgen05: tensor memory and the tensor cores of compute capability 10.x. python_tests/emulator/sm100/gemm/ptx.cuh has
+// the same functions in C++. An address in tensor memory is lane << 16 | column.
+#pragma once
+
+#include <cstdint>
+
+namespace dflash::sm100 {
+
+// One lane of a warp that is all there: true for it. The lane that issues all that tcgen05_commit is to wait for.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
+// -- tensor memory: 128 lanes of 512 columns of 32 bits -------------------------------------------------------------
+
+// A whole warp: all 128 lanes of `columns` columns, a power of two and at least 32; waits until they are free. The
+// address is stored in shared memory.
+__device__ __forceinline__ void tmem_allocate(uint32_t shared_place, uint32_t columns) {
+  asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;\n" ::"r"(shared_place), "r"(columns)
+               : "memory");
+}
+
+// This block allocates no more.
+__device__ __forceinline__ void tmem_relinquish() {
+  asm volatile("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;\n" ::: "memory");
+}
+
+// A whole warp, and before the block ends.
+__device__ __forceinline__ void tmem_free(uint32_t address, uint32_t columns) {
+  asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, %1;\n" ::"r"(address), "r"(columns));
+}
+
+// A warp's 16 lanes from `address` on, 32 columns: lane l gets, for j = 0 .. 3, columns 8 j + 2 * (l % 4) + {0, 1} of
+// lane l / 4 in d[4 j + {0, 1}] and the same of lane l / 4 + 8 in d[4 j + {2, 3}]. Warp w reaches lanes
+// 32 * (w % 4) .. + 31 only. Not to be used before tmem_wait_loads() and pin_registers().
+__device__ __forceinline__ void tmem_load_16x32(float* d, uint32_t address) {
+  asm volatile(
+      "tcgen05.ld.sync.aligned.16x256b.x4.b32 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, [%16];\n"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]), "=f"(d[7]), "=f"(d[8]),
+        "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]), "=f"(d[14]), "=f"(d[15])
+      : "r"(address));
+}
+
+__device__ __forceinline__ void tmem_wait_loads() { asm volatile("tcgen05.wait::ld.sync.aligned;\n" ::: "memory"); }
+
+// What this thread's tcgen05 instructions did comes before what another thread's do: one calls the first and then
+// signals, the other waits for the signal and then calls the second.
+__device__ __forceinline__ void tcgen05_fence_before_signal() {
+  asm volatile("tcgen05.fence::before_thread_sync;\n" ::: "memory");
+}
+__device__ __forceinline__ void tcgen05_fence_after_wait() {
+  asm volatile("tcgen05.fence::after_thread_sync;\n" ::: "memory");
+}
+
+// -- products, by one thread; they are done in the order of issue ----------------------------------------------------
+
+// d[M, N] in tensor memory = a * b^T, plus d if accumulate, K = 16: bf16 by descriptors (descriptor.h).
+__device__ __forceinline__ void multiply_bf16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction,
+                                              bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %4, 0;\n"
+      "tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, accumulate;\n"
+      "}\n" ::"r"(d),
+      "l"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate))
+      : "memory");
+}
+
+// One arrival at the barrier at this place in each block of `mask` when all that this thread has issued is done; its
+// operands have been read by then. Takes the place of tcgen05_fence_before_signal.
+__device__ __forceinline__ void tcgen05_commit(uint32_t barrier, uint16_t mask) {
+  asm volatile(
+      "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%0], %1;\n" ::"r"(
+          barrier),
+      "h"(mask)
+      : "memory");
+}
+
+// The same, at this block's barrier.
+__device__ __forceinline__ void tcgen05_commit(uint32_t barrier) {
+  asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];\n" ::"r"(barrier)
+               : "memory");
+}
+
+}  // namespace dflash::sm100

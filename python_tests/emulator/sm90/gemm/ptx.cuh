@@ -1,0 +1,19 @@
+// The functions of csrc/sm90/gemm/ptx.cuh in C++.
+#pragma once
+
+#include "tensor_cores.h"
+
+namespace dflash::sm90 {
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulator::wgmma_commit(); }
+template <int kPending>
+void wgmma_wait() {
+  emulator::wgmma_wait(kPending);
+}
+template <int kCount>
+void wgmma_k16(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
+  emulator::wgmma_bf16(d, 2 * kCount, a, b, accumulate);
+}
+
+}  // namespace dflash::sm90

@@ -1,0 +1,350 @@
+#include "tensor_cores.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "emulator.h"
+
+namespace dflash::emulator {
+
+namespace {
+
+float bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+uint64_t field(uint64_t word, int first, int last) { return word >> first & ((uint64_t{1} << (last - first + 1)) - 1); }
+
+// Patterns of 8 rows of `width` bytes: the 16-byte chunk's number in its row (of 128, 64, 32 bytes) is xor-ed with the
+// number of the 128-byte line in its 1024, 512, 256 bytes. A function of the address alone.
+uint32_t swizzled(uint32_t address, unsigned width) {
+  if (width == 0) return address;
+  return address ^ ((address >> 7 & (width / 16 - 1)) << 4);
+}
+
+std::vector<unsigned> ranks_of(unsigned mask) {
+  if (mask == 0) return {cluster_rank()};
+  std::vector<unsigned> ranks;
+  for (unsigned rank = 0; rank < 16; ++rank) {
+    if (mask >> rank & 1) ranks.push_back(rank);
+  }
+  if (ranks.back() >= cluster_size()) fail("a mask with CTAs that the cluster has not");
+  return ranks;
+}
+
+std::vector<uint64_t*> barriers_of(uint32_t barrier, unsigned mask) {
+  if (barrier % 8 != 0) fail("an mbarrier that is not aligned to 8 bytes");
+  std::vector<uint64_t*> barriers;
+  for (const unsigned rank : ranks_of(mask)) {
+    barriers.push_back(reinterpret_cast<uint64_t*>(shared_place(barrier, rank)));
+  }
+  return barriers;
+}
+
+// What the 128 bytes of a tensor map hold here.
+struct Map {
+  const unsigned char* base;
+  uint64_t sizes[2], stride;
+  uint32_t box[2], element, swizzle;
+};
+static_assert(sizeof(Map) <= sizeof(CUtensorMap));
+
+// ---- operands of tensor cores --------------------------------------------------------------------------------------
+
+// A K-major matrix of 16-bit elements in shared memory.
+struct Operand {
+  const unsigned char* memory;  // address 0, were there such a place
+  uint32_t start, leading, stride;
+  unsigned swizzle;  // bytes; 0: none
+  // Elements k .. k + 7 of a row.
+  const uint16_t* eight(unsigned row, unsigned k) const {
+    uint32_t at = start + row / 8 * stride;
+    at += swizzle == 0 ? k / 8 * leading + row % 8 * 16 : row % 8 * swizzle + k * 2;
+    return reinterpret_cast<const uint16_t*>(memory + swizzled(at, swizzle));
+  }
+  void row(unsigned row, float (&values)[16]) const {
+    for (unsigned k = 0; k < 16; k += 8) {
+      const uint16_t* from = eight(row, k);
+      for (unsigned i = 0; i < 8; ++i) values[k + i] = bf16(from[i]);
+    }
+  }
+};
+
+Operand operand_of(uint64_t descriptor, unsigned swizzle) {
+  Operand operand;
+  constexpr uint32_t kSomewhere = 4096;  // any address of shared memory
+  operand.memory = shared_place(kSomewhere, cluster_rank()) - kSomewhere;
+  operand.start = static_cast<uint32_t>(field(descriptor, 0, 13)) << 4;
+  operand.leading = static_cast<uint32_t>(field(descriptor, 16, 29)) << 4;
+  operand.stride = static_cast<uint32_t>(field(descriptor, 32, 45)) << 4;
+  operand.swizzle = swizzle;
+  if (field(descriptor, 49, 51) != 0) fail("a matrix descriptor with a base offset");
+  return operand;
+}
+
+Operand wgmma_operand(uint64_t descriptor) {
+  constexpr unsigned kSwizzles[] = {0, 128, 64, 32};
+  if (field(descriptor, 14, 15) | field(descriptor, 30, 31) | field(descriptor, 46, 48) | field(descriptor, 52, 61))
+    fail("a matrix descriptor of wgmma with bits that have no meaning");
+  return operand_of(descriptor, kSwizzles[field(descriptor, 62, 63)]);
+}
+
+Operand tcgen05_operand(uint64_t descriptor) {
+  const auto mode = field(descriptor, 61, 63);
+  if (field(descriptor, 46, 48) != 0b001) fail("a matrix descriptor of tcgen05 without its constant");
+  if (field(descriptor, 14, 15) | field(descriptor, 30, 31) | field(descriptor, 53, 60))
+    fail("a matrix descriptor of tcgen05 with bits that have no meaning");
+  if (field(descriptor, 52, 52) != 0) fail("a leading dimension that is an address");
+  if (mode != 0 && mode != 2 && mode != 4 && mode != 6) fail("a swizzle that is not emulated");
+  return operand_of(descriptor, mode == 0 ? 0 : 256u >> (mode / 2));
+}
+
+float dot(const float (&a)[16], const float (&b)[16]) {
+  float sum = 0.0f;
+  for (int k = 0; k < 16; ++k) sum += a[k] * b[k];
+  return sum;
+}
+
+uint32_t* cell(TensorMemory& memory, unsigned lane, unsigned column) {
+  if (lane >= kLanes || column >= kColumns || !memory.used[column]) fail("tensor memory that is not allocated");
+  return &memory.cells[lane * kColumns + column];
+}
+
+// All lanes of a warp with the same words, or it fails; what for.
+void together(const char* what, std::initializer_list<uint64_t> words) {
+  const auto* lanes = exchange(Collective::kTensor, words.begin(), static_cast<int>(words.size()));
+  for (unsigned i = 0; i < 32; ++i) {
+    if (!std::equal(words.begin(), words.end(), lanes[i])) fail(std::string("lanes disagree about ") + what);
+  }
+}
+
+}  // namespace
+
+// ---- TMA -----------------------------------------------------------------------------------------------------------
+
+CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                           const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                           const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                           CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  const bool known = rank == 2 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == 0 && steps[0] == 1 &&
+                     steps[1] == 1 &&
+                     (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_UINT8);
+  if (!known) return CUDA_ERROR_NOT_SUPPORTED;  // here
+  Map made = {};
+  made.base = static_cast<const unsigned char*>(base);
+  made.element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+  made.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0 : 16u << swizzle;  // 32, 64, 128
+  made.stride = strides[0];
+  const uint64_t inner = box[0] * made.element;
+  bool valid = swizzle <= CU_TENSOR_MAP_SWIZZLE_128B && reinterpret_cast<uintptr_t>(base) % 16 == 0 &&
+               strides[0] % 16 == 0 && strides[0] < uint64_t{1} << 40 && inner % 16 == 0 &&
+               (made.swizzle == 0 || inner <= made.swizzle);
+  for (int i = 0; i < 2; ++i) {
+    valid = valid && 1 <= sizes[i] && sizes[i] <= uint64_t{1} << 32 && 1 <= box[i] && box[i] <= 256;
+    made.sizes[i] = sizes[i];
+    made.box[i] = box[i];
+  }
+  if (!valid) return CUDA_ERROR_INVALID_VALUE;
+  std::memcpy(map, &made, sizeof(made));
+  return CUDA_SUCCESS;
+}
+
+void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, unsigned mask) {
+  Map from;
+  std::memcpy(&from, map, sizeof(from));
+  if (to % 128 != 0) fail("a box to an address that is not a multiple of 128");
+  const auto barriers = barriers_of(barrier, mask);
+  const uint32_t width = from.box[0] * from.element, bytes = width * from.box[1];
+  std::vector<unsigned char*> memories;
+  for (const unsigned rank : ranks_of(mask)) {
+    shared_place(to + bytes - 1, rank);
+    memories.push_back(shared_place(to, rank) - to);
+  }
+  // One operation a CTA: the copies of a multicast arrive at different times.
+  for (size_t i = 0; i < memories.size(); ++i) {
+    start({barriers[i]}, nullptr, [=, memory = memories[i], signalled = barriers[i]] {
+      for (uint32_t r = 0; r < from.box[1]; ++r) {
+        for (uint32_t c = 0; c < width; c += 16) {
+          unsigned char chunk[16] = {};
+          const int64_t y = int64_t{row} + r;
+          for (uint32_t e = 0; e < 16 / from.element; ++e) {
+            const int64_t x = int64_t{column} + c / from.element + e;
+            if (y < 0 || x < 0 || uint64_t(y) >= from.sizes[1] || uint64_t(x) >= from.sizes[0]) continue;
+            std::memcpy(chunk + e * from.element, from.base + y * from.stride + x * from.element, from.element);
+          }
+          std::memcpy(memory + swizzled(to + r * width + c, from.swizzle), chunk, 16);
+        }
+      }
+      complete_bytes(signalled, bytes);
+    });
+  }
+}
+
+// ---- tensor memory -------------------------------------------------------------------------------------------------
+
+void TensorState::before_signal() const {
+  if (!loads.empty()) fail("a signal before tcgen05.wait::ld");
+  if (read) fail("a signal after tcgen05.ld without tcgen05.fence::before_thread_sync");
+}
+
+void TensorState::before_tcgen05() const {
+  if (waited) fail("tcgen05 after a wait without tcgen05.fence::after_thread_sync");
+}
+
+bool elect_one() {
+  together("elect.sync", {});
+  return lane() == 0;
+}
+
+void tmem_allocate(uint32_t place, unsigned columns) {
+  together("tcgen05.alloc", {place, columns});
+  TensorMemory& memory = tensor_memory();
+  if (columns < 32 || columns > kColumns || (columns & (columns - 1)) != 0) fail("no such number of columns");
+  if (lane() == 0) {
+    if (memory.relinquished) fail("tcgen05.alloc after tcgen05.relinquish_alloc_permit");
+    memory.cells.resize(kLanes * kColumns, 0xffffffffu);
+    unsigned first = 0;  // at the far end, so that it shows where address 0 is taken for granted
+    for (first = kColumns - columns; first > 0 && memory.used[first]; first -= columns) {
+    }
+    if (memory.used[first]) fail("tcgen05.alloc would wait for ever");
+    for (unsigned i = 0; i < columns; ++i) memory.used[first + i] = true;
+    *reinterpret_cast<uint32_t*>(shared_place(place, cluster_rank())) = first;
+  }
+  together("tcgen05.alloc", {});
+}
+
+void tmem_relinquish() {
+  together("tcgen05.relinquish_alloc_permit", {});
+  tensor_memory().relinquished = true;
+}
+
+void tmem_free(uint32_t address, unsigned columns) {
+  together("tcgen05.dealloc", {address, columns});
+  tensor_state().before_tcgen05();
+  if (lane() != 0) return;
+  TensorMemory& memory = tensor_memory();
+  if (address % columns != 0 || address + columns > kColumns) fail("tcgen05.dealloc of what was not allocated");
+  for (unsigned i = 0; i < columns; ++i) {
+    if (!memory.used[address + i]) fail("tcgen05.dealloc of what was not allocated");
+    memory.used[address + i] = false;
+  }
+}
+
+// Register r of lane l: lane l / 4 + 8 * (r / 2 % 2), column 2 * (l % 4) + r % 2 + 8 * (r / 4).
+static void deliver(const TensorState::Load& load) {
+  TensorMemory& memory = tensor_memory();
+  const unsigned l = lane();
+  for (int r = 0; r < 4; ++r) {
+    const uint32_t* from =
+        cell(memory, (load.address >> 16) + l / 4 + 8 * (r / 2 % 2), (load.address & 0xffff) + 2 * (l % 4) + r % 2);
+    std::memcpy(load.to + r, from, 4);
+  }
+}
+
+void tmem_load_16x256b(float* to, uint32_t address, int repeats) {
+  together("tcgen05.ld", {address, static_cast<uint64_t>(repeats)});
+  TensorState& state = tensor_state();
+  state.before_tcgen05();
+  const unsigned first = address >> 16;
+  if (first % 16 != 0 || first / 32 != warp() % 4) fail("tcgen05.ld of lanes that the warp does not reach");
+  state.read = true;
+  for (int i = 0; i < repeats; ++i) {
+    const TensorState::Load load{to + 4 * i, address + 8 * i};
+    if (happens_at_once()) {
+      deliver(load);
+    } else {
+      std::memset(load.to, 0xff, 16);
+      state.loads.push_back(load);
+    }
+  }
+}
+
+void tmem_wait_loads() {
+  together("tcgen05.wait::ld", {});
+  for (const TensorState::Load& load : tensor_state().loads) deliver(load);
+  tensor_state().loads.clear();
+}
+
+void multiply_f16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
+  tensor_state().before_tcgen05();
+  count_product(Product::kTcgen05);
+  const Operand x = tcgen05_operand(a), y = tcgen05_operand(b);
+  const auto m = static_cast<unsigned>(field(instruction, 24, 28)) << 4;
+  const auto n = static_cast<unsigned>(field(instruction, 17, 22)) << 3;
+  if (field(instruction, 0, 3) != 0 || field(instruction, 13, 16) != 0) fail("products that are not emulated");
+  if (field(instruction, 6, 6) | field(instruction, 23, 23) | field(instruction, 29, 31))
+    fail("an instruction descriptor with bits that have no meaning");
+  if (field(instruction, 4, 5) != 1) fail("accumulators that are not emulated");
+  if (field(instruction, 7, 9) != 1 || field(instruction, 10, 12) != 1) fail("operands that are not emulated");
+  if (m != 128 || n % 16 != 0 || n < 16 || n > 256) fail("a shape that .kind::f16 has not");
+  if (d >> 16 != 0) fail("an accumulator of 128 lanes that does not begin at lane 0");
+  TensorMemory& memory = tensor_memory();
+  cell(memory, 0, d), cell(memory, 0, d + n - 1);
+  start({}, &memory, [=, &memory] {
+    std::vector<float> columns(n * 16);
+    for (unsigned j = 0; j < n; ++j) y.row(j, *reinterpret_cast<float (*)[16]>(&columns[16 * j]));
+    for (unsigned i = 0; i < m; ++i) {
+      float row[16];
+      x.row(i, row);
+      auto* to = reinterpret_cast<float*>(&memory.cells[i * kColumns + d]);
+      for (unsigned j = 0; j < n; ++j) {
+        to[j] = (accumulate ? to[j] : 0.0f) + dot(row, *reinterpret_cast<const float (*)[16]>(&columns[16 * j]));
+      }
+    }
+  });
+}
+
+void commit(uint32_t barrier, unsigned mask) {
+  // One operation for this CTA's products, from which each barrier is signalled by itself.
+  tensor_state().before_tcgen05();
+  const std::vector<uint64_t*> barriers = barriers_of(barrier, mask);
+  start(barriers, &tensor_memory(), [=] {
+    for (uint64_t* signalled : barriers) complete_arrival(signalled);
+  });
+}
+
+// ---- wgmma ---------------------------------------------------------------------------------------------------------
+
+void wgmma_bf16(float* d, int n, uint64_t a, uint64_t b, bool accumulate) {
+  count_product(Product::kWgmma);
+  const Operand x = wgmma_operand(a), y = wgmma_operand(b);
+  const unsigned first = 16 * (warp() % 4) + lane() / 4, column = 2 * (lane() % 4);
+  const auto happen = [=] {
+    float rows[2][16], w[16];
+    x.row(first, rows[0]);
+    x.row(first + 8, rows[1]);
+    for (int j = 0; j < n / 8; ++j) {
+      for (int e = 0; e < 2; ++e) {
+        y.row(8 * j + column + e, w);
+        for (int half = 0; half < 2; ++half) {
+          float& sum = d[4 * j + 2 * half + e];
+          sum = (accumulate ? sum : 0.0f) + dot(rows[half], w);
+        }
+      }
+    }
+  };
+  TensorState& state = tensor_state();
+  state.products.push_back({happen, state.groups});
+}
+
+void wgmma_commit() {
+  ++tensor_state().groups;
+  if (happens_at_once()) wgmma_wait(0);
+}
+
+void wgmma_wait(int pending) {
+  TensorState& state = tensor_state();
+  const auto due = [&](const TensorState::Product& product) { return product.group < state.groups - pending; };
+  for (const TensorState::Product& product : state.products) {
+    if (due(product)) product.happen();
+  }
+  state.products.erase(std::remove_if(state.products.begin(), state.products.end(), due), state.products.end());
+}
+
+}  // namespace dflash::emulator

@@ -1,0 +1,81 @@
+// TMA, wgmma and tcgen05 for the emulator, from what the CUDA driver API and the PTX ISA (9.0) say about tensor maps,
+// matrix descriptors, instruction descriptors and tensor memory. Nothing here knows the kernels: where operands lie,
+// how they are swizzled, their shapes and types come from the descriptors that a kernel made.
+//
+// What is checked, beside the limits of each instruction:
+//   * tensor memory: poisoned (a NaN) when it is allocated, used only while it is, freed before the CTA ends;
+//   * a warp reads its own 32 lanes only; what it reads is there after the wait, and not before;
+//   * products read shared memory, and write tensor memory or registers, at once or as late as a wait allows;
+//   * a thread that has waited issues tcgen05 only after tcgen05.fence::after_thread_sync, and signals after
+//     tcgen05.ld only when that has been waited for and after tcgen05.fence::before_thread_sync. (PTX asks for the
+//     first only where the wait was for other threads' tcgen05.)
+#pragma once
+
+#include <cuda.h>
+
+#include <bitset>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace dflash::emulator {
+
+// ---- TMA -----------------------------------------------------------------------------------------------------------
+
+CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                           const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                           const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                           CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill);
+
+// The box at (column, row) into the CTAs `mask` of the cluster, 0: this one; signals its bytes to the barrier of each.
+void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, unsigned mask);
+
+// ---- tensor memory -------------------------------------------------------------------------------------------------
+
+constexpr unsigned kLanes = 128, kColumns = 512;
+
+struct TensorMemory {
+  std::vector<uint32_t> cells;  // [kLanes][kColumns], once something is allocated
+  std::bitset<kColumns> used;
+  bool relinquished = false;
+};
+
+// Of one thread.
+struct TensorState {
+  struct Load {
+    float* to;
+    uint32_t address;
+  };
+  std::vector<Load> loads;  // that have not been waited for
+  bool read = false;        // tensor memory, since the last fence before a signal
+  bool waited = false;      // for other threads, since the last fence after a wait
+  struct Product {
+    std::function<void()> happen;
+    int group;
+  };
+  std::vector<Product> products;  // of wgmma
+  int groups = 0;
+  void before_signal() const;
+  void before_tcgen05() const;
+};
+
+TensorState& tensor_state();
+TensorMemory& tensor_memory();
+unsigned warp();
+
+bool elect_one();
+void tmem_allocate(uint32_t place, unsigned columns);
+void tmem_relinquish();
+void tmem_free(uint32_t address, unsigned columns);
+void tmem_load_16x256b(float* to, uint32_t address, int repeats);
+void tmem_wait_loads();
+void multiply_f16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate);
+void commit(uint32_t barrier, unsigned mask);  // 0: this CTA's
+
+// ---- wgmma: m64, K = 16, bf16 --------------------------------------------------------------------------------------
+
+void wgmma_bf16(float* d, int n, uint64_t a, uint64_t b, bool accumulate);
+void wgmma_commit();
+void wgmma_wait(int pending);
+
+}  // namespace dflash::emulator
