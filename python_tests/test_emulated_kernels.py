@@ -1,10 +1,12 @@
-"""The CUDA kernels of csrc/smxx, run on the CPU by python_tests/emulator, pass tests that are written for a GPU.
+"""The CUDA kernels of csrc, run on the CPU by python_tests/emulator, pass tests that are written for a GPU.
 
 Each check is a test of another module with `torch.ops.dflash` replaced by `torch.ops.dflash_emulated`: the same schemas
 and checks, the CUDA side's launch code and the kernels' own source. Every check runs with threads and CTAs in three
 orders, so that a barrier that is missing shows, and the last tests take barriers and bounds away to see that it does.
 
-Left out: csrc/sm90 (wgmma, TMA). What an emulator cannot show is listed in CONTRIBUTING.md.
+The emulated device says which compute capability it has: 12.0 has neither wgmma nor tcgen05, and all of csrc/smxx
+serves it; 9.0 (csrc/sm90) and 10.0 (csrc/sm100) get the checks with many rows. What an emulator cannot show is listed
+in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -44,6 +46,25 @@ LIBRARY = "DFLASH_EMULATED_LIBRARY"  # of the mutation checks: the library to te
 # Order of threads and CTAs (emulator.h), multiprocessors: with few, launches take the paths of a full GPU.
 ORDERS = {"forward": (0, 132), "reversed": (1, 148), "random": (2, 4)}
 
+# Compute capability, and what multiplies many rows there: mma.sync, wgmma, tcgen05 (Product in emulator.h).
+MULTIPLIERS = {12: 0, 9: 1, 10: 2}
+
+
+class Emulator:
+    def __init__(self, library: ctypes.CDLL, order: str):
+        self.library, self.order = library, order
+        library.emulator_products.restype = ctypes.c_uint64
+        self.configure(12)
+
+    def configure(self, major: int, multiprocessors: int | None = None) -> None:
+        order, usual = ORDERS[self.order]
+        self.library.emulator_configure(order, ctypes.c_uint64(1234), multiprocessors or usual, major)
+        self.multipliers()
+
+    def multipliers(self) -> set[int]:
+        """What has multiplied since the last call."""
+        return {kind for kind in MULTIPLIERS.values() if self.library.emulator_products(kind) > 0}
+
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
@@ -53,10 +74,9 @@ def library() -> ctypes.CDLL:
 
 
 @pytest.fixture(params=ORDERS)
-def emulated(request: pytest.FixtureRequest, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    order, multiprocessors = ORDERS[request.param]
-    library.emulator_configure(order, ctypes.c_uint64(1234), multiprocessors)
+def emulated(request: pytest.FixtureRequest, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Emulator:
     monkeypatch.setattr(torch.ops, "dflash", torch.ops.dflash_emulated)
+    return Emulator(library, request.param)
 
 
 def calls(function: Callable[..., None], *arguments: dict[str, Any]) -> list[Any]:
@@ -281,13 +301,85 @@ CHECKS = [
 def test_kernels_pass(
     function: Callable[..., None],
     arguments: dict[str, Any],
-    emulated: None,
+    emulated: Emulator,
     rng: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fixtures = {"device": "cpu", "rng": rng, "monkeypatch": monkeypatch}
+    run(function, arguments, {"device": "cpu", "rng": rng, "monkeypatch": monkeypatch})
+    assert emulated.multipliers() <= {MULTIPLIERS[12]}
+
+
+def run(function: Callable[..., None], arguments: dict[str, Any], fixtures: dict[str, Any]) -> None:
     wanted = inspect.signature(function).parameters
     function(**arguments, **{name: value for name, value in fixtures.items() if name in wanted})
+
+
+# Tiles of 128, 160, 192 and 256 columns, single ones and pairs that share W, K whole and cut in two and four, sources
+# of A that end inside a step, gated and plain, dead rows; a few multiprocessors take several tiles each.
+MANY_ROWS = [
+    *calls(
+        test_inject.test_matches_reference,
+        *(
+            {"shape": shape, "index": torch.int32}
+            for shape in (
+                {"batch": 13, "block": 5, "num_taps": 1, "heads": 1, "dim": 32},
+                {"batch": 127, "block": 1, "hidden": 72, "heads": 3, "dim": 24, "layers": 3},  # sources end early
+                {"batch": 16, "block": 8, "hidden": 1024, "num_taps": 2, "heads": 1, "dim": 128, "layers": 1},
+                {"batch": 20, "block": 10, "hidden": 512, "num_taps": 3, "heads": 3, "dim": 64},
+                {"batch": 40, "block": 8, "hidden": 320, "heads": 4, "dim": 128},
+                {"batch": 34, "block": 8, "hidden": 576, "num_taps": 1, "heads": 3, "dim": 64, "layers": 4},
+                {"batch": 30, "block": 10, "hidden": 72, "heads": 3, "dim": 18, "layers": 3},  # width not of eights
+            )
+        ),
+    ),
+    *calls(
+        test_inject.test_options_match_reference,
+        {"shape": {"batch": 11, "dim": 64, "hidden": 96}, "options": test_inject.OPTIONS[3]},
+        {"shape": {"batch": 11, "dim": 128, "heads": 1}, "options": test_inject.OPTIONS[4]},
+    ),
+    *calls(
+        test_inject.test_shards_equal_the_whole,
+        {"shape": {"batch": 11, "hidden": 64, "heads": 2, "dim": 64, "tap_norm": True}, "ranks": 4},
+    ),
+    *calls(test_inject.test_many_requests, {"batch": 12, "block": 8}),
+    *calls(
+        test_draft.test_bf16_matches_reference,
+        drafts(*(b % 5 for b in range(18)), T=7, H=72, I=88, heads=(2, 1)),
+        drafts(*(b % 5 for b in range(9)), T=15, H=576, I=384, heads=(9, 3), biases=True),
+        drafts(*(b % 5 for b in range(34)), T=8, H=256, I=512, heads=(4, 2)),
+    ),
+    *calls(
+        test_head.test_exact_where_sums_are,
+        heads(129, 72, 300, with_bias=True),
+        heads(300, 264, 1025, with_bias=False),
+    ),
+    *calls(test_head.test_verify, {"batch": 13, "block": 16, "index": torch.int32}),
+]
+
+
+@pytest.mark.parametrize("major", [9, 10])
+@pytest.mark.parametrize(("function", "arguments"), MANY_ROWS)
+def test_kernels_of_many_rows_pass(
+    function: Callable[..., None], arguments: dict[str, Any], major: int, emulated: Emulator, rng: torch.Generator
+) -> None:
+    for multiprocessors in (4, None):
+        emulated.configure(major, multiprocessors)
+        run(function, arguments, {"device": "cpu", "rng": rng})
+        # mma.sync still does what has few rows, and attention.
+        assert emulated.multipliers() - {MULTIPLIERS[12]} == {MULTIPLIERS[major]}
+
+
+@pytest.mark.parametrize("major", MULTIPLIERS)
+def test_the_device_decides_what_multiplies_many_rows(major: int, emulated: Emulator, rng: torch.Generator) -> None:
+    """Beyond 64 rows wgmma on 9.x and tcgen05 on 10.x; on 12.x, which has neither, and for few rows, mma.sync."""
+    emulated.configure(major)
+    for batch, expected in ((8, MULTIPLIERS[12]), (9, MULTIPLIERS[major])):
+        test_inject.check_against_reference(test_inject.make(rng, "cpu", batch=batch, block=8))
+        assert emulated.multipliers() == {expected}
+    for rows, expected in ((128, MULTIPLIERS[12]), (129, MULTIPLIERS[major])):
+        hidden, weight = test_head.integers(rng, rows, 64), test_head.integers(rng, 200, 64)
+        test_head.run_argmax(hidden, weight)
+        assert emulated.multipliers() == {expected}
 
 
 # ---- the checks above can fail ------------------------------------------------------------------------------------
@@ -461,11 +553,78 @@ MUTATIONS = [
 ]
 
 
+MUTATIONS += [
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "  barrier_wait(memory.full(), memory.parity());\n",
+        "",
+        "many_rows and head-exact",
+        id="tiles are taken before their products are done",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "  barrier_wait(memory.empty(), memory.parity() ^ 1);\n",
+        "",
+        "many_rows and head-exact",
+        id="accumulators are written over before they are taken",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "      tcgen05_commit(pipe.empty(state.stage), static_cast<uint16_t>(0b11u << pair.first));",
+        "      tcgen05_commit(pipe.empty(state.stage), static_cast<uint16_t>(0b11u));",
+        "many_rows and inject-matches",
+        id="the wrong pair of the cluster is told of an empty stage",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "k > 0 || step > 0);",
+        "true);",
+        "many_rows and head-exact",
+        id="a tile's first product is added to what was there",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "w + 2 * step, kInstruction",
+        "w + 4 * step, kInstruction",
+        "many_rows and head-exact",
+        id="products step too far along K in W",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "return 32 * (warp % 4) + 16 * (warp / 4);",
+        "return 16 * warp;",
+        "many_rows and head-exact",
+        id="warps take rows that they do not reach",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "  tmem_wait_loads();\n",
+        "",
+        "many_rows and head-exact",
+        id="rows are used before tensor memory has given them",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "  pin_registers(acc);\n  tcgen05_fence_before_signal();\n",
+        "  pin_registers(acc);\n",
+        "many_rows and head-exact",
+        id="an accumulator is given back without a fence",
+    ),
+    pytest.param(
+        "sm90/gemm/mainloop.cuh",
+        "    wgmma_wait<1>();  // the products of the previous stage are done\n",
+        "",
+        "many_rows and inject-matches",
+        id="stages are given back while wgmma reads them",
+    ),
+]
+
+
 @pytest.mark.parametrize(("file", "text", "replacement", "checks"), MUTATIONS)
 def test_mutations_are_found(file: str, text: str, replacement: str, checks: str) -> None:
     library = build(FOLDER, {file: (text, replacement)})
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", checks]
-    command += [f"{Path(__file__)}::test_kernels_pass"]
+    command += [f"{Path(__file__)}::{name}" for name in ("test_kernels_pass", "test_kernels_of_many_rows_pass")]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, LIBRARY: str(library)}, capture_output=True, text=True, timeout=300
     )

@@ -1,4 +1,5 @@
-"""`inject_kv` and `draft_forward` with more than 64 rows, where Hopper has a GEMM of its own (csrc/sm90/gemm).
+"""`inject_kv` and `draft_forward` with more than 64 rows, where Hopper and Blackwell have a GEMM of their own
+(csrc/smxx/many_rows).
 
 Held to the same rules as their own tests. Between them the shapes cover every tile width, pairs of row tiles and single
 ones, K whole and cut in two and four, one to eight sources, gathered rows, and every epilogue: heads of 64 and 128 are
@@ -17,7 +18,7 @@ from test_draft import Case
 
 from dflash_kernels.reference.inject import live_rows
 
-pytestmark = [pytest.mark.gpu, pytest.mark.sm90]
+pytestmark = pytest.mark.gpu
 
 INJECTIONS = [  # rows are batch * block
     {"batch": 13, "block": 5, "hidden": 64, "num_taps": 1, "heads": 1, "dim": 32},

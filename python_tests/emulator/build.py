@@ -1,7 +1,7 @@
 """Builds a library that registers the CUDA side of the ops as `torch.ops.dflash_emulated`, for CPU tensors.
 
-The kernels are the production sources of csrc/smxx, csrc/sm90 and csrc/sm100. Three spellings that only nvcc reads are translated (`translate`);
-the rest is done by headers of this folder that come before the toolkit's and the project's own.
+The kernels are the production sources of csrc/smxx, csrc/sm90 and csrc/sm100. Three spellings that only nvcc reads are
+translated (`translate`); the rest is done by headers of this folder that come before the toolkit's and the project's.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def build(folder: Path, changes: Mapping[str, tuple[str, str]] | None = None) ->
     sources = [(path, ["-include", "api_on_cpu.h"]) for path in sorted(CSRC.glob("api/*.cpp"))]
     sources = [item for item in sources if item[0].name != "library.cpp"]  # the namespace `dflash` and the module
     sources += [(path, ["-include", "cuda_runtime.h"]) for path in sorted(CSRC.glob("sm*/*/*.cu"))]
-    sources += [(path, []) for path in [*sorted(CSRC.glob("cpu/*.cpp")), *sorted(HERE.glob("*.cpp"))]]
+    sources += [(path, []) for path in [*sorted(CSRC.glob("cpu/*.cpp")), HERE / "emulator.cpp"]]
+    sources += [(HERE / "tensor_cores.cpp", ["-O3"])]  # much arithmetic
 
     def changed(text: str, name: str) -> str:
         old, new = changes[name]

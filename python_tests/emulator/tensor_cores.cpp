@@ -169,14 +169,17 @@ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t
   // One operation a CTA: the copies of a multicast arrive at different times.
   for (size_t i = 0; i < memories.size(); ++i) {
     start({barriers[i]}, nullptr, [=, memory = memories[i], signalled = barriers[i]] {
+      const int64_t row_bytes = static_cast<int64_t>(from.sizes[0]) * from.element,
+                    first = int64_t{column} * from.element;
       for (uint32_t r = 0; r < from.box[1]; ++r) {
+        const int64_t y = int64_t{row} + r;
+        const bool inside = y >= 0 && y < static_cast<int64_t>(from.sizes[1]);
         for (uint32_t c = 0; c < width; c += 16) {
-          unsigned char chunk[16] = {};
-          const int64_t y = int64_t{row} + r;
-          for (uint32_t e = 0; e < 16 / from.element; ++e) {
-            const int64_t x = int64_t{column} + c / from.element + e;
-            if (y < 0 || x < 0 || uint64_t(y) >= from.sizes[1] || uint64_t(x) >= from.sizes[0]) continue;
-            std::memcpy(chunk + e * from.element, from.base + y * from.stride + x * from.element, from.element);
+          unsigned char chunk[16] = {};  // outside of the tensor: zeros
+          const int64_t begin = std::max(first + c, int64_t{0}), end = std::min(first + c + 16, row_bytes);
+          if (inside && begin < end) {
+            std::memcpy(chunk + (begin - first - c), from.base + y * static_cast<int64_t>(from.stride) + begin,
+                        end - begin);
           }
           std::memcpy(memory + swizzled(to + r * width + c, from.swizzle), chunk, 16);
         }
@@ -287,15 +290,21 @@ void multiply_f16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool
   TensorMemory& memory = tensor_memory();
   cell(memory, 0, d), cell(memory, 0, d + n - 1);
   start({}, &memory, [=, &memory] {
-    std::vector<float> columns(n * 16);
-    for (unsigned j = 0; j < n; ++j) y.row(j, *reinterpret_cast<float (*)[16]>(&columns[16 * j]));
+    std::vector<float> columns(16 * n), sums(n);  // columns [k][n], so that the inner loop runs along n
+    for (unsigned j = 0; j < n; ++j) {
+      float column[16];
+      y.row(j, column);
+      for (unsigned k = 0; k < 16; ++k) columns[k * n + j] = column[k];
+    }
     for (unsigned i = 0; i < m; ++i) {
       float row[16];
       x.row(i, row);
-      auto* to = reinterpret_cast<float*>(&memory.cells[i * kColumns + d]);
-      for (unsigned j = 0; j < n; ++j) {
-        to[j] = (accumulate ? to[j] : 0.0f) + dot(row, *reinterpret_cast<const float (*)[16]>(&columns[16 * j]));
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (unsigned k = 0; k < 16; ++k) {
+        for (unsigned j = 0; j < n; ++j) sums[j] += row[k] * columns[k * n + j];
       }
+      auto* to = reinterpret_cast<float*>(&memory.cells[i * kColumns + d]);
+      for (unsigned j = 0; j < n; ++j) to[j] = accumulate ? to[j] + sums[j] : sums[j];
     }
   });
 }
@@ -333,18 +342,28 @@ void wgmma_bf16(float* d, int n, uint64_t a, uint64_t b, bool accumulate) {
   state.products.push_back({happen, state.groups});
 }
 
-void wgmma_commit() {
-  ++tensor_state().groups;
-  if (happens_at_once()) wgmma_wait(0);
-}
-
-void wgmma_wait(int pending) {
+// All but the last `pending` groups of this thread.
+static void finish_products(int pending) {
   TensorState& state = tensor_state();
   const auto due = [&](const TensorState::Product& product) { return product.group < state.groups - pending; };
   for (const TensorState::Product& product : state.products) {
     if (due(product)) product.happen();
   }
   state.products.erase(std::remove_if(state.products.begin(), state.products.end(), due), state.products.end());
+}
+
+void wgmma_fence() { together("wgmma.fence", {}); }
+
+void wgmma_commit() {
+  together("wgmma.commit_group", {});
+  ++tensor_state().groups;
+  if (happens_at_once()) finish_products(0);
+}
+
+void wgmma_wait(int pending) {
+  together("wgmma.wait_group", {static_cast<uint64_t>(pending)});
+  finish_products(pending);
+  together("wgmma.wait_group", {});  // no lane goes on while others read shared memory
 }
 
 }  // namespace dflash::emulator

@@ -75,6 +75,7 @@ void commit(uint32_t barrier, unsigned mask);  // 0: this CTA's
 // ---- wgmma: m64, K = 16, bf16 --------------------------------------------------------------------------------------
 
 void wgmma_bf16(float* d, int n, uint64_t a, uint64_t b, bool accumulate);
+void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
 

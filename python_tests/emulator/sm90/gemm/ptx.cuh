@@ -5,7 +5,7 @@
 
 namespace dflash::sm90 {
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { emulator::wgmma_fence(); }
 inline void wgmma_commit() { emulator::wgmma_commit(); }
 template <int kPending>
 void wgmma_wait() {
