@@ -395,7 +395,7 @@ void fail(const std::string& what) {
 unsigned lane() { return machine().current->thread % kWarp; }
 
 TensorState& tensor_state() { return machine().current->tensor; }
-TensorMemory& tensor_memory() { return machine().cta().tensor_memory; }
+TensorMemory& tensor_memory(unsigned rank) { return machine().ctas.at(rank).tensor_memory; }
 unsigned warp() { return machine().current->thread / kWarp; }
 
 void block_barrier() {

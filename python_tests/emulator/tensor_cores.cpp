@@ -76,10 +76,10 @@ struct Operand {
   }
 };
 
-Operand operand_of(uint64_t descriptor, unsigned swizzle) {
+Operand operand_of(uint64_t descriptor, unsigned swizzle, unsigned rank) {
   Operand operand;
   constexpr uint32_t kSomewhere = 4096;  // any address of shared memory
-  operand.memory = shared_place(kSomewhere, cluster_rank()) - kSomewhere;
+  operand.memory = shared_place(kSomewhere, rank) - kSomewhere;
   operand.start = static_cast<uint32_t>(field(descriptor, 0, 13)) << 4;
   operand.leading = static_cast<uint32_t>(field(descriptor, 16, 29)) << 4;
   operand.stride = static_cast<uint32_t>(field(descriptor, 32, 45)) << 4;
@@ -92,17 +92,17 @@ Operand wgmma_operand(uint64_t descriptor) {
   constexpr unsigned kSwizzles[] = {0, 128, 64, 32};
   if (field(descriptor, 14, 15) | field(descriptor, 30, 31) | field(descriptor, 46, 48) | field(descriptor, 52, 61))
     fail("a matrix descriptor of wgmma with bits that have no meaning");
-  return operand_of(descriptor, kSwizzles[field(descriptor, 62, 63)]);
+  return operand_of(descriptor, kSwizzles[field(descriptor, 62, 63)], cluster_rank());
 }
 
-Operand tcgen05_operand(uint64_t descriptor) {
+Operand tcgen05_operand(uint64_t descriptor, unsigned rank) {
   const auto mode = field(descriptor, 61, 63);
   if (field(descriptor, 46, 48) != 0b001) fail("a matrix descriptor of tcgen05 without its constant");
   if (field(descriptor, 14, 15) | field(descriptor, 30, 31) | field(descriptor, 53, 60))
     fail("a matrix descriptor of tcgen05 with bits that have no meaning");
   if (field(descriptor, 52, 52) != 0) fail("a leading dimension that is an address");
   if (mode != 0 && mode != 2 && mode != 4 && mode != 6) fail("a swizzle that is not emulated");
-  return operand_of(descriptor, mode == 0 ? 0 : 256u >> (mode / 2));
+  return operand_of(descriptor, mode == 0 ? 0 : 256u >> (mode / 2), rank);
 }
 
 float dot(const float (&a)[16], const float (&b)[16]) {
@@ -114,6 +114,13 @@ float dot(const float (&a)[16], const float (&b)[16]) {
 uint32_t* cell(TensorMemory& memory, unsigned lane, unsigned column) {
   if (lane >= kLanes || column >= kColumns || !memory.used[column]) fail("tensor memory that is not allocated");
   return &memory.cells[lane * kColumns + column];
+}
+
+void same_group(int group) {
+  TensorMemory& memory = tensor_memory(cluster_rank());
+  if (group != 1 && group != 2) fail("no such .cta_group");
+  if (memory.group != 0 && memory.group != group) fail("instructions with different .cta_group in one kernel");
+  memory.group = group;
 }
 
 // All lanes of a warp with the same words, or it fails; what for.
@@ -155,38 +162,43 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
   return CUDA_SUCCESS;
 }
 
-void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, unsigned mask) {
+// One operation a CTA: the copies of a multicast arrive at different times.
+static void start_box(uint32_t to, const CUtensorMap* map, int column, int row, unsigned rank, uint64_t* barrier) {
   Map from;
   std::memcpy(&from, map, sizeof(from));
   if (to % 128 != 0) fail("a box to an address that is not a multiple of 128");
-  const auto barriers = barriers_of(barrier, mask);
   const uint32_t width = from.box[0] * from.element, bytes = width * from.box[1];
-  std::vector<unsigned char*> memories;
-  for (const unsigned rank : ranks_of(mask)) {
-    shared_place(to + bytes - 1, rank);
-    memories.push_back(shared_place(to, rank) - to);
-  }
-  // One operation a CTA: the copies of a multicast arrive at different times.
-  for (size_t i = 0; i < memories.size(); ++i) {
-    start({barriers[i]}, nullptr, [=, memory = memories[i], signalled = barriers[i]] {
-      const int64_t row_bytes = static_cast<int64_t>(from.sizes[0]) * from.element,
-                    first = int64_t{column} * from.element;
-      for (uint32_t r = 0; r < from.box[1]; ++r) {
-        const int64_t y = int64_t{row} + r;
-        const bool inside = y >= 0 && y < static_cast<int64_t>(from.sizes[1]);
-        for (uint32_t c = 0; c < width; c += 16) {
-          unsigned char chunk[16] = {};  // outside of the tensor: zeros
-          const int64_t begin = std::max(first + c, int64_t{0}), end = std::min(first + c + 16, row_bytes);
-          if (inside && begin < end) {
-            std::memcpy(chunk + (begin - first - c), from.base + y * static_cast<int64_t>(from.stride) + begin,
-                        end - begin);
-          }
-          std::memcpy(memory + swizzled(to + r * width + c, from.swizzle), chunk, 16);
+  shared_place(to + bytes - 1, rank);
+  unsigned char* const memory = shared_place(to, rank) - to;
+  start({barrier}, nullptr, [=] {
+    const int64_t row_bytes = static_cast<int64_t>(from.sizes[0]) * from.element,
+                  first = int64_t{column} * from.element;
+    for (uint32_t r = 0; r < from.box[1]; ++r) {
+      const int64_t y = int64_t{row} + r;
+      const bool inside = y >= 0 && y < static_cast<int64_t>(from.sizes[1]);
+      for (uint32_t c = 0; c < width; c += 16) {
+        unsigned char chunk[16] = {};  // outside of the tensor: zeros
+        const int64_t begin = std::max(first + c, int64_t{0}), end = std::min(first + c + 16, row_bytes);
+        if (inside && begin < end) {
+          std::memcpy(chunk + (begin - first - c), from.base + y * static_cast<int64_t>(from.stride) + begin,
+                      end - begin);
         }
+        std::memcpy(memory + swizzled(to + r * width + c, from.swizzle), chunk, 16);
       }
-      complete_bytes(signalled, bytes);
-    });
-  }
+    }
+    complete_bytes(barrier, bytes);
+  });
+}
+
+void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, unsigned mask) {
+  const auto barriers = barriers_of(barrier, mask);
+  const auto ranks = ranks_of(mask);
+  for (size_t i = 0; i < ranks.size(); ++i) start_box(to, map, column, row, ranks[i], barriers[i]);
+}
+
+void copy_box_of_pair(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, unsigned rank) {
+  if (rank / 2 != cluster_rank() / 2) fail("a barrier of a CTA that is not of the pair");
+  start_box(to, map, column, row, cluster_rank(), barriers_of(barrier, 1u << rank)[0]);
 }
 
 // ---- tensor memory -------------------------------------------------------------------------------------------------
@@ -205,9 +217,10 @@ bool elect_one() {
   return lane() == 0;
 }
 
-void tmem_allocate(uint32_t place, unsigned columns) {
+void tmem_allocate(int group, uint32_t place, unsigned columns) {
+  same_group(group);
   together("tcgen05.alloc", {place, columns});
-  TensorMemory& memory = tensor_memory();
+  TensorMemory& memory = tensor_memory(cluster_rank());
   if (columns < 32 || columns > kColumns || (columns & (columns - 1)) != 0) fail("no such number of columns");
   if (lane() == 0) {
     if (memory.relinquished) fail("tcgen05.alloc after tcgen05.relinquish_alloc_permit");
@@ -222,16 +235,18 @@ void tmem_allocate(uint32_t place, unsigned columns) {
   together("tcgen05.alloc", {});
 }
 
-void tmem_relinquish() {
+void tmem_relinquish(int group) {
+  same_group(group);
   together("tcgen05.relinquish_alloc_permit", {});
-  tensor_memory().relinquished = true;
+  tensor_memory(cluster_rank()).relinquished = true;
 }
 
-void tmem_free(uint32_t address, unsigned columns) {
+void tmem_free(int group, uint32_t address, unsigned columns) {
+  same_group(group);
   together("tcgen05.dealloc", {address, columns});
   tensor_state().before_tcgen05();
   if (lane() != 0) return;
-  TensorMemory& memory = tensor_memory();
+  TensorMemory& memory = tensor_memory(cluster_rank());
   if (address % columns != 0 || address + columns > kColumns) fail("tcgen05.dealloc of what was not allocated");
   for (unsigned i = 0; i < columns; ++i) {
     if (!memory.used[address + i]) fail("tcgen05.dealloc of what was not allocated");
@@ -241,7 +256,7 @@ void tmem_free(uint32_t address, unsigned columns) {
 
 // Register r of lane l: lane l / 4 + 8 * (r / 2 % 2), column 2 * (l % 4) + r % 2 + 8 * (r / 4).
 static void deliver(const TensorState::Load& load) {
-  TensorMemory& memory = tensor_memory();
+  TensorMemory& memory = tensor_memory(cluster_rank());
   const unsigned l = lane();
   for (int r = 0; r < 4; ++r) {
     const uint32_t* from =
@@ -274,10 +289,12 @@ void tmem_wait_loads() {
   tensor_state().loads.clear();
 }
 
-void multiply_f16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
-  tensor_state().before_tcgen05();
+// One CTA: D [128, N] of A [128, K] and B [N, K], all its own. Two, issued by the one of even rank: M = 256; each has
+// half of A's and D's rows and half of B's, at the same addresses.
+void multiply_f16(int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
   count_product(Product::kTcgen05);
-  const Operand x = tcgen05_operand(a), y = tcgen05_operand(b);
+  same_group(group);
+  tensor_state().before_tcgen05();
   const auto m = static_cast<unsigned>(field(instruction, 24, 28)) << 4;
   const auto n = static_cast<unsigned>(field(instruction, 17, 22)) << 3;
   if (field(instruction, 0, 3) != 0 || field(instruction, 13, 16) != 0) fail("products that are not emulated");
@@ -285,35 +302,44 @@ void multiply_f16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool
     fail("an instruction descriptor with bits that have no meaning");
   if (field(instruction, 4, 5) != 1) fail("accumulators that are not emulated");
   if (field(instruction, 7, 9) != 1 || field(instruction, 10, 12) != 1) fail("operands that are not emulated");
-  if (m != 128 || n % 16 != 0 || n < 16 || n > 256) fail("a shape that .kind::f16 has not");
+  if (m != kLanes * group || n % (16 * group) != 0 || n == 0 || n > 256) fail("a shape that .kind::f16 has not");
   if (d >> 16 != 0) fail("an accumulator of 128 lanes that does not begin at lane 0");
-  TensorMemory& memory = tensor_memory();
-  cell(memory, 0, d), cell(memory, 0, d + n - 1);
-  start({}, &memory, [=, &memory] {
+  const unsigned first = cluster_rank();
+  if (group == 2 && first % 2 != 0) fail("the second CTA of a pair issues products");
+  Operand x[2], y[2];
+  TensorMemory* memories[2] = {};
+  for (int i = 0; i < group; ++i) {
+    x[i] = tcgen05_operand(a, first + i);
+    y[i] = tcgen05_operand(b, first + i);
+    memories[i] = &tensor_memory(first + i);
+    cell(*memories[i], 0, d), cell(*memories[i], 0, d + n - 1);
+  }
+  start({}, memories[0], [=] {
     std::vector<float> columns(16 * n), sums(n);  // columns [k][n], so that the inner loop runs along n
     for (unsigned j = 0; j < n; ++j) {
       float column[16];
-      y.row(j, column);
+      y[j / (n / group)].row(j % (n / group), column);
       for (unsigned k = 0; k < 16; ++k) columns[k * n + j] = column[k];
     }
     for (unsigned i = 0; i < m; ++i) {
       float row[16];
-      x.row(i, row);
+      x[i / kLanes].row(i % kLanes, row);
       std::fill(sums.begin(), sums.end(), 0.0f);
       for (unsigned k = 0; k < 16; ++k) {
         for (unsigned j = 0; j < n; ++j) sums[j] += row[k] * columns[k * n + j];
       }
-      auto* to = reinterpret_cast<float*>(&memory.cells[i * kColumns + d]);
+      auto* to = reinterpret_cast<float*>(&memories[i / kLanes]->cells[i % kLanes * kColumns + d]);
       for (unsigned j = 0; j < n; ++j) to[j] = accumulate ? to[j] + sums[j] : sums[j];
     }
   });
 }
 
-void commit(uint32_t barrier, unsigned mask) {
-  // One operation for this CTA's products, from which each barrier is signalled by itself.
+void commit(int group, uint32_t barrier, unsigned mask) {
+  // One operation for this thread's products, from which each barrier is signalled by itself.
+  same_group(group);
   tensor_state().before_tcgen05();
   const std::vector<uint64_t*> barriers = barriers_of(barrier, mask);
-  start(barriers, &tensor_memory(), [=] {
+  start(barriers, &tensor_memory(cluster_rank()), [=] {
     for (uint64_t* signalled : barriers) complete_arrival(signalled);
   });
 }

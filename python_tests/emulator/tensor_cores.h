@@ -29,6 +29,9 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
 
 // The box at (column, row) into the CTAs `mask` of the cluster, 0: this one; signals its bytes to the barrier of each.
 void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, unsigned mask);
+// .cta_group::2: to this CTA; the barrier is that of CTA `rank`, this one or the other of its pair (ranks 2 i, 2 i +
+// 1).
+void copy_box_of_pair(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, unsigned rank);
 
 // ---- tensor memory -------------------------------------------------------------------------------------------------
 
@@ -38,6 +41,7 @@ struct TensorMemory {
   std::vector<uint32_t> cells;  // [kLanes][kColumns], once something is allocated
   std::bitset<kColumns> used;
   bool relinquished = false;
+  int group = 0;  // .cta_group of all instructions so far
 };
 
 // Of one thread.
@@ -60,17 +64,18 @@ struct TensorState {
 };
 
 TensorState& tensor_state();
-TensorMemory& tensor_memory();
+TensorMemory& tensor_memory(unsigned rank);  // of a CTA of the cluster
 unsigned warp();
 
+// group: .cta_group of the instruction, alike in all of a kernel.
 bool elect_one();
-void tmem_allocate(uint32_t place, unsigned columns);
-void tmem_relinquish();
-void tmem_free(uint32_t address, unsigned columns);
+void tmem_allocate(int group, uint32_t place, unsigned columns);
+void tmem_relinquish(int group);
+void tmem_free(int group, uint32_t address, unsigned columns);
 void tmem_load_16x256b(float* to, uint32_t address, int repeats);
 void tmem_wait_loads();
-void multiply_f16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate);
-void commit(uint32_t barrier, unsigned mask);  // 0: this CTA's
+void multiply_f16(int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate);
+void commit(int group, uint32_t barrier, unsigned mask);  // 0: this CTA's
 
 // ---- wgmma: m64, K = 16, bf16 --------------------------------------------------------------------------------------
 

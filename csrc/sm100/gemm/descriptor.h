@@ -45,11 +45,12 @@ DFLASH_HOST_DEVICE constexpr uint32_t instruction_descriptor(AccumulatorType d, 
          m >> 4 << 24;
 }
 
-// M = 128: row m is lane m of tensor memory, column n the n-th column from the address on.
+// M = 128, one block: row m is lane m of tensor memory, column n the n-th column from the address on. M = 256, two
+// blocks: rows 128 .. 255 are the second one's lanes.
 template <int M, int N>
 DFLASH_HOST_DEVICE constexpr uint32_t bf16_instruction() {
-  static_assert(M == 128 && N % 16 == 0 && 16 <= N && N <= 256,
-                "a shape that .kind::f16 has for one block and M = 128");
+  static_assert(M == 128 || M == 256, "one block or two");
+  static_assert(N % (M / 8) == 0 && N <= 256, "a shape that .kind::f16 has");
   return instruction_descriptor(AccumulatorType::kF32, F16Type::kBf16, F16Type::kBf16, M, N);
 }
 
@@ -70,5 +71,6 @@ static_assert(field(bf16_instruction<128, 256>(), 17, 22) == 256 / 8);
 static_assert(field(bf16_instruction<128, 160>(), 17, 22) == 160 / 8);
 static_assert(field(bf16_instruction<128, 160>(), 24, 28) == 128 / 16);
 static_assert(field(bf16_instruction<128, 160>(), 29, 31) == 0);
+static_assert(field(bf16_instruction<256, 160>(), 24, 28) == 256 / 16);
 
 }  // namespace dflash::sm100

@@ -7,14 +7,15 @@
 namespace dflash::sm100::gemm {
 namespace {
 
-template <int BN, bool kGated>
+template <int BN, bool kGated, bool kPair>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_bf16_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ SourceMaps a_maps,
                      const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Schedule schedule) {
+  using C = Tiles<BN, kPair>;
   extern __shared__ unsigned char shared_bytes[];
-  __shared__ uint64_t barriers[kBarriers<BN>];
+  __shared__ uint64_t barriers[kBarriers<C>];
   __shared__ uint32_t tmem;
-  run<BN>(p, a_maps, &w_map, schedule, shared_bytes, barriers, &tmem, many_rows::Store<BN, kGated>(p));
+  run<C>(p, a_maps, &w_map, schedule, shared_bytes, barriers, &tmem, many_rows::Store<BN, kGated>(p));
 }
 
 struct Launcher {
@@ -23,7 +24,12 @@ struct Launcher {
   cudaStream_t stream;
   template <int BN, bool kGated>
   void launch(const many_rows::Operands& of) const {
-    many_rows::launch<BN>(gemm_bf16_kernel<BN, kGated>, kThreads, p, of, num_sms, stream, "gemm_bf16");
+    of.plan.pair == 2 ? launch<BN, kGated, true>(of) : launch<BN, kGated, false>(of);
+  }
+  template <int BN, bool kGated, bool kPair>
+  void launch(const many_rows::Operands& of) const {
+    many_rows::launch<Tiles<BN, kPair>>(gemm_bf16_kernel<BN, kGated, kPair>, kThreads, p, of, num_sms, stream,
+                                        "gemm_bf16");
   }
 };
 

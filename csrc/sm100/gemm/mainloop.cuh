@@ -3,16 +3,22 @@
 //
 // Block: warps 0 .. 7 finish tiles, warp 8 issues the loads, warp 9 allocates tensor memory and one thread of it issues
 // the products; warps 10 and 11 are there because registers change hands by warpgroup. Tensor memory: two accumulators
-// [128 lanes, BN columns], so that the products of a tile go on while the one before is finished. One thread, one block
-// (cta_group::1): pairs of blocks share W by multicast, not by tcgen05's pairs; bench/NOTES.md has what the latter
-// would save. Barriers beside the ring's, whose stages are emptied by one commit of each block of the pair:
-//   full    1 arrival: the commit after a tile's last product
-//   empty   8 arrivals: the warps that have taken their rows out of it
+// [128 lanes, BN columns], so that the products of a tile go on while the one before is finished.
 //
-// A product of K = 16 takes N / 2 cycles and reads 32 * (128 + N) bytes of shared memory, which gives 128 a cycle:
-// N = 128 needs all of that, N = 256 three quarters. At work are (stages - 1) * 32 .. 48 KB from L2 or DRAM a block and
-// SM, at least 144 KB; 7.3 TB/s for 148 SMs times 1 us of latency ask for 49 KB.
+// A pair of blocks multiplies together (cta_group::2): products of M = 256, issued by one thread of the first block,
+// read each block's A and half of W, and write each block's accumulator. So a block keeps half of W, and 64 of K of
+// [128, 256] costs shared memory 32 KB written and 32 read where a block by itself has 48 and 48, in 512 cycles of 128
+// bytes. Loads of both blocks count towards the first one's full barriers. A block without a partner multiplies by
+// itself (cta_group::1). Barriers of a stage: see ring.cuh; full has an arrival of each block's producer, empty the
+// first block's commit, which arrives in both. Barriers of an accumulator:
+//   full    1 arrival, in both blocks: the commit after a tile's last product
+//   empty   8 arrivals of each block, in the first: the warps that have taken their rows out of it
+//
+// At work are (stages - 1) * 24 .. 48 KB from L2 or DRAM a block and SM, at least 144 KB; 7.3 TB/s for 148 SMs times 1
+// us of latency ask for 49 KB.
 #pragma once
+
+#include <type_traits>
 
 #include "common/ptx.cuh"
 #include "sm100/gemm/descriptor.h"
@@ -32,38 +38,65 @@ constexpr int kFewRegisters = 56, kManyRegisters = 224;
 constexpr int kAccumulators = 2;
 constexpr uint32_t kTmemColumns = 512;  // all of an SM: a second block has no room in shared memory either
 
+// How the operands of two blocks that multiply together get into their rings.
+struct PairLoader {
+  static constexpr int kParts = 2;
+  static constexpr int kFullArrivals = 2;
+  static __device__ __forceinline__ void announce(uint32_t full, uint32_t bytes, const Pair& pair) {
+    barrier_arrive_expect_at(full, pair.first, bytes);
+  }
+  static __device__ __forceinline__ void load(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t full,
+                                              const Pair& pair) {
+    tma_load_pair(to, map, column, row, full, pair.first);
+  }
+  static __device__ __forceinline__ void load_w(uint32_t to, uint32_t /*half_bytes*/, const CUtensorMap* map, int k,
+                                                int row0, int row1, uint32_t full, const Pair& pair) {
+    load(to, map, k, pair.index == 0 ? row0 : row1, full, pair);
+  }
+};
+
+template <int BN>
+using PairTiles = many_rows::Ring<BN,
+                                  BN == 256   ? 6
+                                  : BN == 192 ? 7
+                                              : 8,
+                                  PairLoader>;
+
+// Blocks that multiply together.
+template <typename C>
+constexpr int kGroup = C::Loader::kParts;
 template <typename C>
 constexpr int kBarriers = 2 * C::kStages + 2 * kAccumulators;
 
 // All threads of all blocks of the cluster, once: allocates tensor memory. `barriers` [kBarriers<C>] and `tmem` are
 // shared.
 template <typename C>
-__device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_t* barriers, uint32_t* tmem,
-                                                     const Pair& pair) {
+__device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_t* barriers, uint32_t* tmem) {
   if (threadIdx.x / 32 == kMultiplyWarp) {
-    tmem_allocate(shared_address(tmem), kTmemColumns);
-    tmem_relinquish();
+    tmem_allocate<kGroup<C>>(shared_address(tmem), kTmemColumns);
+    tmem_relinquish<kGroup<C>>();
     tcgen05_fence_before_signal();
   }
   if (threadIdx.x == 0) {
     const uint32_t own = shared_address(barriers + 2 * C::kStages);
     for (int i = 0; i < kAccumulators; ++i) {
       barrier_init(own + i * 8, 1);
-      barrier_init(own + (kAccumulators + i) * 8, C::kConsumers / 32);
+      barrier_init(own + (kAccumulators + i) * 8, kGroup<C> * C::kConsumers / 32);
     }
   }
-  const Pipeline<C> pipe = many_rows::make_pipeline<C>(shared_tiles, barriers, pair.size);  // ends with a barrier
+  const Pipeline<C> pipe = many_rows::make_pipeline<C>(shared_tiles, barriers, 1);  // ends with a barrier
   tcgen05_fence_after_wait();
   return pipe;
 }
 
 // All threads, as the last thing that they do.
+template <typename C>
 __device__ __forceinline__ void leave_together(const uint32_t* tmem) {
   tcgen05_fence_before_signal();
   cluster_sync();
   if (threadIdx.x / 32 == kMultiplyWarp) {
     tcgen05_fence_after_wait();
-    tmem_free(*tmem, kTmemColumns);
+    tmem_free<kGroup<C>>(*tmem, kTmemColumns);
   }
 }
 
@@ -93,11 +126,21 @@ class TensorMemory {
   uint32_t index_ = 0, parity_ = 0;
 };
 
-// One thread, always the same: the products of a tile.
+// When all that this thread has issued is done: an arrival at the barrier at this place in each block that it is for.
+template <typename C>
+__device__ __forceinline__ void commit(uint32_t barrier, const Pair& pair) {
+  if constexpr (kGroup<C> == 2) {
+    tcgen05_commit_pair(barrier, static_cast<uint16_t>(0b11u << pair.first));
+  } else {
+    tcgen05_commit(barrier);
+  }
+}
+
+// One thread, always the same, of the first block of those that multiply together: the products of a tile.
 template <typename C>
 __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineState<C>& state,
                                               const TensorMemory<C>& memory, int k_steps, const Pair& pair) {
-  constexpr uint32_t kInstruction = bf16_instruction<C::BM, C::BN>();
+  constexpr uint32_t kInstruction = bf16_instruction<kGroup<C> * C::BM, C::BN>();
   barrier_wait(memory.empty(), memory.parity() ^ 1);
 #pragma unroll 1  // four products a step keep the tensor cores busy for 4 * N / 2 cycles
   for (int k = 0; k < k_steps; ++k) {
@@ -106,16 +149,12 @@ __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineS
     const uint64_t a = operand_descriptor(pipe.a(state.stage)), w = operand_descriptor(pipe.w(state.stage));
 #pragma unroll
     for (int step = 0; step < C::BK / 16; ++step) {
-      multiply_bf16(memory.at(), a + 2 * step, w + 2 * step, kInstruction, k > 0 || step > 0);
+      multiply_bf16<kGroup<C>>(memory.at(), a + 2 * step, w + 2 * step, kInstruction, k > 0 || step > 0);
     }
-    if (pair.size == 1) {
-      tcgen05_commit(pipe.empty(state.stage));
-    } else {
-      tcgen05_commit(pipe.empty(state.stage), static_cast<uint16_t>(0b11u << pair.first));
-    }
+    commit<C>(pipe.empty(state.stage), pair);
     state.advance();
   }
-  tcgen05_commit(memory.full());
+  commit<C>(memory.full(), pair);
 }
 
 // Rows of a tile that warp w (0 .. 7) takes: the 16 from here on. It reaches the lanes 32 * (w % 4) .. + 31.
@@ -123,7 +162,8 @@ __device__ __forceinline__ int first_row_of(int warp) { return 32 * (warp % 4) +
 
 // A warp of the first eight: its fragment of the tile, and the accumulator is free again.
 template <typename C>
-__device__ __forceinline__ void take_tile(const TensorMemory<C>& memory, int warp, float (&acc)[C::BN / 2]) {
+__device__ __forceinline__ void take_tile(const TensorMemory<C>& memory, int warp, const Pair& pair,
+                                          float (&acc)[C::BN / 2]) {
   barrier_wait(memory.full(), memory.parity());
   tcgen05_fence_after_wait();
   const uint32_t address = memory.at() + (static_cast<uint32_t>(first_row_of(warp)) << 16);
@@ -133,7 +173,13 @@ __device__ __forceinline__ void take_tile(const TensorMemory<C>& memory, int war
   pin_registers(acc);
   tcgen05_fence_before_signal();
   __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(memory.empty());
+  if (threadIdx.x % 32 == 0) {
+    if constexpr (kGroup<C> == 2) {
+      barrier_arrive_at(memory.empty(), pair.first);
+    } else {
+      barrier_arrive(memory.empty());
+    }
+  }
 }
 
 namespace gemm {
@@ -142,34 +188,32 @@ using dflash::gemm::GemmParams;
 using many_rows::Place;
 using many_rows::Schedule;
 using many_rows::SourceMaps;
-using many_rows::Tiles;
 using many_rows::Work;
 
-template <int BN>
-constexpr int kBarriers = sm100::kBarriers<Tiles<BN>>;
+template <int BN, bool kPair>
+using Tiles = std::conditional_t<kPair, PairTiles<BN>, many_rows::Tiles<BN>>;
 
 // What a kernel of this kind does; the kernel itself only names its launch bounds and its epilogue.
-template <int BN, typename Epilogue>
+template <typename C, typename Epilogue>
 __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_maps, const CUtensorMap* w_map,
                                     const Schedule& schedule, unsigned char* shared_bytes, uint64_t* barriers,
                                     uint32_t* tmem, Epilogue epilogue) {
-  using C = Tiles<BN>;
   grid_dependency_launch();
-  const Place at(schedule);
+  const Place at(kGroup<C>);
   const Pair& pair = at.pair;
-  const Pipeline<C> pipe = make_pipeline<C>(shared_bytes, barriers, tmem, pair);
+  const Pipeline<C> pipe = make_pipeline<C>(shared_bytes, barriers, tmem);
   const int warp = static_cast<int>(threadIdx.x) / 32;
 
   if (warp < C::kConsumers / 32) {
     take_registers<kManyRegisters>();
     grid_dependency_wait();
-    const Work work = many_rows::find_work<C>(p, schedule, at.split);
+    const Work work = many_rows::find_work<C>(p, schedule, at);
     TensorMemory<C> memory(barriers, tmem);
-    float acc[BN / 2];
+    float acc[C::BN / 2];
     for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
       epilogue.begin((static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM + first_row_of(warp),
                      work.live_rows);
-      take_tile(memory, warp, acc);
+      take_tile(memory, warp, pair, acc);
       memory.advance();
       if (schedule.splits > 1) many_rows::reduce_over_splits<C, Epilogue>(acc, shared_bytes, schedule.splits, at);
       epilogue.finish(acc, tile / work.pairs, schedule.splits, at.split);
@@ -180,8 +224,8 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
       many_rows::produce<C, Epilogue::kGated>(p, pipe, a_maps, w_map, schedule, at);
     } else {
       grid_dependency_wait();
-      const Work work = many_rows::find_work<C>(p, schedule, at.split);
-      const bool elected = warp == kMultiplyWarp && elect_one();
+      const Work work = many_rows::find_work<C>(p, schedule, at);
+      const bool elected = warp == kMultiplyWarp && pair.index == 0 && elect_one();
       TensorMemory<C> memory(barriers, tmem);
       PipelineState<C> state;
       for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
@@ -192,7 +236,7 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
     }
     __syncwarp();
   }
-  leave_together(tmem);
+  leave_together<C>(tmem);
 }
 
 }  // namespace gemm

@@ -1,6 +1,9 @@
-// tcgen05: tensor memory and the tensor cores of compute capability 10.x. python_tests/emulator/sm100/gemm/ptx.cuh has
-// the same functions in C++. An address in tensor memory is lane << 16 | column.
+// tcgen05: tensor memory and the tensor cores of compute capability 10.x. kGroup: blocks that multiply together (1 or
+// 2), alike for all instructions of a kernel. python_tests/emulator/sm100/gemm/ptx.cuh has the same functions in C++.
+// An address in tensor memory is lane << 16 | column.
 #pragma once
+
+#include <cuda.h>
 
 #include <cstdint>
 
@@ -23,19 +26,23 @@ __device__ __forceinline__ bool elect_one() {
 
 // A whole warp: all 128 lanes of `columns` columns, a power of two and at least 32; waits until they are free. The
 // address is stored in shared memory.
+template <int kGroup>
 __device__ __forceinline__ void tmem_allocate(uint32_t shared_place, uint32_t columns) {
-  asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;\n" ::"r"(shared_place), "r"(columns)
+  asm volatile("tcgen05.alloc.cta_group::%2.sync.aligned.shared::cta.b32 [%0], %1;\n" ::"r"(shared_place), "r"(columns),
+               "n"(kGroup)
                : "memory");
 }
 
 // This block allocates no more.
+template <int kGroup>
 __device__ __forceinline__ void tmem_relinquish() {
-  asm volatile("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;\n" ::: "memory");
+  asm volatile("tcgen05.relinquish_alloc_permit.cta_group::%0.sync.aligned;\n" ::"n"(kGroup) : "memory");
 }
 
 // A whole warp, and before the block ends.
+template <int kGroup>
 __device__ __forceinline__ void tmem_free(uint32_t address, uint32_t columns) {
-  asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, %1;\n" ::"r"(address), "r"(columns));
+  asm volatile("tcgen05.dealloc.cta_group::%2.sync.aligned.b32 %0, %1;\n" ::"r"(address), "r"(columns), "n"(kGroup));
 }
 
 // A warp's 16 lanes from `address` on, 32 columns: lane l gets, for j = 0 .. 3, columns 8 j + 2 * (l % 4) + {0, 1} of
@@ -63,33 +70,63 @@ __device__ __forceinline__ void tcgen05_fence_after_wait() {
 
 // -- products, by one thread; they are done in the order of issue ----------------------------------------------------
 
-// d[M, N] in tensor memory = a * b^T, plus d if accumulate, K = 16: bf16 by descriptors (descriptor.h).
+// d[M, N] in tensor memory = a * b^T, plus d if accumulate, K = 16: bf16 by descriptors (descriptor.h). Two blocks, the
+// first of which issues it: each has M / 2 rows of a and d and N / 2 rows of b, at the same addresses.
+template <int kGroup>
 __device__ __forceinline__ void multiply_bf16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction,
                                               bool accumulate) {
   asm volatile(
       "{\n"
       ".reg .pred accumulate;\n"
       "setp.ne.b32 accumulate, %4, 0;\n"
-      "tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, accumulate;\n"
+      "tcgen05.mma.cta_group::%5.kind::f16 [%0], %1, %2, %3, accumulate;\n"
       "}\n" ::"r"(d),
-      "l"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate))
+      "l"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate)), "n"(kGroup)
       : "memory");
 }
 
 // One arrival at the barrier at this place in each block of `mask` when all that this thread has issued is done; its
 // operands have been read by then. Takes the place of tcgen05_fence_before_signal.
-__device__ __forceinline__ void tcgen05_commit(uint32_t barrier, uint16_t mask) {
+__device__ __forceinline__ void tcgen05_commit_pair(uint32_t barrier, uint16_t mask) {
   asm volatile(
-      "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%0], %1;\n" ::"r"(
+      "tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%0], %1;\n" ::"r"(
           barrier),
       "h"(mask)
       : "memory");
 }
 
-// The same, at this block's barrier.
+// The same for a block by itself, at its own barrier.
 __device__ __forceinline__ void tcgen05_commit(uint32_t barrier) {
   asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];\n" ::"r"(barrier)
                : "memory");
+}
+
+// -- two blocks that multiply together: loads of both count towards a barrier of the first ---------------------------
+
+// A box to this block's shared memory, its bytes to the barrier at that place of block `rank` of the cluster, one of
+// the pair.
+__device__ __forceinline__ void tma_load_pair(uint32_t destination, const CUtensorMap* map, int column, int row,
+                                              uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "cp.async.bulk.tensor.2d.cta_group::2.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [remote];\n"
+      "}\n" ::"r"(destination),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "r"(rank)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_expect_at(uint32_t barrier, uint32_t rank, uint32_t bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [remote], %2;\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank), "r"(bytes)
+      : "memory");
 }
 
 }  // namespace dflash::sm100

@@ -11,7 +11,8 @@ using dflash::head::HeadParams;
 using dflash::head::kClusterSize;
 using dflash::head::Schedule;
 using dflash::head::TilePlace;
-using dflash::head::Tiles;
+
+using Tiles = PairTiles<dflash::head::Tiles::BN>;
 
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     argmax_kernel(const __grid_constant__ HeadParams p, const __grid_constant__ CUtensorMap hidden_map,
@@ -21,7 +22,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   __shared__ uint32_t tmem;
   __shared__ bool last;
   const TilePlace place;
-  const Pipeline<Tiles> pipe = make_pipeline<Tiles>(shared_bytes, barriers, &tmem, place.pair);
+  const Pipeline<Tiles> pipe = make_pipeline<Tiles>(shared_bytes, barriers, &tmem);
   const int warp = static_cast<int>(threadIdx.x) / 32;
 
   if (warp < Tiles::kConsumers / 32) {
@@ -29,7 +30,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
     TensorMemory<Tiles> memory(barriers, &tmem);
     for (int tile = place.cluster; tile < schedule.tiles; tile += place.clusters) {
       float acc[Tiles::BN / 2];
-      take_tile(memory, warp, acc);
+      take_tile(memory, warp, place.pair, acc);
       memory.advance();
       dflash::head::add_keys(p, acc, place.row0(schedule, tile) + first_row_of(warp), place.column0(schedule, tile));
     }
@@ -38,7 +39,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
     give_back_registers<kFewRegisters>();
     if (warp == kLoadWarp) {
       if (threadIdx.x % 32 == 0) dflash::head::produce(pipe, &hidden_map, &weight_map, schedule, place);
-    } else if (warp == kMultiplyWarp && elect_one()) {
+    } else if (warp == kMultiplyWarp && place.pair.index == 0 && elect_one()) {
       TensorMemory<Tiles> memory(barriers, &tmem);
       PipelineState<Tiles> state;
       for (int tile = place.cluster; tile < schedule.tiles; tile += place.clusters) {
@@ -48,7 +49,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
     }
     __syncwarp();
   }
-  leave_together(&tmem);
+  leave_together<Tiles>(&tmem);
 }
 
 }  // namespace

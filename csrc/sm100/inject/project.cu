@@ -13,15 +13,17 @@ using dflash::gemm::GemmParams;
 using dflash::inject::WriteHeads;
 using dflash::inject::WriteParams;
 
-template <int BN, int kDim>
+template <int BN, int kDim, bool kPair>
 __global__ void __launch_bounds__(kThreads, 1)
     project_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ many_rows::SourceMaps a_maps,
                    const __grid_constant__ CUtensorMap w_map, const __grid_constant__ many_rows::Schedule schedule,
                    const __grid_constant__ WriteParams write) {
+  using C = gemm::Tiles<BN, kPair>;
   extern __shared__ unsigned char shared_bytes[];
-  __shared__ uint64_t barriers[gemm::kBarriers<BN>];
+  __shared__ uint64_t barriers[kBarriers<C>];
   __shared__ uint32_t tmem;
-  gemm::run<BN>(p, a_maps, &w_map, schedule, shared_bytes, barriers, &tmem, WriteHeads<BN, kDim>(p.bias, write));
+  gemm::run<C>(p, a_maps, &w_map, schedule, shared_bytes, barriers, &tmem,
+                                    WriteHeads<BN, kDim>(p.bias, write));
 }
 
 struct Launcher {
@@ -31,7 +33,12 @@ struct Launcher {
   cudaStream_t stream;
   template <int BN, int kDim>
   void launch(const many_rows::Operands& of) const {
-    many_rows::launch<BN>(project_kernel<BN, kDim>, kThreads, p, of, num_sms, stream, "inject_kv", write);
+    of.plan.pair == 2 ? launch<BN, kDim, true>(of) : launch<BN, kDim, false>(of);
+  }
+  template <int BN, int kDim, bool kPair>
+  void launch(const many_rows::Operands& of) const {
+    many_rows::launch<gemm::Tiles<BN, kPair>>(project_kernel<BN, kDim, kPair>, kThreads, p, of, num_sms, stream,
+                                              "inject_kv", write);
   }
 };
 

@@ -22,7 +22,7 @@ struct Launcher {
   cudaStream_t stream;
   template <int BN, bool kGated>
   void launch(const many_rows::Operands& of) const {
-    many_rows::launch<BN>(gemm_bf16_kernel<BN, kGated>, kThreads, p, of, num_sms, stream, "gemm_bf16");
+    many_rows::launch<Tiles<BN>>(gemm_bf16_kernel<BN, kGated>, kThreads, p, of, num_sms, stream, "gemm_bf16");
   }
 };
 

@@ -82,7 +82,7 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
                                     Epilogue epilogue) {
   using C = Tiles<BN>;
   grid_dependency_launch();
-  const Place at(schedule);
+  const Place at(schedule.pair_size);
   const Pair& pair = at.pair;
   const Pipeline<C> pipe = make_pipeline<C>(shared_bytes, barriers, pair);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -94,7 +94,7 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
   } else {
     take_registers<kConsumerRegisters>();
     grid_dependency_wait();
-    const Work work = many_rows::find_work<C>(p, schedule, at.split);
+    const Work work = many_rows::find_work<C>(p, schedule, at);
     PipelineState<C> state;
     float acc[BN / 2];
     for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {

@@ -30,7 +30,8 @@ struct Launcher {
   cudaStream_t stream;
   template <int BN, int kDim>
   void launch(const many_rows::Operands& of) const {
-    many_rows::launch<BN>(project_kernel<BN, kDim>, gemm::kThreads, p, of, num_sms, stream, "inject_kv", write);
+    many_rows::launch<many_rows::Tiles<BN>>(project_kernel<BN, kDim>, gemm::kThreads, p, of, num_sms, stream,
+                                            "inject_kv", write);
   }
 };
 

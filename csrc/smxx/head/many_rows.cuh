@@ -41,17 +41,18 @@ struct TilePlace {
 };
 
 // One thread: all loads of this block.
-__device__ __forceinline__ void produce(const many_rows::Pipeline<Tiles>& pipe, const CUtensorMap* hidden_map,
+template <typename C>
+__device__ __forceinline__ void produce(const many_rows::Pipeline<C>& pipe, const CUtensorMap* hidden_map,
                                         const CUtensorMap* weight_map, const Schedule& schedule,
                                         const TilePlace& place) {
-  many_rows::PipelineState<Tiles> state;
+  many_rows::PipelineState<C> state;
   for (int tile = place.cluster; tile < schedule.tiles; tile += place.clusters) {
     const int row0 = static_cast<int>(place.row0(schedule, tile));
     const int column0 = static_cast<int>(place.column0(schedule, tile));
     for (int k = 0; k < schedule.k_tiles; ++k) {
       barrier_wait(pipe.empty(state.stage), state.parity ^ 1);
-      barrier_arrive_expect(pipe.full(state.stage), Tiles::kStageBytes);
-      tma_load(pipe.a(state.stage), hidden_map, k * Tiles::BK, row0, pipe.full(state.stage));
+      C::Loader::announce(pipe.full(state.stage), C::kStageBytes, place.pair);
+      C::Loader::load(pipe.a(state.stage), hidden_map, k * Tiles::BK, row0, pipe.full(state.stage), place.pair);
       load_w(pipe, state.stage, weight_map, k * Tiles::BK, column0, column0 + Tiles::BN / 2, place.pair);
       state.advance();
     }

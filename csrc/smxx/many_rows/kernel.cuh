@@ -68,16 +68,16 @@ struct Schedule {
   }
 };
 
-// This block's place among the blocks that share a tile, and the cluster's among all.
+// This block's place among the blocks that share a tile, and the cluster's among all. pair_size: of the schedule.
 struct Place {
   Pair pair;
   int split;
   int cluster, clusters;
-  explicit __device__ __forceinline__ Place(const Schedule& schedule)
+  explicit __device__ __forceinline__ Place(int pair_size)
       : split(static_cast<int>(blockIdx.z)),
-        cluster(static_cast<int>(blockIdx.x) / schedule.pair_size),
-        clusters(static_cast<int>(gridDim.x) / schedule.pair_size) {
-    pair.size = static_cast<uint32_t>(schedule.pair_size);
+        cluster(static_cast<int>(blockIdx.x) / pair_size),
+        clusters(static_cast<int>(gridDim.x) / pair_size) {
+    pair.size = static_cast<uint32_t>(pair_size);
     pair.index = blockIdx.x % pair.size;
     pair.first = static_cast<uint32_t>(split) * pair.size;
   }
@@ -98,15 +98,15 @@ __device__ __forceinline__ void consumers_sync() {
 
 // After the preceding kernel's end where there are commit lengths.
 template <typename C>
-__device__ __forceinline__ Work find_work(const GemmParams& p, const Schedule& schedule, int split) {
+__device__ __forceinline__ Work find_work(const GemmParams& p, const Schedule& schedule, const Place& place) {
   Work work;
   work.live_rows = p.m;
   if (p.live.commit_lens.data != nullptr) work.live_rows = max(min(p.live.commit_lens.at(0), p.m), int64_t{0});
   const auto row_tiles = static_cast<uint32_t>((work.live_rows + C::BM - 1) / C::BM);
-  work.pairs = static_cast<int>((row_tiles + schedule.pair_size - 1) / static_cast<uint32_t>(schedule.pair_size));
+  work.pairs = static_cast<int>((row_tiles + place.pair.size - 1) / place.pair.size);
   work.tiles = work.pairs * schedule.column_tiles;
-  work.first_step = schedule.first_step(split);
-  work.num_steps = schedule.first_step(split + 1) - work.first_step;
+  work.first_step = schedule.first_step(place.split);
+  work.num_steps = schedule.first_step(place.split + 1) - work.first_step;
   return work;
 }
 
@@ -170,7 +170,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
     if (leader) prefetch_w<C, kGated>(p, w_map, schedule, place);
     grid_dependency_wait();
   }
-  const Work work = find_work<C>(p, schedule, place.split);
+  const Work work = find_work<C>(p, schedule, place);
   // Boxes of A with a live row; what the others would bring is not used.
   const uint32_t box_bytes = static_cast<uint32_t>(schedule.box_rows) * C::BK * 2;
   const auto boxes_of = [&](int64_t row0) {
@@ -187,7 +187,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
       ahead = min(C::kStages, work.num_steps);
       Position at(work.first_step, schedule.steps_per_source);
       for (int s = 0; s < ahead; ++s) {  // a fresh stage is empty
-        barrier_arrive_expect(pipe.full(s), bytes_of(row_of(place.cluster)));
+        C::Loader::announce(pipe.full(s), bytes_of(row_of(place.cluster)), pair);
         load_w_step<C, kGated>(p, pipe, s, w_map, source_k, at, place.cluster / work.pairs, pair);
         at.advance();
       }
@@ -207,12 +207,12 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
           --ahead;
         } else {
           barrier_wait(pipe.empty(state.stage), state.parity ^ 1);
-          barrier_arrive_expect(full, bytes);
+          C::Loader::announce(full, bytes, pair);
           load_w_step<C, kGated>(p, pipe, state.stage, w_map, source_k, at, tile / work.pairs, pair);
         }
         for (int i = 0; i < boxes; ++i) {
-          tma_load(pipe.a(state.stage) + i * box_bytes, &a_maps.map[at.source], at.step * C::BK,
-                   static_cast<int>(row0) + i * schedule.box_rows, full);
+          C::Loader::load(pipe.a(state.stage) + i * box_bytes, &a_maps.map[at.source], at.step * C::BK,
+                          static_cast<int>(row0) + i * schedule.box_rows, full, pair);
         }
         at.advance();
         state.advance();
@@ -275,11 +275,10 @@ struct Operands {
   CUtensorMap w_map;
 };
 
-// A kernel of (GemmParams, SourceMaps, CUtensorMap, Schedule, more ..) with blocks of `threads`, around run<BN, ..>().
-template <int BN, typename Kernel, typename... More>
+// A kernel of (GemmParams, SourceMaps, CUtensorMap, Schedule, more ..) with blocks of `threads`, fed by the ring C.
+template <typename C, typename Kernel, typename... More>
 void launch(Kernel kernel, int threads, const GemmParams& p, const Operands& of, int num_sms, cudaStream_t stream,
             const char* what, const More&... more) {
-  using C = Tiles<BN>;
   const Plan& plan = of.plan;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes), what);
   const int64_t pair_rows = int64_t{C::BM} * plan.pair;
@@ -288,7 +287,7 @@ void launch(Kernel kernel, int threads, const GemmParams& p, const Operands& of,
   schedule.expected_pairs = static_cast<int>(pairs_of(p.expected_live > 0 ? p.expected_live : p.m));
   schedule.pair_size = plan.pair;
   schedule.splits = plan.splits;
-  schedule.column_tiles = static_cast<int>((p.n + BN - 1) / BN);
+  schedule.column_tiles = static_cast<int>((p.n + C::BN - 1) / C::BN);
   schedule.steps_per_source = static_cast<int>((p.k / p.num_sources + C::BK - 1) / C::BK);
   schedule.k_steps = schedule.steps_per_source * p.num_sources;
   schedule.box_rows = box_rows_of(p);

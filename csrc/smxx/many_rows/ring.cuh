@@ -19,12 +19,45 @@
 
 namespace dflash::many_rows {
 
-template <int BN_, int STAGES_>
+// Which of the cluster's blocks share W.
+struct Pair {
+  uint32_t size;   // 1 or 2
+  uint32_t first;  // rank in the cluster of the first of them
+  uint32_t index;  // of this block: 0 .. size - 1
+};
+
+// How a block's operands get into the ring, where every block keeps all of W. sm100/gemm has another way.
+struct Multicast {
+  static constexpr int kParts = 1;         // in which a pair keeps W
+  static constexpr int kFullArrivals = 1;  // that announce a stage's bytes
+  static __device__ __forceinline__ void announce(uint32_t full, uint32_t bytes, const Pair& /*pair*/) {
+    barrier_arrive_expect(full, bytes);
+  }
+  static __device__ __forceinline__ void load(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t full,
+                                              const Pair& /*pair*/) {
+    tma_load(to, map, column, row, full);
+  }
+  // W [BN, 64] of columns k.., half h of which begins at row h.
+  static __device__ __forceinline__ void load_w(uint32_t to, uint32_t half_bytes, const CUtensorMap* map, int k,
+                                                int row0, int row1, uint32_t full, const Pair& pair) {
+    if (pair.size == 1) {
+      tma_load(to, map, k, row0, full);
+      tma_load(to + half_bytes, map, k, row1, full);
+    } else {
+      tma_load_multicast(to + pair.index * half_bytes, map, k, pair.index == 0 ? row0 : row1, full,
+                         static_cast<uint16_t>(0b11u << pair.first));
+    }
+  }
+};
+
+template <int BN_, int STAGES_, typename Loader_ = Multicast>
 struct Ring {
+  using Loader = Loader_;
   static constexpr int BM = 128, BN = BN_, BK = 64;
   static constexpr int kStages = STAGES_;
   static constexpr int kConsumers = 256;  // threads that end up with the accumulators: 8 warps, 16 rows each
-  static constexpr uint32_t kBytesA = BM * BK * 2, kBytesW = BN * BK * 2, kStageBytes = kBytesA + kBytesW;
+  static constexpr uint32_t kBytesA = BM * BK * 2, kBytesW = BN / Loader::kParts * BK * 2;
+  static constexpr uint32_t kStageBytes = kBytesA + kBytesW;
   static constexpr int kAlignment = 1024;  // of swizzled tiles
   static constexpr int kSharedBytes = kStages * static_cast<int>(kStageBytes) + kAlignment;
   static_assert(kSharedBytes + 1024 <= 232448, "shared memory of an SM");
@@ -49,13 +82,6 @@ struct PipelineState {
   }
 };
 
-// Which of the cluster's blocks share W.
-struct Pair {
-  uint32_t size;   // 1 or 2
-  uint32_t first;  // rank in the cluster of the first of them
-  uint32_t index;  // of this block: 0 .. size - 1
-};
-
 template <typename C>
 struct Pipeline {
   uint32_t tiles;     // shared address of stage 0, 1024-aligned
@@ -75,7 +101,7 @@ __device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_
   pipe.barriers = shared_address(shared_barriers);
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
-      barrier_init(pipe.full(s), 1);
+      barrier_init(pipe.full(s), C::Loader::kFullArrivals);
       barrier_init(pipe.empty(s), empty_arrivals);
     }
     barrier_init_fence();
@@ -89,14 +115,7 @@ __device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_
 template <typename C>
 __device__ __forceinline__ void load_w(const Pipeline<C>& pipe, uint32_t stage, const CUtensorMap* w_map, int k,
                                        int w_row0, int w_row1, const Pair& pair) {
-  const uint32_t full = pipe.full(stage);
-  if (pair.size == 1) {
-    tma_load(pipe.w(stage), w_map, k, w_row0, full);
-    tma_load(pipe.w(stage) + C::kBytesW / 2, w_map, k, w_row1, full);
-  } else {
-    tma_load_multicast(pipe.w(stage) + pair.index * (C::kBytesW / 2), w_map, k, pair.index == 0 ? w_row0 : w_row1, full,
-                       static_cast<uint16_t>(0b11u << pair.first));
-  }
+  C::Loader::load_w(pipe.w(stage), C::BN / 2 * C::BK * 2, w_map, k, w_row0, w_row1, pipe.full(stage), pair);
 }
 
 }  // namespace dflash::many_rows
