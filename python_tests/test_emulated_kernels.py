@@ -570,10 +570,24 @@ MUTATIONS += [
     ),
     pytest.param(
         "sm100/gemm/mainloop.cuh",
-        "      tcgen05_commit(pipe.empty(state.stage), static_cast<uint16_t>(0b11u << pair.first));",
-        "      tcgen05_commit(pipe.empty(state.stage), static_cast<uint16_t>(0b11u));",
+        "tcgen05_commit_pair(barrier, static_cast<uint16_t>(0b11u << pair.first));",
+        "tcgen05_commit_pair(barrier, static_cast<uint16_t>(0b11u));",
         "many_rows and inject-matches",
         id="the wrong pair of the cluster is told of an empty stage",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "load(to, map, k, pair.index == 0 ? row0 : row1, full, pair);",
+        "load(to, map, k, pair.index == 0 ? row1 : row0, full, pair);",
+        "many_rows and head-exact",
+        id="blocks of a pair keep each other's half of W",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "      barrier_arrive_at(memory.empty(), pair.first);",
+        "      barrier_arrive(memory.empty());",
+        "many_rows and head-exact",
+        id="the second block of a pair gives its accumulator back to itself",
     ),
     pytest.param(
         "sm100/gemm/mainloop.cuh",

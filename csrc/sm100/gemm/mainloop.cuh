@@ -142,7 +142,7 @@ __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineS
                                               const TensorMemory<C>& memory, int k_steps, const Pair& pair) {
   constexpr uint32_t kInstruction = bf16_instruction<kGroup<C> * C::BM, C::BN>();
   barrier_wait(memory.empty(), memory.parity() ^ 1);
-#pragma unroll 1  // four products a step keep the tensor cores busy for 4 * N / 2 cycles
+#pragma unroll 1  // four products keep the tensor cores busy for 2 * BN cycles
   for (int k = 0; k < k_steps; ++k) {
     barrier_wait(pipe.full(state.stage), state.parity);
     tcgen05_fence_after_wait();

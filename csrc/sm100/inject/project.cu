@@ -22,8 +22,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ unsigned char shared_bytes[];
   __shared__ uint64_t barriers[kBarriers<C>];
   __shared__ uint32_t tmem;
-  gemm::run<C>(p, a_maps, &w_map, schedule, shared_bytes, barriers, &tmem,
-                                    WriteHeads<BN, kDim>(p.bias, write));
+  gemm::run<C>(p, a_maps, &w_map, schedule, shared_bytes, barriers, &tmem, WriteHeads<BN, kDim>(p.bias, write));
 }
 
 struct Launcher {
