@@ -369,14 +369,19 @@ def test_kernels_of_many_rows_pass(
         assert emulated.multipliers() - {MULTIPLIERS[12]} == {MULTIPLIERS[major]}
 
 
+# Rows up to which mma.sync multiplies: of a GEMM, of the LM head.
+FEW_ROWS = {12: (120, 192), 9: (64, 128), 10: (32, 32)}
+
+
 @pytest.mark.parametrize("major", MULTIPLIERS)
 def test_the_device_decides_what_multiplies_many_rows(major: int, emulated: Emulator, rng: torch.Generator) -> None:
-    """Beyond 64 rows wgmma on 9.x and tcgen05 on 10.x; on 12.x, which has neither, and for few rows, mma.sync."""
+    """wgmma on 9.x, tcgen05 on 10.x; on 12.x, which has neither, and for few rows, mma.sync."""
     emulated.configure(major)
-    for batch, expected in ((8, MULTIPLIERS[12]), (9, MULTIPLIERS[major])):
-        test_inject.check_against_reference(test_inject.make(rng, "cpu", batch=batch, block=8))
+    of_gemm, of_head = FEW_ROWS[major]
+    for rows, expected in ((of_gemm, MULTIPLIERS[12]), (of_gemm + 8, MULTIPLIERS[major])):
+        test_inject.check_against_reference(test_inject.make(rng, "cpu", batch=rows // 8, block=8))
         assert emulated.multipliers() == {expected}
-    for rows, expected in ((128, MULTIPLIERS[12]), (129, MULTIPLIERS[major])):
+    for rows, expected in ((of_head, MULTIPLIERS[12]), (of_head + 1, MULTIPLIERS[major])):
         hidden, weight = test_head.integers(rng, rows, 64), test_head.integers(rng, 200, 64)
         test_head.run_argmax(hidden, weight)
         assert emulated.multipliers() == {expected}

@@ -1,6 +1,6 @@
 // lm_head_argmax, and verify_block_from_hidden which ends it with the accept rule; formulas in params.h.
 //
-// Up to 128 rows, and any number where there is no kernel for many (many_rows.cuh).
+// Few rows, and any number where there is no kernel for many (many_rows.cuh).
 //
 // Floors. N <= 128 rows: the weights once, V * H * 2 bytes, at the HBM read rate; hidden rows come from L2, N / 128 of
 // the weights' traffic. More rows: 2 * N * V * H tensor-core flops. Nothing else of size moves: a matmul followed by an
@@ -23,8 +23,9 @@
 namespace dflash::head {
 namespace {
 
-// More rows than this are bound by the tensor cores, and go to many_rows.cuh where the device has wgmma or tcgen05.
-constexpr int64_t kManyRows = 128;
+// More rows than these are bound by the tensor cores, and go to many_rows.cuh: measured for wgmma; for tcgen05 from
+// what mma.sync gives beside it, and that is published only (bench/NOTES.md).
+[[maybe_unused]] constexpr int64_t kWgmmaRows = 128, kTcgen05Rows = 32;
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, kBlocksPerSm) argmax_kernel(const __grid_constant__ HeadParams p) {
@@ -82,10 +83,10 @@ void launch(const HeadParams& p, cudaStream_t stream) {
 
 void launch_argmax(const HeadParams& p, cudaStream_t stream) {
   if (p.gemm.m == 0) return;
-  if (p.gemm.m > kManyRows) {
+  if (p.gemm.m > kTcgen05Rows) {
     [[maybe_unused]] const Device device = current_device("lm_head_argmax");
 #if DFLASH_WITH_SM90
-    if (device.major == 9 && sm90::head::launch_argmax(p, device.num_sms, stream)) return;
+    if (device.major == 9 && p.gemm.m > kWgmmaRows && sm90::head::launch_argmax(p, device.num_sms, stream)) return;
 #endif
 #if DFLASH_WITH_SM100
     if (device.major == 10 && sm100::head::launch_argmax(p, device.num_sms, stream)) return;
