@@ -64,7 +64,7 @@ struct Ring {
   static_assert(BN % 32 == 0, "both halves of W consist of whole swizzle patterns (8 rows)");
 };
 
-// As many stages as fit: 180 .. 196 KB of operands under way or in use.
+// As many stages as fit: 192 .. 216 KB of operands under way or in use.
 template <int BN>
 using Tiles = Ring<BN, BN == 256   ? 4
                        : BN == 192 ? 5
