@@ -66,16 +66,16 @@ struct StreamDraftParams {
   const float* cos_sin = nullptr;  // [max_positions, rotary_dim]
   float eps = 1e-6f, scale = 1.0f;
 
-  uint16_t* x = nullptr;           // [B * T, H], the residual stream
-  uint16_t* weighted = nullptr;    // [B * T, H], x times the weights of the norm that follows
-  uint16_t* qkv = nullptr;         // [B * T, (Hq + 2 * Hkv) * D], q and k normed and rotated
-  uint16_t* attended = nullptr;    // [B * T, Hq * D]
-  uint16_t* activated = nullptr;   // [B * T, I]
-  float* squares = nullptr;        // [B * T, row tiles of H]: sums of 128 squares of x
+  uint16_t* x = nullptr;          // [B * T, H], the residual stream
+  uint16_t* weighted = nullptr;   // [B * T, H], x times the weights of the norm that follows
+  uint16_t* qkv = nullptr;        // [B * T, (Hq + 2 * Hkv) * D], q and k normed and rotated
+  uint16_t* attended = nullptr;   // [B * T, Hq * D]
+  uint16_t* activated = nullptr;  // [B * T, I]
+  float* squares = nullptr;       // [B * T, row tiles of H]: sums of 128 squares of x
   // [splits, B * T, Hq, D + 4]: a split's output, not yet divided by the sum, the maximum (times log2 e), the sum, two
   // words of padding. On their way as parts of sums are: kNothing until written, and again when read.
   float* attention_parts = nullptr;
-  uint16_t* out = nullptr;         // [B * T, H]
+  uint16_t* out = nullptr;  // [B * T, H]
   StreamLayer layers[kMaxStreamLayers];
 };
 
