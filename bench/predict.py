@@ -35,7 +35,7 @@ from bench.model import (
     need_of,
     not_modelled,
 )
-from bench.results import RESULTS, preferred_rows
+from bench.results import OTHERS, RESULTS, preferred_rows
 from bench.shapes import QWEN3_8B, QWEN35_397B_TP8, DrafterShape
 
 __all__ = ["Predicted", "Predictor", "bench_rows", "main", "predict_row"]
@@ -102,6 +102,8 @@ def measured_rows(card: Card, root: Path = RESULTS) -> list[dict[str, Any]]:
     """The filed rows of a card; of an op's two cache states the cold one."""
     found: list[dict[str, Any]] = []
     for path in sorted((root / card.folder).glob("*.json")) if card.folder else []:
+        if path.stem in OTHERS:
+            continue
         run = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(run, dict) and "suites" in run and "rows" in run:
             found += preferred_rows(run["rows"])

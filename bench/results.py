@@ -21,11 +21,13 @@ from typing import Any
 from bench.harness import HEADER, Row, geomean
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_OTHERS = (
+OTHERS = (
     "acceptance",
     "drafter",
     "sglang_tokens",
     "verify_warps",
+    "verify_registers",
+    "inject_sglang",
     "sglang",
     "engine_trace",
 )  # filed there too, but no runs of the suites
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.readme:
             path = args.file[0]
-            runs = [_read(found) for found in sorted(RESULTS.glob("*/*.json")) if found.stem not in _OTHERS]
+            runs = [_read(found) for found in sorted(RESULTS.glob("*/*.json")) if found.stem not in OTHERS]
             path.write_text(put_between_marks(path.read_text(encoding="utf-8"), summary(runs)), encoding="utf-8")
             return 0
         runs = [_read(path) for path in args.file]
