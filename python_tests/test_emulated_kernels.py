@@ -529,8 +529,8 @@ MUTATIONS = [
     ),
     pytest.param(
         "smxx/stream/stream.cuh",
-        "          if (tile == tiles - 1) {\n            float scale",
-        "          if (tile == 0) {\n            float scale",
+        "            if (tile + n == tiles - 1) {\n              float scale",
+        "            if (tile + n == 0) {\n              float scale",
         "head_packed-exact_on_codes",
         id="scales of rows count only for the first tile",
     ),
