@@ -27,6 +27,7 @@ OTHERS = (
     "sglang_tokens",
     "verify_warps",
     "verify_registers",
+    "verify_reporter",
     "inject_sglang",
     "sglang",
     "engine_trace",

@@ -24,7 +24,7 @@ EVENTS = (
     "last tile", "added halves", "left part", "added parts", "finished", "signalled", "producer begins",
     "first issued", "last issued",
 )  # fmt: skip
-BLOCKS, UNITS = 160, 256
+BLOCKS, UNITS, TILES = 160, 256, 2048
 # Events whose distance is of interest: of a unit with weights, and of a job, whose events mean something else
 # (csrc/smxx/stream/trace.cuh).
 STEPS = ((0, 1), (1, 2), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (7, 9), (9, 10), (10, 11))
@@ -38,6 +38,17 @@ def times(library: str, what: str) -> torch.Tensor:
     if code:
         raise SystemExit(f"stream_trace: CUDA error {code} while reading the times")
     return host.long() & 0xFFFFFFFF
+
+
+def landed_rates(library: str, step_us: int = 3) -> list[float]:
+    """TB/s at which tiles of the drafter's last launch had arrived, in steps of its time."""
+    host = torch.zeros(BLOCKS, TILES, dtype=torch.int32)
+    code = ctypes.CDLL(library).dflash_trace_draft_landed(ctypes.c_void_p(host.data_ptr()))
+    if code:
+        raise SystemExit(f"stream_trace: CUDA error {code} while reading the times")
+    when = host.long() & 0xFFFFFFFF
+    counts = torch.bincount((when[when > 0] - int(when[when > 0].min())) // (1000 * step_us))
+    return [16384 * int(count) / (1e6 * step_us) for count in counts]
 
 
 def table(when: torch.Tensor, units: torch.Tensor) -> None:
@@ -110,6 +121,9 @@ def main() -> None:
     torch.cuda.synchronize()
     print(f"{case.title}: {begin.elapsed_time(end) * 1e3:.1f} us with its launch")
     table(times(str(_library.library_path()), args.what), captured[-1].cpu())
+    if args.what == "draft":
+        print("\nbytes of W that landed, TB/s in each 3 us")
+        print(" ".join(f"{rate:.2f}" for rate in landed_rates(str(_library.library_path()))))
 
 
 if __name__ == "__main__":
