@@ -177,6 +177,9 @@ CHECKS = [
         drafts(150, 40, T=16, windows=(5, 33), causal=(0, 1), rotary=32),
         drafts(128, 20, T=8, qk_norm=False, biases=True, windows=(64,), heads=(16, 2)),
         drafts(700, T=16, heads=(4, 1), windows=(300,)),  # keys in several parts
+        drafts(70, 3, T=5, D=96, rotary=20, qk_norm=False),  # partners that do not lie 16 bytes apart
+        drafts(9, T=4, H=4104, heads=(2, 1)),  # norm: rows in twice as many registers
+        drafts(4, T=2, H=8200, heads=(1, 1)),  # norm: rows that are read twice
         drafts(30, T=8, H=1024, I=1024, heads=(2, 1)),  # K of the products in two parts
         drafts(30, T=8, I=8192, heads=(2, 1)),  # 16 rows, wide tiles
         drafts(9, 2, 5, 3, T=12, I=5120, heads=(2, 1)),  # 64 rows, wide tiles; K in eight parts
@@ -400,8 +403,8 @@ MUTATIONS = [
     ),
     pytest.param(
         "smxx/norm/rmsnorm.cu",
-        "i / part_pairs * (p.part_stride / 2)",
-        "i / part_pairs * (p.x_stride / 2)",
+        "column / part_columns * p.part_stride",
+        "column / part_columns * p.x_stride",
         "inject-shards_equal",
         id="parts of a row lie side by side",
     ),
@@ -536,8 +539,8 @@ MUTATIONS = [
     ),
     pytest.param(
         "smxx/attention/block_attention.cu",
-        "copy_async_wait<1>();",
-        "copy_async_wait<2>();",
+        "copy_async_wait<kAhead - 1>();",
+        "copy_async_wait<kAhead>();",
         "draft-bf16_matches",
         id="attention does not wait for its copies",
     ),

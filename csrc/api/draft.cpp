@@ -81,6 +81,8 @@ void check_cache(const std::string& name, const Tensor& cache, const Inputs& in,
                "have contiguous slots whose stride is a multiple of 8 elements",
                "strides [" + std::to_string(cache.stride(0)) + ", " + std::to_string(cache.stride(1)) + ", " +
                    std::to_string(cache.stride(2)) + "]");
+  DFLASH_CHECK(in.op, cache.size(0) < 2 || cache.stride(0) < int64_t{1} << 31, argument,
+               "have slots less than 2^31 elements apart", cache.stride(0));
   DFLASH_CHECK(in.op, cache.is_cpu() || reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0, argument,
                "start at a multiple of 16 bytes", reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16);
 }

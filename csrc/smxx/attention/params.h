@@ -23,7 +23,7 @@ struct BlockAttentionParams {
   const uint16_t* qkv = nullptr;      // [B * T, (Hq + 2 * Hkv) * D], contiguous; q and k normed and rotated
   const uint16_t* k_cache = nullptr;  // [S, Hkv, D], slots strided
   const uint16_t* v_cache = nullptr;
-  int64_t k_slot_stride = 0;  // elements, a multiple of 8
+  int64_t k_slot_stride = 0;  // elements, a multiple of 8, below 2^31
   int64_t v_slot_stride = 0;
   int64_t num_slots = 0;     // S; a slot outside [0, S) reads as zeros
   IntView positions;         // [B, T]

@@ -8,13 +8,11 @@ namespace dflash::draft {
 namespace {
 
 constexpr int kEmbedThreads = 128;
-constexpr int kRotateWarps = 4;
-constexpr int kMaxHeadDim = 256;
+constexpr int kRotateThreads = 128;
+constexpr int kHeadsTogether = 5;  // 40 heads of 128 in one pass
 constexpr int kCheckThreads = 64;
 
 __device__ __forceinline__ float to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
-
-__device__ __forceinline__ uint16_t to_bf16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
 // One block a token, 16 bytes a thread and pass.
 __global__ void __launch_bounds__(kEmbedThreads) embed_kernel(const __grid_constant__ EmbedParams p) {
@@ -29,47 +27,113 @@ __global__ void __launch_bounds__(kEmbedThreads) embed_kernel(const __grid_const
   }
 }
 
-// One warp a (token, head of q or k).
-__global__ void __launch_bounds__(32 * kRotateWarps) rotate_kernel(const __grid_constant__ RotateParams p) {
-  __shared__ float rows[kRotateWarps][kMaxHeadDim];
-  const int lane = threadIdx.x % 32;
-  float* row = rows[threadIdx.x / 32];
-  grid_dependency_launch();
-  grid_dependency_wait();
-  const int heads = p.q_heads + p.kv_heads;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kRotateWarps + threadIdx.x / 32;
-  if (item >= p.tokens * heads) return;
-  const int64_t token = item / heads;
-  const int head = static_cast<int>(item % heads);
-  const int64_t width = static_cast<int64_t>(heads + p.kv_heads) * p.head_dim;
-  uint16_t* x = p.qkv + token * width + head * p.head_dim;
-
-  float squares = 0.0f;
-  for (int i = lane; i < p.head_dim; i += 32) {
-    const float value = to_float(x[i]);
-    row[i] = value;
-    squares += value * value;
-  }
-  const uint16_t* weight = head < p.q_heads ? p.q_norm : p.k_norm;
-  if (weight != nullptr) {
+__device__ __forceinline__ void unpack(uint4 packed, float (&to)[8]) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-    const float scale = rsqrtf(squares / static_cast<float>(p.head_dim) + p.eps);
-    for (int i = lane; i < p.head_dim; i += 32) row[i] = to_float(to_bf16(row[i] * scale * to_float(weight[i])));
+  for (int i = 0; i < 4; ++i) {
+    to[2 * i] = __uint_as_float(words[i] << 16);
+    to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
   }
-  __syncwarp();
+}
+
+__device__ __forceinline__ uint4 pack(const float (&from)[8]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
+    words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// One block a token, kLanes threads a head, 16 bytes each; a thread has the same columns of kHeadsTogether heads under
+// way at once. Angles and weights, which belong to its columns, are there before the wait, so that one trip to memory
+// follows it. Elements meet their partners, half of the rotary columns away, in shared memory.
+template <int kLanes>
+__global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const __grid_constant__ RotateParams p) {
+  constexpr int kSide = kRotateThreads / kLanes;  // heads side by side
+  __shared__ __align__(16) uint16_t rows[kSide][8 * kLanes];
+  const int side = threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8;
+  uint16_t* row = rows[side];
+  grid_dependency_launch();
+  const int64_t token = blockIdx.x;
+  const int heads = p.q_heads + p.kv_heads;
+  const int half = p.rotary_dim / 2;
+  uint16_t* x = p.qkv + token * (heads + p.kv_heads) * p.head_dim + column;
 
   int64_t position = p.positions.at(token / p.block_size, token % p.block_size);
   position = position < 0 ? 0 : position >= p.max_positions ? p.max_positions - 1 : position;
   const float* cosines = p.cos_sin + position * p.rotary_dim;
-  const int half = p.rotary_dim / 2;
-  for (int i = lane; i < half; i += 32) {
-    const float cosine = cosines[i], sine = cosines[half + i];
-    const float first = row[i], second = row[half + i];
-    x[i] = to_bf16(first * cosine - second * sine);
-    x[half + i] = to_bf16(second * cosine + first * sine);
+  float cosine[8], sine[8];
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const int c = column + e, i = c < half ? c : c - half;
+    const bool turned = c < p.rotary_dim;
+    cosine[e] = turned ? cosines[i] : 0.0f;
+    sine[e] = !turned ? 0.0f : c < half ? -cosines[half + i] : cosines[half + i];
   }
-  for (int i = p.rotary_dim + lane; i < p.head_dim; i += 32) x[i] = to_bf16(row[i]);
+  const bool held = column < p.head_dim;  // 12 of 16 threads at head size 96
+  const auto weight_of = [&](const uint16_t* weight) {
+    return held && weight != nullptr ? *reinterpret_cast<const uint4*>(weight + column) : make_uint4(0, 0, 0, 0);
+  };
+  const uint4 q_weight = weight_of(p.q_norm), k_weight = weight_of(p.k_norm);
+  grid_dependency_wait();
+
+  for (int first = 0; first < heads; first += kSide * kHeadsTogether) {
+    uint4 loaded[kHeadsTogether];
+#pragma unroll
+    for (int i = 0; i < kHeadsTogether; ++i) {
+      const int head = first + kSide * i + side;
+      loaded[i] = make_uint4(0, 0, 0, 0);
+      if (held && head < heads) loaded[i] = *reinterpret_cast<const uint4*>(x + head * p.head_dim);
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadsTogether; ++i) {
+      if (first + kSide * i >= heads) break;
+      const int head = first + kSide * i + side;
+      float v[8];
+      unpack(loaded[i], v);
+      float squares = 0.0f;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) squares += v[e] * v[e];
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+      }
+      uint4 normed = loaded[i];
+      const bool of_q = head < p.q_heads;
+      if ((of_q ? p.q_norm : p.k_norm) != nullptr) {
+        const float scale = rsqrtf(squares / static_cast<float>(p.head_dim) + p.eps);
+        float weight[8];
+        unpack(of_q ? q_weight : k_weight, weight);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[e] = v[e] * scale * weight[e];
+        normed = pack(v);
+        unpack(normed, v);
+      }
+      __syncwarp();  // the head before is done with
+      *reinterpret_cast<uint4*>(row + column) = normed;
+      __syncwarp();
+      if (column < p.rotary_dim) {
+        float partner[8];
+        if (half % 8 == 0) {
+          unpack(*reinterpret_cast<const uint4*>(row + (column < half ? column + half : column - half)), partner);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            const int c = column + e;
+            partner[e] = c < p.rotary_dim ? to_float(row[c < half ? c + half : c - half]) : 0.0f;
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          if (column + e < p.rotary_dim) v[e] = v[e] * cosine[e] + partner[e] * sine[e];
+        }
+        normed = pack(v);
+      }
+      if (held && head < heads) *reinterpret_cast<uint4*>(x + head * p.head_dim) = normed;
+    }
+  }
 }
 
 __global__ void __launch_bounds__(kCheckThreads)
@@ -92,9 +156,13 @@ void launch_embed(const EmbedParams& p, cudaStream_t stream) {
 
 void launch_rotate(const RotateParams& p, cudaStream_t stream) {
   if (p.tokens == 0) return;
-  const int64_t items = p.tokens * (p.q_heads + p.kv_heads);
-  const auto blocks = static_cast<unsigned>((items + kRotateWarps - 1) / kRotateWarps);
-  launch_kernel(rotate_kernel, dim3(blocks), 32 * kRotateWarps, 0, stream, true, "rotate", p);
+  const auto launch = [&](auto kernel) {
+    launch_kernel(kernel, dim3(static_cast<unsigned>(p.tokens)), kRotateThreads, 0, stream, true, "rotate", p);
+  };
+  if (p.head_dim <= 32) return launch(rotate_kernel<4>);
+  if (p.head_dim <= 64) return launch(rotate_kernel<8>);
+  if (p.head_dim <= 128) return launch(rotate_kernel<16>);
+  launch(rotate_kernel<32>);
 }
 
 bool is_capturing(cudaStream_t stream) {

@@ -24,6 +24,7 @@ void launch_stream_draft_forward(const StreamDraftParams& params, int64_t head_d
                                  cudaStream_t stream);
 
 void launch_embed(const EmbedParams& params, cudaStream_t stream);
+// Started early: positions must have been written before the stream's preceding kernel started.
 void launch_rotate(const RotateParams& params, cudaStream_t stream);
 
 bool is_capturing(cudaStream_t stream);  // then nothing may wait for the device
