@@ -373,7 +373,7 @@ def test_kernels_of_many_rows_pass(
 
 
 # Rows up to which mma.sync multiplies: of a GEMM, of the LM head.
-FEW_ROWS = {12: (120, 192), 9: (64, 128), 10: (32, 32)}
+FEW_ROWS = {12: (120, 192), 9: (32, 128), 10: (32, 32)}
 
 
 @pytest.mark.parametrize("major", MULTIPLIERS)

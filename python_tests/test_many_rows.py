@@ -1,4 +1,4 @@
-"""`inject_kv` and `draft_forward` with more than 64 rows, where Hopper and Blackwell have a GEMM of their own
+"""`inject_kv` and `draft_forward` with more than 32 rows, where Hopper and Blackwell have a GEMM of their own
 (csrc/smxx/many_rows).
 
 Held to the same rules as their own tests. Between them the shapes cover every tile width, pairs of row tiles and single

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 struct Launcher {
+  static constexpr bool kNarrow = true;  // tiles of 64 and 96 columns
   const GemmParams& p;
   int num_sms;
   cudaStream_t stream;

@@ -17,6 +17,11 @@ __device__ __forceinline__ void wgmma_wait() {
 // d[4 j + {2, 3}].
 #define DFLASH_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define DFLASH_F16(i) DFLASH_F4(i), DFLASH_F4(i + 4), DFLASH_F4(i + 8), DFLASH_F4(i + 12)
+#define DFLASH_R32                                                                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, "                                                                                                          \
+  "%25, %26, %27, %28, %29, %30, %31"
+#define DFLASH_R48 DFLASH_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define DFLASH_R64                                                    \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, " \
   "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
@@ -41,6 +46,14 @@ __device__ __forceinline__ void wgmma_wait() {
   "}\n"
 #define DFLASH_INPUTS "l"(a), "l"(b), "r"(static_cast<int>(accumulate))
 
+__device__ __forceinline__ void wgmma_k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(DFLASH_WGMMA("64", DFLASH_R32, "%32", "%33", "%34") : DFLASH_F16(0), DFLASH_F16(16) : DFLASH_INPUTS);
+}
+__device__ __forceinline__ void wgmma_k16(float (&d)[48], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(DFLASH_WGMMA("96", DFLASH_R48, "%48", "%49", "%50")
+               : DFLASH_F16(0), DFLASH_F16(16), DFLASH_F16(32)
+               : DFLASH_INPUTS);
+}
 __device__ __forceinline__ void wgmma_k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(DFLASH_WGMMA("128", DFLASH_R64, "%64", "%65", "%66") : DFLASH_F64 : DFLASH_INPUTS);
 }
@@ -64,6 +77,8 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[128], uint64_t a, uint64_t 
 #undef DFLASH_R96
 #undef DFLASH_R80
 #undef DFLASH_R64
+#undef DFLASH_R48
+#undef DFLASH_R32
 #undef DFLASH_F16
 #undef DFLASH_F4
 

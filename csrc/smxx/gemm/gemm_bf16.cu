@@ -35,7 +35,7 @@ constexpr int64_t kOneWave = C::BM == 16 ? 396 : 160;
 constexpr int64_t kMinTilesK = 8;  // steps of K that a part keeps, so that its pipeline fills
 // More rows than these go to smxx/many_rows: measured for wgmma; for tcgen05 from what mma.sync gives beside it, and
 // that is published only (bench/NOTES.md).
-[[maybe_unused]] constexpr int64_t kWgmmaRows = 64, kTcgen05Rows = 32;
+[[maybe_unused]] constexpr int64_t kTensorCoreRows = 32;
 constexpr int64_t kWideTiles = 256;  // 64-column tiles from which 16 rows take them: two a SM
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
@@ -219,10 +219,10 @@ void launch(const GemmParams& p, cudaStream_t stream) {
 void launch_gemm_bf16(const GemmParams& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return;
   const int64_t rows = likely_rows(p);
-  if (p.m > kTcgen05Rows) {
+  if (p.m > kTensorCoreRows) {
     [[maybe_unused]] const Device device = current_device("gemm_bf16");
 #if DFLASH_WITH_SM90
-    if (device.major == 9 && p.m > kWgmmaRows && sm90::gemm::launch_gemm_bf16(p, device.num_sms, stream)) return;
+    if (device.major == 9 && sm90::gemm::launch_gemm_bf16(p, device.num_sms, stream)) return;
 #endif
 #if DFLASH_WITH_SM100
     if (device.major == 10 && sm100::gemm::launch_gemm_bf16(p, device.num_sms, stream)) return;

@@ -64,11 +64,9 @@ struct Ring {
   static_assert(BN % 32 == 0, "both halves of W consist of whole swizzle patterns (8 rows)");
 };
 
-// As many stages as fit: 192 .. 216 KB of operands under way or in use.
+// As many stages as fit.
 template <int BN>
-using Tiles = Ring<BN, BN == 256   ? 4
-                       : BN == 192 ? 5
-                                   : 6>;
+using Tiles = Ring<BN, (232448 - 1024 - 1024) / ((128 + BN) * 128)>;
 
 // Stage and phase parity, kept alike by all who take part.
 template <typename C>

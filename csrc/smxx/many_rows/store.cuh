@@ -115,6 +115,14 @@ bool launch_store(const GemmParams& p, int num_sms, const Rates& rates, const La
   Operands of;
   if (!prepare(&of, p, p.gated ? 64 : 32, num_sms, rates)) return false;
   switch (of.plan.columns) {
+    case 64:
+      if constexpr (Launcher::kNarrow) {
+        p.gated ? launcher.template launch<64, true>(of) : launcher.template launch<64, false>(of);
+      }
+      break;
+    case 96:
+      if constexpr (Launcher::kNarrow) launcher.template launch<96, false>(of);
+      break;
     case 128:
       p.gated ? launcher.template launch<128, true>(of) : launcher.template launch<128, false>(of);
       break;
