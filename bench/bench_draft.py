@@ -106,7 +106,9 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
         size = ops.draft_forward_workspace(batch, shape.T, shape.H, shape.I, shape.Hq, shape.Hkv, shape.D)
         workspace = torch.empty(size, device=device, dtype=torch.uint8)
         windows, causal = [0] * shape.L, [0] * shape.L
-        reason = why_not_packed(tokens=rows, num_layers=shape.L, head_dim=shape.D, dtype=torch.bfloat16)
+        reason = why_not_packed(
+            tokens=rows, num_layers=shape.L, head_dim=shape.D, dtype=torch.bfloat16, weight_format=weight_format
+        )
         packed = None
         if device.type == "cuda" and reason is None:
             blocks = torch.cuda.get_device_properties(device).multi_processor_count

@@ -21,10 +21,12 @@ __all__ = [
     "PackedDraft",
     "draft_schedule",
     "pack_draft",
+    "streamed_tokens",
     "why_not_packed",
 ]
 
 MAX_TOKENS, MAX_LAYERS, MAX_RANKS = 64, 64, 8
+DENSE_TOKENS = 32  # of bf16 weights; from there the chain's tensor-core GEMMs are as fast or faster (bench/NOTES.md)
 GATE_ROWS = TILE_ROWS // 2  # gate rows of a row tile of gate_up; the up rows of the same features follow
 
 
@@ -160,10 +162,17 @@ def _stack(layers: list[Weight]) -> Weight:
     return torch.stack([weight for weight in layers if isinstance(weight, torch.Tensor)])
 
 
-def why_not_packed(*, tokens: int, num_layers: int, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why a pass cannot run as one streaming kernel, or None. `tokens` is B * T, `dtype` that of dense weights."""
-    if tokens > MAX_TOKENS:
-        return f"{tokens} rows are more than {MAX_TOKENS}"
+def streamed_tokens(weight_format: WeightFormat | None) -> int:
+    """B * T up to which one streaming kernel is to be taken rather than the chain of kernels."""
+    return DENSE_TOKENS if weight_format is None else MAX_TOKENS
+
+
+def why_not_packed(
+    *, tokens: int, num_layers: int, head_dim: int, dtype: torch.dtype, weight_format: WeightFormat | None = None
+) -> str | None:
+    """Why a pass is not to run as one streaming kernel, or None. `tokens` is B * T, `dtype` that of dense weights."""
+    if tokens > streamed_tokens(weight_format):
+        return f"{tokens} rows are more than {streamed_tokens(weight_format)}"
     if num_layers > MAX_LAYERS:
         return f"{num_layers} layers are more than {MAX_LAYERS}"
     if head_dim not in (64, 128):

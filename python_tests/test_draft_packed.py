@@ -236,16 +236,18 @@ def test_errors(device: str, rng: torch.Generator) -> None:
 
 
 def test_reasons() -> None:
-    good = {"tokens": 64, "num_layers": 64, "head_dim": 128, "dtype": torch.bfloat16}
+    good = {"tokens": 32, "num_layers": 64, "head_dim": 128, "dtype": torch.bfloat16}
     assert why_not_packed(**good) is None
     for change, match in [
-        ({"tokens": 65}, "65 rows"),
+        ({"tokens": 33}, "33 rows are more than 32"),
+        ({"tokens": 65, "weight_format": WeightFormat("fp8")}, "65 rows are more than 64"),
         ({"num_layers": 65}, "65 layers"),
         ({"head_dim": 96}, "head size 96"),
         ({"dtype": torch.float32}, "float32"),
     ]:
         reason = why_not_packed(**{**good, **change})
         assert reason is not None and match in reason
+    assert why_not_packed(**{**good, "tokens": 64, "weight_format": WeightFormat("fp8")}) is None
 
 
 # ---- the schedule, interpreted ---------------------------------------------------------------------------------------

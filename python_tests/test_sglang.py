@@ -1112,7 +1112,7 @@ def test_more_rows_than_one_kernel_takes_are_a_chain(
     """With DFLASH_KERNELS_ROWS beyond the packed kernel's limit (here: two requests), each pass takes its own op."""
     monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
     monkeypatch.setenv("DFLASH_KERNELS_ROWS", f"forward={3 * T}")
-    monkeypatch.setattr("dflash_kernels.integrations.sglang.forward.MAX_TOKENS", 2 * T)
+    monkeypatch.setattr("dflash_kernels.draft_stream.DENSE_TOKENS", 2 * T)
     worker = make_worker(engine, parts(source, torch.bfloat16))
     taken: list[str] = []
     for name in ("draft_forward", "draft_forward_packed"):

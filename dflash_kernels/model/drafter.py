@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dflash_kernels import ops, tuning
-from dflash_kernels.draft_stream import MAX_TOKENS, PackedDraft, pack_draft, why_not_packed
+from dflash_kernels.draft_stream import PackedDraft, pack_draft, streamed_tokens, why_not_packed
 from dflash_kernels.model.checkpoint import load_weights
 from dflash_kernels.model.config import DrafterConfig, load_config
 from dflash_kernels.model.weights import DrafterWeights
@@ -126,7 +126,8 @@ class Drafter:
         """Allocate what steps of up to ``batch`` blocks and injections of up to ``tokens`` rows need, once."""
         self._draft_buffers.reserve(batch)
         if self._pack_layers() is not None:
-            self._packed_buffers.reserve(min(batch, MAX_TOKENS // self.block_size))
+            rows = streamed_tokens(self.weights.weight_format)
+            self._packed_buffers.reserve(min(batch, max(1, rows // self.block_size)))
         self._inject_buffers.reserve(tokens)
         self._plan_injection()
 
@@ -262,7 +263,11 @@ class Drafter:
             return f"the drafter is on {self.device.type}"
         config = self.config
         return why_not_packed(
-            tokens=rows, num_layers=config.num_layers, head_dim=config.head_dim, dtype=self.weights.dtype
+            tokens=rows,
+            num_layers=config.num_layers,
+            head_dim=config.head_dim,
+            dtype=self.weights.dtype,
+            weight_format=self.weights.weight_format,
         )
 
     def _pack_layers(self) -> PackedDraft | None:

@@ -88,7 +88,8 @@ class ShardedDrafter(Drafter):
         """As :meth:`Drafter.forward`; every rank must call it, and each gets all columns of all rows."""
         w, communicator = self.weights, self.communicator
         packed = self._packed
-        if self.exchange is not None and packed is not None and self.why_not_one_kernel(block_ids.numel()) is None:
+        few = block_ids.numel() <= MAX_TOKENS and self.why_not_one_kernel(0) is None
+        if few and self.exchange is not None and packed is not None:
             buffer, workspace = self._packed_buffers.at_least(block_ids.shape[0])
             return ops.draft_forward_sharded(
                 block_ids,

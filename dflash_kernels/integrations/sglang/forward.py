@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dflash_kernels import tuning
-from dflash_kernels.draft_stream import MAX_TOKENS, PackedDraft, pack_draft, why_not_packed
+from dflash_kernels.draft_stream import PackedDraft, pack_draft, streamed_tokens, why_not_packed
 from dflash_kernels.integrations.sglang.seam import (
     DraftPool,
     Refused,
@@ -116,15 +116,15 @@ class ForwardSeam(Seam):
         model = worker.draft_model
         first = model.layers[0].self_attn
         hidden, device = self.embed.shape[1], self.embed.device
-        # Requests of a pass, of one that streams packed weights, and what each needs.
+        # Requests of a pass, then of one that streams packed weights.
         batch = max(1, self.settings.rows["forward"] // self.block_size)
-        streamed = max(1, MAX_TOKENS // self.block_size)
         inner = self.weights["down"].shape[2]
         size = draft_forward_workspace(
             batch, self.block_size, hidden, inner, first.num_heads, first.num_kv_heads, first.head_dim
         )
         self.packed, self.note = self._pack(first)
         if self.packed is not None:
+            streamed = max(1, streamed_tokens(self.packed.weight_format) // self.block_size)
             size = max(size, draft_forward_packed_workspace(min(batch, streamed), self.block_size, self.packed))
             follow_loading(model, self._repack)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -222,7 +222,7 @@ class ForwardSeam(Seam):
             weights["input_norm"],
         )
         out = self.out[: input_ids.numel()]
-        if self.packed is not None and input_ids.numel() <= MAX_TOKENS:
+        if self.packed is not None and input_ids.numel() <= streamed_tokens(self.packed.weight_format):
             return draft_forward_packed(
                 *inputs,
                 None,
