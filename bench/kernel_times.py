@@ -1,4 +1,4 @@
-"""Where the time of a bench's row goes, kernel by kernel: ours and each baseline, replayed as graphs under the profiler.
+"""Where the time of a row goes, kernel by kernel: ours and each baseline, replayed as graphs under the profiler.
 
     python -m bench.kernel_times draft --filter "H4096 I12288 Hq32 Hkv8 D128 B32"
 
