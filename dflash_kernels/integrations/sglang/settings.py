@@ -16,9 +16,9 @@ SWITCH_VARIABLE = "DFLASH_KERNELS_SEAMS_FILE"
 ROWS_VARIABLE = "DFLASH_KERNELS_ROWS"
 WEIGHTS_VARIABLE = "DFLASH_KERNELS_WEIGHTS"
 # Rows up to which a seam takes a call, where nothing else is said. Longer prompts stay with SGLang: its library GEMMs
-# gain there what the fused op gains on a few rows. A pass or a head over more than 64 rows is no stream of weights any
-# more, and slower in the engine than SGLang's.
-ROWS = {"inject": 1024, "forward": 64, "head": 64}
+# gain there what the fused op gains on a few rows. A pass over more than 32 rows and a head over more than 64 are no
+# stream of weights any more, and slower in the engine than SGLang's.
+ROWS = {"inject": 1024, "forward": 32, "head": 64}
 
 
 @dataclass(frozen=True)
