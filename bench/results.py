@@ -30,6 +30,7 @@ OTHERS = (
     "verify_reporter",
     "inject_sglang",
     "sglang",
+    "sglang_stock",
     "engine_trace",
 )  # filed there too, but no runs of the suites
 
