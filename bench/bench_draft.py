@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from bench.harness import Calls, Case
 from bench.shapes import DEMO, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape, random_codes
 from dflash_kernels import ops
-from dflash_kernels.draft_stream import pack_draft, why_not_packed
+from dflash_kernels.draft_stream import default_blocks, pack_draft, why_not_packed
 from dflash_kernels.formats import WeightFormat
 from dflash_kernels.tiles import Weight, tile_columns, tile_nbytes
 
@@ -111,11 +111,12 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
         )
         packed = None
         if device.type == "cuda" and reason is None:
-            blocks = torch.cuda.get_device_properties(device).multi_processor_count
             matrices: list[Weight] = [qkv_weight, o_weight, gate_up_weight, down_weight]
             if weight_format is not None:
                 matrices = [random_codes(weight_format, tuple(matrix.shape), device) for matrix in matrices]
-            packed = pack_draft(*matrices, num_kv_heads=shape.Hkv, head_dim=shape.D, blocks=blocks)
+            packed = pack_draft(
+                *matrices, num_kv_heads=shape.Hkv, head_dim=shape.D, blocks=default_blocks(matrices, device)
+            )
             size = ops.draft_forward_packed_workspace(batch, shape.T, packed)
             workspace = torch.empty(size, device=device, dtype=torch.uint8)
 

@@ -30,6 +30,7 @@ __all__ = ["FAMILIES", "Fit", "Need", "fit_all", "need_of", "not_modelled"]
 
 SHAPES = {shape.name: shape for shape in (QWEN3_8B, QWEN35_397B_TP8, DEMO, DFLASH2_27B)}
 FEW_ROWS = 64  # up to here the streaming kernels run
+DENSE_ROWS = 32  # a bf16 drafter's pass
 ROW_TILE = 128  # of the GEMM for many rows
 CHAIN = 9  # kernels of a drafter's layer (csrc/smxx/draft), as the chain launches them
 
@@ -196,7 +197,8 @@ def need_of(row: Mapping[str, Any]) -> Need:
         return _gemm(0, rows, flops, size, family="gemm")
     if op == "draft_forward":
         drafter, rows = _drafter(shape), int(_number("B", shape) * _number("T", shape))
-        if rows > FEW_ROWS or drafter.D not in (64, 128):
+        few_rows = DENSE_ROWS if dtype == "bf16" else FEW_ROWS
+        if rows > few_rows or drafter.D not in (64, 128):
             context = _number("ctx", shape) + _number("T", shape)
             attention = 4.0 * rows * drafter.Hq * drafter.D * context * drafter.L
             return _gemm(CHAIN * drafter.L + 2, rows, flops - attention, size, attention)

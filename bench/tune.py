@@ -32,7 +32,7 @@ from bench.bench_verify import MEAN_COMMITTED, _candidates, _lengths
 from bench.harness import _replayable, _seconds, _time_players, free_memory, rotation_count
 from bench.shapes import DEMO, QWEN3_8B, QWEN35_397B_TP8, DrafterShape
 from dflash_kernels import ops, tuning
-from dflash_kernels.draft_stream import pack_draft
+from dflash_kernels.draft_stream import default_blocks, pack_draft
 from dflash_kernels.head_stream import pack_head
 from dflash_kernels.ops import Verified
 from dflash_kernels.reference import draft as draft_reference
@@ -170,7 +170,7 @@ def _within_rounding(out: torch.Tensor, exact: torch.Tensor, rounded: torch.Tens
     return None if error <= allowed else f"error {error:.3g}, allowed {allowed:.3g}"
 
 
-def draft_question(shape: DrafterShape, device: torch.device, batches: Sequence[int] = (1, 4)) -> Question:
+def draft_question(shape: DrafterShape, device: torch.device, batches: Sequence[int] = (1, 2)) -> Question:
     """Blocks of `draft_forward_packed`, or the chain, over passes of so many requests."""
     q, kv = shape.Hq * shape.D, shape.Hkv * shape.D
     matrices: dict[str, Any] = {
@@ -255,8 +255,9 @@ def draft_question(shape: DrafterShape, device: torch.device, batches: Sequence[
         return None
 
     sms = _multiprocessors(device)
+    default = default_blocks(list(matrices.values()), device) if device.type == "cuda" else sms
     key = tuning.draft_shape(shape.L, shape.H, shape.I, (shape.Hq, shape.Hkv), shape.D, None)
-    return Question("draft", key, block_candidates(sms, chain=True), sms, calls, wrong)
+    return Question("draft", key, block_candidates(sms, chain=True), default, calls, wrong)
 
 
 def head_question(shape: DrafterShape, device: torch.device, batches: Sequence[int] = (1, 4)) -> Question:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -21,11 +21,13 @@ __all__ = [
     "PackedDraft",
     "draft_schedule",
     "pack_draft",
+    "default_blocks",
     "streamed_tokens",
     "why_not_packed",
 ]
 
 MAX_TOKENS, MAX_LAYERS, MAX_RANKS = 64, 64, 8
+SMALL_LAYER_BYTES = 64 << 20
 DENSE_TOKENS = 32  # of bf16 weights; from there the chain's tensor-core GEMMs are as fast or faster (bench/NOTES.md)
 GATE_ROWS = TILE_ROWS // 2  # gate rows of a row tile of gate_up; the up rows of the same features follow
 
@@ -165,6 +167,20 @@ def _stack(layers: list[Weight]) -> Weight:
 def streamed_tokens(weight_format: WeightFormat | None) -> int:
     """B * T up to which one streaming kernel is to be taken rather than the chain of kernels."""
     return DENSE_TOKENS if weight_format is None else MAX_TOKENS
+
+
+def default_blocks(matrices: Sequence[Weight], device: torch.device) -> int:
+    """Blocks to pack a drafter's stacked `matrices` for, where nothing was measured on the machine (1 without a GPU).
+
+    One a multiprocessor. Half as many for layers of less than 64 MB on 9.x: their time is waiting for all blocks rather
+    than bytes (bench/NOTES.md).
+    """
+    if device.type != "cuda":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    layer_bytes = sum(matrix.nbytes // matrix.shape[0] for matrix in matrices)
+    few = properties.major == 9 and layer_bytes < SMALL_LAYER_BYTES
+    return properties.multi_processor_count // (2 if few else 1)
 
 
 def why_not_packed(

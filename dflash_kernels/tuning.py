@@ -89,8 +89,8 @@ def inject_shape(taps: int, hidden: int, num_heads: int, head_dim: int) -> str:
     return f"K{taps} H{hidden} {num_heads}x{head_dim}"
 
 
-def stream_blocks(kind: str, shape: str, device: torch.device) -> int:
-    """Blocks of a streaming kernel: as measured, else one a multiprocessor (1 without a GPU).
+def stream_blocks(kind: str, shape: str, device: torch.device, default: int | None = None) -> int:
+    """Blocks of a streaming kernel: as measured, else `default`, else one a multiprocessor (1 without a GPU).
 
     Args:
         kind: "draft", "head" or "inject"; shape: its key.
@@ -104,7 +104,7 @@ def stream_blocks(kind: str, shape: str, device: torch.device) -> int:
     value = _entry(kind, device).get(shape)
     blocks = value.get("blocks") if isinstance(value, dict) else None
     if blocks is None:
-        return most
+        return most if default is None else default
     least = 0 if kind == "draft" else 1
     if not isinstance(blocks, int) or isinstance(blocks, bool) or not least <= blocks <= most:
         _warn(f"{kind} {shape}: blocks must be in {least}..{most}, got {blocks!r}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_draft import Case, Inputs, make_inputs
 
-from dflash_kernels.draft_stream import Kind, PackedDraft, draft_schedule, pack_draft, why_not_packed
+from dflash_kernels.draft_stream import Kind, PackedDraft, default_blocks, draft_schedule, pack_draft, why_not_packed
 from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.model.quantize import quantize
 from dflash_kernels.ops import draft_forward_packed, draft_forward_packed_workspace
@@ -413,3 +414,15 @@ def test_blocks_read_alike(hidden: int, inter: int, heads: tuple[int, int], laye
     assert int(tiles.sum()) == layers * sum(-(-rows // 128) * -(-k // 64) for rows, k in shapes)
     assert int(tiles.max() - tiles.min()) <= 1
     assert schedule.slots <= 2 * blocks + 2 * -(-inter // 64)
+
+
+@pytest.mark.parametrize(("major", "columns", "expected"), [(9, 1024, 66), (9, 4096, 132), (10, 1024, 132)])
+def test_small_layers_take_half_of_the_multiprocessors(
+    monkeypatch: pytest.MonkeyPatch, major: int, columns: int, expected: int
+) -> None:
+    properties = SimpleNamespace(major=major, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    # 16 and 64 MB a layer
+    matrices = [torch.empty(2, 2048, columns, dtype=torch.bfloat16, device="meta") for _ in range(4)]
+    assert default_blocks(matrices, torch.device("cuda")) == expected
+    assert default_blocks(matrices, torch.device("cpu")) == 1

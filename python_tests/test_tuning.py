@@ -61,6 +61,10 @@ def test_values_are_found_by_machine_and_shape(card: str, file: Path) -> None:
     assert tuning.stream_blocks("draft", "chain", GPU) == 0
     for kind, shape in (("draft", fp8_shape), ("head", bf16_shape), ("inject", tuning.inject_shape(5, 4096, 80, 128))):
         assert tuning.stream_blocks(kind, shape, GPU) == 148
+    assert (
+        tuning.stream_blocks("draft", fp8_shape, GPU, 37) == 37
+        and tuning.stream_blocks("draft", bf16_shape, GPU, 37) == 74
+    )
     assert tuning.stream_blocks("draft", bf16_shape, CPU) == 1
     # Another machine's values are kept and not used.
     tuning.save(file, "Another Card, 132 SMs, library 0", {"draft": {fp8_shape: {"blocks": 3}}})

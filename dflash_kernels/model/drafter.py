@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from dflash_kernels import ops, tuning
-from dflash_kernels.draft_stream import PackedDraft, pack_draft, streamed_tokens, why_not_packed
+from dflash_kernels.draft_stream import PackedDraft, default_blocks, pack_draft, streamed_tokens, why_not_packed
 from dflash_kernels.model.checkpoint import load_weights
 from dflash_kernels.model.config import DrafterConfig, load_config
 from dflash_kernels.model.weights import DrafterWeights
+from dflash_kernels.tiles import Weight
 
 
 class Drafter:
@@ -278,20 +279,24 @@ class Drafter:
         if self._packed is None and self.why_not_one_kernel(0) is None:
             if torch.cuda.is_current_stream_capturing():
                 return None
-            w, config, codes = self.weights, self.config, self.weights.quantized or {}
+            config, matrices = self.config, self._matrices()
             blocks = self._blocks()
             if blocks == 0:  # by measurement the chain is faster
                 return None
             self._packed = pack_draft(
-                codes.get("qkv_weight", w.qkv_weight),
-                codes.get("o_weight", w.o_weight),
-                codes.get("gate_up_weight", w.gate_up_weight),
-                codes.get("down_weight", w.down_weight),
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                blocks=blocks,
+                *matrices, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, blocks=blocks
             )
         return self._packed
+
+    def _matrices(self) -> tuple[Weight, Weight, Weight, Weight]:
+        """Of all layers: codes where the drafter is quantised."""
+        w, codes = self.weights, self.weights.quantized or {}
+        return (
+            codes.get("qkv_weight", w.qkv_weight),
+            codes.get("o_weight", w.o_weight),
+            codes.get("gate_up_weight", w.gate_up_weight),
+            codes.get("down_weight", w.down_weight),
+        )
 
     def _blocks(self) -> int:
         """Of the one kernel; 0: it is not to be taken."""
@@ -300,7 +305,10 @@ class Drafter:
         shape = tuning.draft_shape(
             config.num_layers, config.hidden_size, config.intermediate_size, heads, config.head_dim, weight_format
         )
-        return tuning.stream_blocks("draft", shape, self.device)
+        return tuning.stream_blocks("draft", shape, self.device, self._default_blocks())
+
+    def _default_blocks(self) -> int:
+        return default_blocks(self._matrices(), self.device)
 
     def _new_packed_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._packed is not None

@@ -164,11 +164,15 @@ class ShardedDrafter(Drafter):
             communicator.sum_parts(part, x)
         return F.rms_norm(x, (self.hidden_size,), w.final_norm, eps)
 
+    def _default_blocks(self) -> int:
+        """All multiprocessors: fewer were not measured with the sums over ranks inside."""
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
+
     def _blocks(self) -> int:
         """Never 0: parts may differ in size, and all ranks have to go the same way."""
         if self.exchange is not None and self.exchange.one_device:
             return torch.cuda.get_device_properties(self.device).multi_processor_count // self.communicator.world
-        return super()._blocks() or torch.cuda.get_device_properties(self.device).multi_processor_count
+        return super()._blocks() or self._default_blocks()
 
     def inject(
         self,

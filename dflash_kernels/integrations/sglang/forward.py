@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dflash_kernels import tuning
-from dflash_kernels.draft_stream import PackedDraft, pack_draft, streamed_tokens, why_not_packed
+from dflash_kernels.draft_stream import PackedDraft, default_blocks, pack_draft, streamed_tokens, why_not_packed
 from dflash_kernels.integrations.sglang.seam import (
     DraftPool,
     Refused,
@@ -178,7 +178,8 @@ class ForwardSeam(Seam):
         shape = tuning.draft_shape(
             len(self.windows), self.embed.shape[1], inner, heads, attention.head_dim, self.settings.weights
         )
-        sizes["blocks"] = tuning.stream_blocks("draft", shape, matrices[0].device)
+        device = matrices[0].device
+        sizes["blocks"] = tuning.stream_blocks("draft", shape, device, default_blocks(matrices, device))
         if sizes["blocks"] == 0:
             return None, "weights not packed: by this machine's tuning the chain of kernels is faster"
         self._pack_again = lambda: pack_draft(*(for_packing(self.settings, m) for m in matrices), **sizes)
