@@ -332,6 +332,8 @@ MANY_ROWS = [
                 {"batch": 40, "block": 8, "hidden": 320, "heads": 4, "dim": 128},
                 {"batch": 34, "block": 8, "hidden": 576, "num_taps": 1, "heads": 3, "dim": 64, "layers": 4},
                 {"batch": 30, "block": 10, "hidden": 72, "heads": 3, "dim": 18, "layers": 3},  # width not of eights
+                # clusters of four: two row tiles, K in two parts
+                {"batch": 34, "block": 8, "hidden": 1280, "num_taps": 1, "heads": 8, "dim": 32, "layers": 4},
             )
         ),
     ),
