@@ -1,6 +1,6 @@
 """Where the time of a row goes, kernel by kernel: ours and each baseline, replayed as graphs under the profiler.
 
-    python -m bench.kernel_times draft --filter "H4096 I12288 Hq32 Hkv8 D128 B32"
+    python -m bench.kernel_times draft --filter "I12288 32/8x128 B32"
 
 A kernel that starts early waits inside itself for the one before it, so its own duration says little. Counted is what
 it adds: from the end of the kernel before it to its own end, the median over replays. Runs of equal layers are folded
@@ -19,8 +19,8 @@ from statistics import median
 import torch
 
 from bench.harness import Case
-from bench.runner import SUITES
 
+SUITES = ("verify", "alloc", "head", "inject", "draft", "dflash2")  # those that are made of cases
 ROUNDS = 6
 
 
@@ -56,17 +56,27 @@ def kernel_times(sets: Sequence[Callable[[], object]]) -> list[tuple[str, int, f
         for _ in range(ROUNDS):
             graph.replay()
             torch.cuda.synchronize()
-    events = sorted(
-        (e.time_range.start, e.time_range.end, e.name) for e in profile.events() if "CUDA" in str(e.device_type)
+    return added_times(
+        [(e.time_range.start, e.time_range.end, e.name) for e in profile.events() if "CUDA" in str(e.device_type)],
+        replays=ROUNDS,
+        calls=len(sets),
     )
-    calls = ROUNDS * len(sets)
-    if len(events) % calls:
-        raise SystemExit(f"kernel_times: {len(events)} launches are not a multiple of {calls} calls")
-    size = len(events) // calls
+
+
+def added_times(events: list[tuple[float, float, str]], replays: int, calls: int) -> list[tuple[str, int, float]]:
+    """The same from (start, end, name) of all launches of `replays` graphs of `calls` equal calls.
+
+    Raises:
+        SystemExit: the launches are not those of so many equal calls.
+    """
+    events = sorted(events)
+    if not events or len(events) % (replays * calls):
+        raise SystemExit(f"kernel_times: launches must be a multiple of {replays * calls} calls, got {len(events)}")
+    size = len(events) // (replays * calls)
     added: dict[int, list[float]] = defaultdict(list)
     for index, (start, end, _name) in enumerate(events):
-        before = events[index - 1][1] if index % (size * len(sets)) else start
-        added[index % size].append(end - max(before, 0.0))
+        before = events[index - 1][1] if index % (size * calls) else start
+        added[index % size].append(end - before)
     order: dict[str, list[float]] = {}
     for place in range(size):
         order.setdefault(_short(events[place][2]), []).append(median(added[place]))
@@ -93,10 +103,12 @@ def report(case: Case, device: torch.device, sets: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_times", description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=list(SUITES))
+    parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--filter", default="", metavar="SUBSTR[|SUBSTR...]", help="in op, shape, dtype")
     parser.add_argument("--sets", type=int, default=2, help="independent inputs, so that calls are cold")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("kernel_times: a CUDA device is needed, torch sees none")
     device = torch.device("cuda")
     for case in importlib.import_module(f"bench.bench_{args.suite}").cases(device, False):
         if any(part in case.title for part in args.filter.split("|")):

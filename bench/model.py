@@ -30,7 +30,7 @@ __all__ = ["FAMILIES", "Fit", "Need", "fit_all", "need_of", "not_modelled"]
 
 SHAPES = {shape.name: shape for shape in (QWEN3_8B, QWEN35_397B_TP8, DEMO, DFLASH2_27B)}
 FEW_ROWS = 64  # up to here the streaming kernels run
-DENSE_ROWS = 32  # a bf16 drafter's pass
+DENSE_ROWS = 32  # .. over a bf16 drafter
 ROW_TILE = 128  # of the GEMM for many rows
 CHAIN = 9  # kernels of a drafter's layer (csrc/smxx/draft), as the chain launches them
 
@@ -123,7 +123,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemm": Family("LM head as one GEMM", arithmetic="tensor"),
     "chain": Family(
-        "chains of GEMMs and small kernels (drafter and injection beyond 64 rows, shards)",
+        "chains of GEMMs and small kernels (drafter beyond 32 or 64 rows, injection beyond 64, shards)",
         {"kernel": 5.0, "attend": 1 / 300.0},
         arithmetic="tensor",
         borrows={"read": "gemm", "tensor": "gemm"},

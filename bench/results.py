@@ -31,6 +31,7 @@ OTHERS = (
     "inject_sglang",
     "sglang",
     "sglang_stock",
+    "many_rows_sweep",
     "engine_trace",
 )  # filed there too, but no runs of the suites
 

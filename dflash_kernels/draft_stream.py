@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 MAX_TOKENS, MAX_LAYERS, MAX_RANKS = 64, 64, 8
-SMALL_LAYER_BYTES = 64 << 20
+SMALL_LAYER_BYTES = 64 << 20  # default_blocks
 DENSE_TOKENS = 32  # of bf16 weights; from there the chain's tensor-core GEMMs are as fast or faster (bench/NOTES.md)
 GATE_ROWS = TILE_ROWS // 2  # gate rows of a row tile of gate_up; the up rows of the same features follow
 

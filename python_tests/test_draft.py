@@ -342,6 +342,18 @@ def test_errors_name_the_argument_and_leave_the_output(device: str, rng: torch.G
     assert held["out"].isnan().all()
 
 
+def test_slots_may_not_lie_too_far_apart(rng: torch.Generator) -> None:
+    inputs = make_inputs(Case(contexts=(1,), T=3), rng, "cpu", torch.bfloat16)
+    cache = inputs["k_caches"][0]
+    shape, stride = (2, *cache.shape[1:]), 1 << 31
+    far = torch.empty(stride + cache[0].numel(), dtype=cache.dtype).as_strided(shape, (stride, *cache.stride()[1:]))
+    bad = _bad(inputs, k_caches=[far] + inputs["k_caches"][1:])  # address space only, never touched
+    with pytest.raises(
+        ValueError, match=r"k_caches\[0\] must have slots less than 2\^31 elements apart, got 2147483648"
+    ):
+        draft_forward(**bad)
+
+
 def test_output_errors(device: str, rng: torch.Generator) -> None:
     inputs = make_inputs(Case(contexts=(5, 12), T=7), rng, device, torch.bfloat16)
     held = outputs(inputs)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from bench import __main__ as command_line
-from bench import predict
+from bench import model, predict
 from bench.cards import CARDS, PUBLISHED_STEPS, Card, Rates, card_of, rates
 from bench.model import FAMILIES, REASONS, Fit, Need, draft_handoffs, fit_all, left_out, need_of, not_modelled
 from bench.results import RESULTS
 from bench.shapes import QWEN3_8B
+from dflash_kernels.draft_stream import DENSE_TOKENS, MAX_TOKENS
 
 H100 = CARDS["h100"]
 HERE = Rates(H100, 3e12, 3e12, 8e14, "made up")
@@ -96,6 +97,10 @@ def test_time_scales_with_the_card() -> None:
     assert fits["stream"].us(waiting, wide) == pytest.approx(fits["stream"].us(waiting, HERE))
     assert fits["stream"].us(streaming, wide) < 0.6 * fits["stream"].us(streaming, HERE)
     assert fits["stream"].us(working, wide) > 0.85 * fits["stream"].us(working, HERE), "SMs, not bandwidth, decide"
+
+
+def test_rows_that_stream_are_the_packages() -> None:
+    assert (model.FEW_ROWS, model.DENSE_ROWS) == (MAX_TOKENS, DENSE_TOKENS)
 
 
 def test_needs_come_from_the_shape() -> None:

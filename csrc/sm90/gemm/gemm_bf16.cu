@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 struct Launcher {
-  static constexpr bool kNarrow = true;  // tiles of 64 and 96 columns
+  static constexpr int kNarrowest = 64;  // columns of a tile
   const GemmParams& p;
   int num_sms;
   cudaStream_t stream;

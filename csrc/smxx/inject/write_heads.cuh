@@ -69,12 +69,12 @@ class WriteHeads {
 // Launches launch<BN, kDim>(operands) of `Launcher` for the tiles of the plan. False, with nothing launched, where the
 // operands ask for what these kernels have not.
 template <typename Launcher>
-bool launch_write_heads(const gemm::GemmParams& p, const WriteParams& write, int num_sms, many_rows::Rates rates,
+bool launch_write_heads(const gemm::GemmParams& p, const WriteParams& write, int num_sms, const many_rows::Rates& rates,
                         const Launcher& launcher) {
-  rates.narrowest = 128;
+  constexpr int kNarrowest = 128;  // tile below
   many_rows::Operands of;
   if (write.head_dim != 64 && write.head_dim != 128) return false;
-  if (!many_rows::prepare(&of, p, write.head_dim, num_sms, rates)) return false;
+  if (!many_rows::prepare(&of, p, write.head_dim, num_sms, rates, kNarrowest)) return false;
   const bool wide = of.plan.columns == 256;
   if (write.head_dim == 64) {
     if (wide) {

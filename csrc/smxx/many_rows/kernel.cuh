@@ -301,11 +301,12 @@ void launch(Kernel kernel, int threads, const GemmParams& p, const Operands& of,
 
 // Plan and tensor maps; groups of `granule` columns stay in one tile. False where the operands do not fit them, or the
 // live rows are not the first ones.
-inline bool prepare(Operands* operands, const GemmParams& p, int granule, int num_sms, const Rates& rates) {
+inline bool prepare(Operands* operands, const GemmParams& p, int granule, int num_sms, const Rates& rates,
+                    int narrowest) {
   const int64_t source_k = p.k / p.num_sources;
   if (p.k == 0 || (p.live.commit_lens.data != nullptr && p.live.rows_per_request < p.m)) return false;
   const int64_t rows = p.expected_live > 0 ? p.expected_live : p.m;
-  operands->plan = choose_plan(rows, p.n, (source_k + 63) / 64 * p.num_sources, granule, num_sms, rates);
+  operands->plan = choose_plan(rows, p.n, (source_k + 63) / 64 * p.num_sources, granule, num_sms, rates, narrowest);
   for (int s = 0; s < p.num_sources; ++s) {
     if (p.a_stride[s] < source_k ||
         !make_tensor_map(&operands->a_maps.map[s], p.a[s], p.m, source_k, p.a_stride[s], box_rows_of(p))) {

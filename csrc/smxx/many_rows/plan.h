@@ -22,15 +22,14 @@ struct Rates {
   double column;  // cycles that the tensor cores of an SM take for 64 of K of [128, 1]
   double l2;      // operands from L2 to all SMs together
   double dram;    // W comes from there, once
-  int narrowest;  // tile that the kernels have, columns
 };
 
-// Fitted to some 500 times of 24 candidates for 46 GEMMs on an H100 at 1.755 GHz (bench/NOTES.md).
-constexpr Rates kH100Rates = {4.0, 5600, 1750, 64};
+// Fitted to the times of up to 36 candidates for 52 GEMMs on an H100 at 1.755 GHz: tools/plan_regret.py.
+constexpr Rates kH100Rates = {4.0, 5600, 1750};
 
 // A B200 at 1.85 GHz as published, nothing measured: 4096 multiply-adds a cycle and SM; L2 to an SM as on an H100;
 // 7.3 TB/s of DRAM.
-constexpr Rates kB200Rates = {2.0, 6280, 3950, 128};
+constexpr Rates kB200Rates = {2.0, 6280, 3950};
 
 // Estimated cycles of one candidate. Of the two bounds the smaller one is not wholly hidden behind the larger.
 inline double estimate(const Plan& plan, int64_t rows, int64_t n, int64_t k_steps, int num_sms, const Rates& rates) {
@@ -52,11 +51,12 @@ inline double estimate(const Plan& plan, int64_t rows, int64_t n, int64_t k_step
   return std::max(compute, stream) + kUnhidden * std::min(compute, stream);
 }
 
-// Tiles hold whole groups of `granule` columns, which divides 256.
-inline Plan choose_plan(int64_t rows, int64_t n, int64_t k_steps, int granule, int num_sms, const Rates& rates) {
+// Tiles hold whole groups of `granule` columns, which divides 256, and at least `narrowest`.
+inline Plan choose_plan(int64_t rows, int64_t n, int64_t k_steps, int granule, int num_sms, const Rates& rates,
+                        int narrowest) {
   Plan best;
   for (int columns : kColumnChoices) {
-    if (columns < rates.narrowest || columns % granule != 0) continue;
+    if (columns < narrowest || columns % granule != 0) continue;
     for (int pair = 1; pair <= (rows > 128 ? 2 : 1); ++pair) {
       for (int splits = 1; splits <= 4; splits *= 2) {
         Plan plan{columns, pair, splits};

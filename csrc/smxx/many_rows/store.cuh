@@ -113,15 +113,15 @@ bool launch_store(const GemmParams& p, int num_sms, const Rates& rates, const La
   if (width % 8 != 0 || !is_aligned(p.c, p.c_stride)) return false;
   if (p.residual != nullptr && !is_aligned(p.residual, p.residual_stride)) return false;
   Operands of;
-  if (!prepare(&of, p, p.gated ? 64 : 32, num_sms, rates)) return false;
+  if (!prepare(&of, p, p.gated ? 64 : 32, num_sms, rates, Launcher::kNarrowest)) return false;
   switch (of.plan.columns) {
     case 64:
-      if constexpr (Launcher::kNarrow) {
+      if constexpr (Launcher::kNarrowest <= 64) {
         p.gated ? launcher.template launch<64, true>(of) : launcher.template launch<64, false>(of);
       }
       break;
     case 96:
-      if constexpr (Launcher::kNarrow) launcher.template launch<96, false>(of);
+      if constexpr (Launcher::kNarrowest <= 64) launcher.template launch<96, false>(of);
       break;
     case 128:
       p.gated ? launcher.template launch<128, true>(of) : launcher.template launch<128, false>(of);

@@ -17,7 +17,7 @@ ROWS_VARIABLE = "DFLASH_KERNELS_ROWS"
 WEIGHTS_VARIABLE = "DFLASH_KERNELS_WEIGHTS"
 # Rows up to which a seam takes a call, where nothing else is said. Longer prompts stay with SGLang: its library GEMMs
 # gain there what the fused op gains on a few rows. A pass over more than 32 rows and a head over more than 64 are no
-# stream of weights any more, and slower in the engine than SGLang's.
+# stream of weights any more: the head is slower in the engine, the pass beside the engine's time (bench/NOTES.md).
 ROWS = {"inject": 1024, "forward": 32, "head": 64}
 
 
