@@ -2,8 +2,8 @@
 
     python tools/plan_regret.py [bench/results/CARD/many_rows_sweep.json]
 
-Compiles plan.h with the host's C++ compiler (CXX, else g++) and prints, for each GEMM of the sweep, the chosen candidate
-and the fastest one. A candidate is (columns, row tiles that share W, parts of K).
+Compiles plan.h with the host's C++ compiler (CXX, else g++) and prints, for each GEMM of the sweep, the chosen
+candidate and the fastest one. A candidate is (columns, row tiles that share W, parts of K).
 """
 
 from __future__ import annotations
@@ -79,9 +79,8 @@ def main() -> None:
     found = choices(json.loads(path.read_text(encoding="utf-8")))
     for c in found:
         print(f"{c.name:<58} {c.chosen:>8} {c.us:7.1f} us   best {c.best:>8} {c.best_us:7.1f} us  {c.regret:5.2f}x")
-    print(
-        f"{len(found)} GEMMs: {mean(c.regret for c in found):.3f}x on average, {max(c.regret for c in found):.2f}x at worst"
-    )
+    regrets = [c.regret for c in found]
+    print(f"{len(regrets)} GEMMs: {mean(regrets):.3f}x on average, {max(regrets):.2f}x at worst")
 
 
 if __name__ == "__main__":
