@@ -4,6 +4,10 @@
 //   C[m, n] = bf16( C[m, n] + residual[m, n] )                   with a residual: rounded once more
 //   C[m, i] = bf16( silu(g) * u )    gated: g = C[m, i], u = C[m, N / 2 + i] as above, C is [M, N / 2]
 //
+// In fp8 (launch_gemm_fp8) A and W are e4m3 codes with a scale for each row of A and each row of W:
+//
+//   C[m, n] = bf16( a_scale[m] * w_scale[n] * sum_k A[m, k] * W[n, k] + bias[n] )     then as above
+//
 // bf16 data is passed as uint16_t, so that no CUDA header is needed here.
 #pragma once
 
@@ -20,7 +24,10 @@ struct GemmParams {
   const uint16_t* a[kMaxSources] = {};
   int64_t a_stride[kMaxSources] = {};  // elements between rows; a multiple of 8
   int num_sources = 1;
-  const uint16_t* w = nullptr;         // [N, K], contiguous
+  const uint16_t* w = nullptr;  // [N, K], contiguous
+  // fp8: `a` and `w` point to bytes, one source, a_stride in bytes and K multiples of 16; else nullptr.
+  const float* a_scale = nullptr;      // [M]
+  const float* w_scale = nullptr;      // [N]
   const uint16_t* bias = nullptr;      // [N]; nullptr: none
   const uint16_t* residual = nullptr;  // [M, N]; may be c itself; nullptr: none
   int64_t residual_stride = 0;         // elements between rows
