@@ -38,7 +38,8 @@ class Log:
         self.warp = torch.arange(flat.size(0))[there] // STAMPS
         self.event, self.row = flat[there, 1] & 0xFFFFFFFF, flat[there, 1] >> 32
         time = flat[there, 0]
-        self.time = (time - time.min()).double() * 1e-3
+        start = time.min() if len(time) else 0  # none: no call since the last look
+        self.time = (time - start).double() * 1e-3
 
     def of(self, event: int) -> torch.Tensor:
         return self.time[self.event == event]
