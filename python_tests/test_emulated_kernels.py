@@ -426,8 +426,8 @@ MUTATIONS = [
     ),
     pytest.param(
         "smxx/verify/verify_block.cu",
-        "if (key > bar) job.end_at(now.row);",
-        "if (key >= bar) job.end_at(now.row);",
+        "if (high > bar_high && others <= bar_high) on_first();",
+        "if (high >= bar_high && others <= bar_high) on_first();",
         "verify-many_units or verify-every_place or verify-logits_match",
         id="verify_block, lazy, takes the guess itself for proof of a mismatch",
     ),

@@ -37,6 +37,8 @@ __device__ __forceinline__ unsigned long long global_timer() {
   return time;
 }
 
+__device__ __forceinline__ void pause(unsigned ns) { __nanosleep(ns); }
+
 // e4m3 of two floats, the first in the low byte: to the nearest, ties to even; beyond +-448 saturates.
 __device__ __forceinline__ uint32_t e4m3_pair(float first, float second) {
   uint16_t pair;

@@ -36,12 +36,13 @@
 //
 // Lazily what counts is how long after a mismatch rows behind it are still asked for: all the requests' rows go by in
 // the time a few slices take. So it is not the complete row that tells: any slice whose best element beats the logit of
-// the draft's token is proof, and it is told at once, in half a word of the request. Every warp looks at those of its
-// next 32 units when its slice has landed, not earlier, as news that waits for data is old, while it is finding the
-// slice's key; its slot is empty for that trip, which costs no bandwidth as long as the other warps have enough under
-// way. A slice of a dead row is not reported. What dead rows leave in their words is cleared by the last block to
-// leave; here is the one fence, when nothing is under way. (Rows of millions of elements need more bits than a word
-// has: they are joined by a maximum and a released count.)
+// the draft's token is proof, and the first of a row, which its atomic's answer tells, says so at once, in half a word
+// of the request. One warp of a block does nothing but listen: it copies these half words into shared memory, where the
+// others look before they ask for a slice. What makes this fast is that few ask and few tell: all of them lie in one
+// line. When each warp looked for itself, and each slice told, half of the SMs waited 10 us for every answer. A slice
+// of a dead row is not reported. What dead rows leave in their words is cleared by the last block to leave; here is the
+// one fence, when nothing is under way. (Rows of millions of elements need more bits than a word has: they are joined
+// by a maximum and a released count.)
 #include <algorithm>
 
 #include "common/cuda_check.h"
@@ -60,12 +61,17 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
+constexpr int kLazyWarps = 15;  // and one that listens
+constexpr int kLazyThreads = 32 * (kLazyWarps + 1);
 constexpr int kHeld = 14;                     // vectors of a lane
 constexpr int kSliceBytes = 32 * 16 * kHeld;  // at most
 
-// Bytes of logits from which rows are left out unasked: between B 8 of V 151936, where reading all rows is faster, and
-// B 32, where it is not, and hardly so if all tokens are committed (bench/NOTES.md).
-constexpr int64_t kLazyBytes = int64_t{96} << 20;
+// Bytes of logits from which rows are left out unasked: at B 8 of V 151936, 39 MB, that gains nothing; at B 32 it takes
+// two thirds of the time, and a tenth more if all tokens are committed (H200, bench/NOTES.md).
+constexpr int64_t kLazyBytes = int64_t{64} << 20;
+
+constexpr int kMostHeard = 8192;        // requests of which a lazy block has a word each in shared memory
+constexpr unsigned kListenPause = 500;  // ns
 
 constexpr int kTop1Threads = 128;
 constexpr int kMergeThreads = 128;
@@ -101,11 +107,13 @@ __device__ __forceinline__ Unit unit_of(const Slices& slices, unsigned k) {
 }
 
 // Reads the units of this block. job.row(n): row n, a Row; job.report(n, key): the argmax_key of a slice of row n, the
-// same in all lanes of a warp. If Job::kSkips: job.is_wanted(n) looks whether row n still matters, and job.end_at(n)
-// tells all that those behind it do not, which one element shows that beats the one that was guessed, job.guess(n).
+// same in all lanes of a warp. If Job::kSkips: job.is_wanted(n): whether row n still matters, by what this block has
+// heard; job.guess(n): the token that row n is compared with, whose key job.report gets, too. And the last warp of the
+// block does not read, but calls job.listen() all the time.
 template <LogitType kType, typename Job>
 __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size, const Job& job, Trace& trace) {
   __shared__ unsigned next;  // unit of this block
+  constexpr int kReaders = Job::kSkips ? kLazyWarps : kWarps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint64_t policy = evict_first_policy();
 
@@ -133,7 +141,16 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     return true;
   };
 
-  if (threadIdx.x == 0) next = kWarps;
+  if (threadIdx.x == 0) next = kReaders;
+  if constexpr (Job::kSkips) {
+    job.forget();
+    if (warp == kReaders) {
+      __syncthreads();
+      const auto is_more = [&] { return unit_of(slices, *static_cast<volatile unsigned*>(&next)).row != kNone; };
+      while (__ballot_sync(kFullWarp, is_more()) != 0) job.listen();
+      return;
+    }
+  }
   Unit now = unit_of(slices, static_cast<unsigned>(warp));
   load(span_of(now));
   uint32_t guess = 0;  // of the row that is being read
@@ -169,13 +186,9 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
 
     uint64_t key;
     if constexpr (Job::kSkips) {
-      // Looked at when the data is there and not before: on its way, news would have become old.
-      bool wanted = is_wanted(k);
-      const bool lane_wants = job.is_wanted(now.row);
-      key = key_of_slice();  // meanwhile
-      const bool matters = __ballot_sync(kFullWarp, lane_wants) != 0;
+      const bool matters = __ballot_sync(kFullWarp, job.is_wanted(now.row)) != 0;
       while (true) {
-        const unsigned needed = __ballot_sync(kFullWarp, wanted);  // bit i: unit k + i
+        const unsigned needed = __ballot_sync(kFullWarp, is_wanted(k));  // bit i: unit k + i
         if ((needed & 1) != 0) break;
         // For the whole block: nobody has to look at the dead ones again.
         const unsigned from = k, dead = needed == 0 ? 32 : static_cast<unsigned>(__ffs(needed)) - 1;
@@ -184,16 +197,13 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
         following = unit_of(slices, k);
         span = span_of(following);
         if (k - from < 32 && (needed >> (k - from) & 1) != 0) break;
-        wanted = is_wanted(k);
       }
       load(span);
       trace.mark(Event::kAsked, following.row);
-      if (matters) {
-        const uint64_t bar = has_rival ? argmax_key(Element<kType>::value(rival), guess) : 0;
-        if (key > bar) job.end_at(now.row);
-      }
+      key = key_of_slice();
+      const uint64_t bar = has_rival ? argmax_key(Element<kType>::value(rival), guess) : 0;
       if (following.row != kNone) guess = job.guess(following.row);
-      if (matters) job.report(now.row, key);
+      if (matters) job.report(now.row, key, bar);
     } else {
       load(span);
       trace.mark(Event::kAsked, following.row);
@@ -213,14 +223,22 @@ struct Joined {
 // Called by lane 0 of a warp. A word holds the largest `high` so far above the sum of all `low` so far, `low_bits` of
 // it. A larger `high` wipes out the sum; who brought it adds what was there to its own. So the sum may fall for a while
 // but is never too large, and with the last addition both are complete: two atomics a part, none is tried twice, and
-// all that is to be known is in one word, which needs no order with another.
-__device__ __forceinline__ Joined join(unsigned long long* word, uint64_t high, unsigned long long low, int low_bits) {
+// all that is to be known is in one word, which needs no order with another. on_found(others): the largest `high`
+// before this one.
+template <typename OnFound>
+__device__ __forceinline__ Joined join(unsigned long long* word, uint64_t high, unsigned long long low, int low_bits,
+                                       OnFound on_found) {
   if (high != 0) {
     const unsigned long long mine = high << low_bits, others = atomicMax(word, mine);
+    on_found(others >> low_bits);
     if (mine > others) low += others & ((1ull << low_bits) - 1);
   }
   const unsigned long long before = atomicAdd(word, low);
   return Joined{before, before + low};
+}
+
+__device__ __forceinline__ Joined join(unsigned long long* word, uint64_t high, unsigned long long low, int low_bits) {
+  return join(word, high, low, low_bits, [](uint64_t) {});
 }
 
 // The join of a row's word, which is left as it is when it is complete. The second word counts the slices of rows of
@@ -238,17 +256,27 @@ struct RowWord {
     return ~static_cast<uint32_t>(word >> slices.count_bits) & ((1u << (32 - slices.count_bits)) - 1);
   }
 
+  // As the word holds it.
+  __device__ __forceinline__ uint64_t high_of(uint64_t key) const {
+    const int index_bits = 32 - slices.count_bits;
+    const uint32_t low = ~argmax_index(key) & ((1u << index_bits) - 1);
+    return static_cast<uint64_t>(argmax_order_key(key)) << index_bits | low;
+  }
+
   // Called by lane 0 with a slice's argmax_key: true with the last one to arrive; `index` is the row's argmax then.
-  __device__ __forceinline__ bool add(uint64_t key, uint32_t& row_index) const {
+  // on_first(): this is the first one above `bar`.
+  template <typename OnFirst>
+  __device__ __forceinline__ bool add(uint64_t key, uint64_t bar, OnFirst on_first, uint32_t& row_index) const {
     if (slices.count_bits > 0) {
-      const int index_bits = 32 - slices.count_bits;
-      const uint32_t low = ~argmax_index(key) & ((1u << index_bits) - 1);
-      const uint64_t high = static_cast<uint64_t>(argmax_order_key(key)) << index_bits | low;
-      const Joined joined = join(words, high, 1, slices.count_bits);
+      const uint64_t high = high_of(key), bar_high = bar == 0 ? 0 : high_of(bar);
+      const Joined joined = join(words, high, 1, slices.count_bits, [&](uint64_t others) {
+        if (high > bar_high && others <= bar_high) on_first();
+      });
       row_index = index(joined.after);
       return is_complete(joined.after);
     }
-    atomicMax(words, static_cast<unsigned long long>(key));
+    const unsigned long long others = atomicMax(words, static_cast<unsigned long long>(key));
+    if (key > bar && others <= bar) on_first();
     if (atomic_add_release(words + 1, 1) != slices.per_row.value - 1) return false;
     fence_device();
     row_index = argmax_index(__ldcg(words));
@@ -274,15 +302,20 @@ struct RowWord {
 
 // Called by a warp with the argmax_key of one slice of a row, the same in all lanes: true in all lanes with the last
 // one to arrive, and `index` is the row's argmax.
-__device__ __forceinline__ bool add_to_row(const RowWord& row, uint64_t key, bool clears, uint32_t& index) {
+template <typename OnFirst>
+__device__ __forceinline__ bool add_to_row(const RowWord& row, uint64_t key, uint64_t bar, OnFirst on_first,
+                                           uint32_t& index) {
   bool complete = false;
   index = 0;
-  if (threadIdx.x % 32 == 0) {
-    complete = row.add(key, index);
-    if (complete && clears) row.clear();
-  }
+  if (threadIdx.x % 32 == 0) complete = row.add(key, bar, on_first, index);
   complete = __shfl_sync(kFullWarp, complete, 0);
   index = __shfl_sync(kFullWarp, index, 0);
+  return complete;
+}
+
+__device__ __forceinline__ bool add_to_row_and_clear(const RowWord& row, uint64_t key, uint32_t& index) {
+  const bool complete = add_to_row(row, key, ~uint64_t{0}, [] {}, index);
+  if (complete && threadIdx.x % 32 == 0) row.clear();
   return complete;
 }
 
@@ -309,7 +342,7 @@ struct ReadAll {
   __device__ __forceinline__ void report(int n, uint64_t key) const {
     const int lane = threadIdx.x % 32, block_size = p.block_size, b = request(n), j = n - b * block_size;
     uint32_t index;
-    if (!add_to_row(RowWord{p.workspace.row(b, j), slices}, key, true, index)) return;
+    if (!add_to_row_and_clear(RowWord{p.workspace.row(b, j), slices}, key, index)) return;
     trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
     const int64_t guess = __shfl_sync(kFullWarp, request.guess, j);
@@ -364,6 +397,7 @@ struct ReadNeeded {
   static constexpr bool kSkips = true;
   const BlockParams& p;
   const Slices& slices;
+  uint32_t* heard;  // shared: known_end of the requests as they were when last looked at
   Trace& trace;
 
   __device__ __forceinline__ int position(int n) const {
@@ -378,7 +412,19 @@ struct ReadNeeded {
 
   __device__ __forceinline__ bool is_wanted(int n) const {
     const int j = position(n);
-    return load_relaxed(p.workspace.known_end(request(n, j))) <= static_cast<uint32_t>(p.block_size - j);
+    return *static_cast<volatile uint32_t*>(heard + request(n, j)) <= static_cast<uint32_t>(p.block_size - j);
+  }
+
+  __device__ __forceinline__ void forget() const {
+    for (int b = threadIdx.x; b < p.batch; b += kLazyThreads) heard[b] = 0;
+  }
+
+  // Called by a warp.
+  __device__ __forceinline__ void listen() const {
+    for (int b = threadIdx.x % 32; b < p.batch; b += 32) {
+      *static_cast<volatile uint32_t*>(heard + b) = load_relaxed(p.workspace.known_end(b));
+    }
+    pause(kListenPause);
   }
 
   // The lower half of the draft's token, any for the last row. With a token outside the vocabulary every element would
@@ -389,18 +435,14 @@ struct ReadNeeded {
     return static_cast<const uint32_t*>(p.candidates.data)[p.candidates.is_int64 ? 2 * offset : offset];
   }
 
-  // Called by a warp.
-  __device__ __forceinline__ void end_at(int n) const {
-    const int j = position(n);
-    if (threadIdx.x % 32 == 0 && j < p.block_size - 1) {
-      atomicMax(p.workspace.known_end(request(n, j)), static_cast<uint32_t>(p.block_size - j));
-    }
-  }
-
-  __device__ __forceinline__ void report(int n, uint64_t key) const {
+  // `bar`: the key of the draft's token, which a larger one proves wrong.
+  __device__ __forceinline__ void report(int n, uint64_t key, uint64_t bar) const {
     const int lane = threadIdx.x % 32, block_size = p.block_size, j = position(n), b = request(n, j);
+    const auto end_here = [&] {
+      if (j < block_size - 1) atomicMax(p.workspace.known_end(b), static_cast<uint32_t>(block_size - j));
+    };
     uint32_t index;
-    if (!add_to_row(RowWord{p.workspace.row(b, j), slices}, key, false, index)) return;
+    if (!add_to_row(RowWord{p.workspace.row(b, j), slices}, key, bar, end_here, index)) return;
     trace.mark(Event::kRow, n);
     const Request request = load_request(p.candidates, p.prefix_lens, block_size, b, lane);
     const int64_t guess = __shfl_sync(kFullWarp, request.guess, j);
@@ -424,18 +466,19 @@ struct ReadNeeded {
 };
 
 template <LogitType kType>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kLazyThreads, 1)
     verify_lazy_kernel(const __grid_constant__ BlockParams p, const __grid_constant__ Slices slices) {
+  extern __shared__ uint32_t heard[];
   __shared__ bool last;
   Trace trace;
   trace.mark(Event::kStart);
-  read_units<kType>(slices, p.vocab_size, ReadNeeded<kType>{p, slices, trace}, trace);
+  read_units<kType>(slices, p.vocab_size, ReadNeeded<kType>{p, slices, heard, trace}, trace);
   __syncthreads();
   if (threadIdx.x == 0) last = add_acquire_release(p.workspace.blocks_left(), 1) == gridDim.x - 1;
   __syncthreads();
   if (last) {
     const int64_t words = Workspace::size(p.batch, p.block_size);
-    for (int64_t i = threadIdx.x; i < words; i += kThreads) p.workspace.words[i] = 0;
+    for (int64_t i = threadIdx.x; i < words; i += kLazyThreads) p.workspace.words[i] = 0;
   }
   trace.mark(Event::kEnd);
 }
@@ -452,7 +495,7 @@ struct ReadShard {
 
   __device__ __forceinline__ void report(int n, uint64_t key) const {
     uint32_t index;
-    if (!add_to_row(RowWord{p.workspace.row(n, 0), slices}, key, true, index) || threadIdx.x % 32 != 0) return;
+    if (!add_to_row_and_clear(RowWord{p.workspace.row(n, 0), slices}, key, index) || threadIdx.x % 32 != 0) return;
     p.ids[n] = p.vocab_start + index;
     p.values[n] = Element<kType>::value(row(n).data[index]);
   }
@@ -506,20 +549,22 @@ Slices cut_rows(int64_t rows, int64_t inner, int64_t vocab_size, int64_t per_vec
 // Launches kernel(params, slices) on `rows` rows of p.logits.
 template <LogitType kType, typename Params>
 void launch_rows(void (*kernel)(Params, Slices), const Params& p, int64_t rows, int64_t inner, const char* op,
-                 cudaStream_t stream) {
+                 cudaStream_t stream, int threads = kThreads, size_t shared_bytes = 0) {
   constexpr int kPerVector = Element<kType>::kPerVector, kBytes = static_cast<int>(sizeof(uint4));
   static_assert(kSliceBytes / kBytes * kPerVector >= kTileElements);
   const int sms = sm_count(op);
   const Slices slices = cut_rows(rows, inner, p.vocab_size, kPerVector, sms);
-  kernel<<<std::min(slices.units, static_cast<uint32_t>(sms)), kThreads, 0, stream>>>(p, slices);
+  kernel<<<std::min(slices.units, static_cast<uint32_t>(sms)), threads, shared_bytes, stream>>>(p, slices);
 }
 
 template <LogitType kType>
 void launch_logits(const BlockParams& p, cudaStream_t stream) {
   const int64_t rows = p.batch * p.block_size;
   const int64_t bytes = rows * p.vocab_size * static_cast<int64_t>(sizeof(typename Element<kType>::Bits));
-  if (p.lazy == Lazy::kOn || (p.lazy == Lazy::kAuto && bytes >= kLazyBytes)) {
-    launch_rows<kType>(verify_lazy_kernel<kType>, p, rows, p.batch, "verify_block", stream);
+  const bool lazy = p.lazy == Lazy::kOn || (p.lazy == Lazy::kAuto && bytes >= kLazyBytes);
+  if (lazy && p.batch <= kMostHeard) {
+    launch_rows<kType>(verify_lazy_kernel<kType>, p, rows, p.batch, "verify_block", stream, kLazyThreads,
+                       static_cast<size_t>(p.batch) * sizeof(uint32_t));
   } else {
     launch_rows<kType>(verify_logits_kernel<kType>, p, rows, p.block_size, "verify_block", stream);
   }

@@ -16,6 +16,7 @@ inline unsigned long long global_timer() {
   static thread_local unsigned long long reads = 0;
   return ++reads;
 }
+inline void pause(unsigned) { emulator::spin(); }
 inline uint32_t e4m3_pair(float first, float second) {
   return float_to_e4m3(first) | static_cast<uint32_t>(float_to_e4m3(second)) << 8;
 }
