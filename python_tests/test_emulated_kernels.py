@@ -29,6 +29,7 @@ import test_draft_packed
 import test_draft_sharded
 import test_gemm_fp8
 import test_head
+import test_head_fp8
 import test_head_packed
 import test_inject
 import test_verify
@@ -382,6 +383,13 @@ MANY_ROWS = [
     *calls(test_gemm_fp8.test_rows_do_not_depend_on_their_company),
     *calls(test_gemm_fp8.test_strided_rows),
     *calls(test_gemm_fp8.test_out_may_be_the_residual),
+    *calls(
+        test_head_fp8.test_exact_where_sums_are,
+        *(heads(*shape, bias=i % 2 == 0) for i, shape in enumerate(test_head_fp8.SHAPES)),
+    ),
+    *calls(test_head_fp8.test_random_floats, heads(130, 576, 300)),
+    *calls(test_head_fp8.test_special_values),
+    *calls(test_head_fp8.test_strided_rows),
 ]
 
 
@@ -695,6 +703,13 @@ MUTATIONS += [
         "p_.w_scale + column",
         "many_rows and gemm_fp8",
         id="up is scaled as gate is",
+    ),
+    pytest.param(
+        "smxx/head/many_rows.cuh",
+        "p.gemm.w_scale[column0 + column]",
+        "p.gemm.w_scale[column]",
+        "many_rows and head_fp8",
+        id="vocabulary rows are scaled as those of the first tile are",
     ),
 ]
 

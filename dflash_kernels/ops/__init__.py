@@ -24,6 +24,7 @@ from dflash_kernels.ops.head import (
     lm_head_workspace,
     verify_block_from_hidden,
 )
+from dflash_kernels.ops.head_fp8 import lm_head_argmax_fp8
 from dflash_kernels.ops.head_packed import lm_head_argmax_packed, lm_head_argmax_packed_workspace
 from dflash_kernels.ops.inject import (
     InjectPlan,
@@ -66,6 +67,7 @@ __all__ = [
     "inject_kv_workspace",
     "InjectPlan",
     "lm_head_argmax",
+    "lm_head_argmax_fp8",
     "lm_head_argmax_packed",
     "lm_head_argmax_packed_workspace",
     "lm_head_topk",
