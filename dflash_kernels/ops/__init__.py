@@ -16,6 +16,7 @@ from dflash_kernels.ops.draft_packed import (
     draft_forward_packed_workspace,
     draft_forward_sharded,
 )
+from dflash_kernels.ops.gemm import gemm_fp8
 from dflash_kernels.ops.head import (
     lm_head_argmax,
     lm_head_topk,
@@ -23,6 +24,7 @@ from dflash_kernels.ops.head import (
     lm_head_workspace,
     verify_block_from_hidden,
 )
+from dflash_kernels.ops.head_fp8 import lm_head_argmax_fp8
 from dflash_kernels.ops.head_packed import lm_head_argmax_packed, lm_head_argmax_packed_workspace
 from dflash_kernels.ops.inject import (
     InjectPlan,
@@ -54,6 +56,7 @@ __all__ = [
     "draft_forward_sharded",
     "draft_forward_workspace",
     "draft_mlp",
+    "gemm_fp8",
     "grouped_conv",
     "init_free_pages",
     "inject_kv",
@@ -64,6 +67,7 @@ __all__ = [
     "inject_kv_workspace",
     "InjectPlan",
     "lm_head_argmax",
+    "lm_head_argmax_fp8",
     "lm_head_argmax_packed",
     "lm_head_argmax_packed_workspace",
     "lm_head_topk",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dflash_kernels.reference.formats import decode_e4m3
+
 
 def exact_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``hidden @ weight.T + bias`` in float64, not rounded: ``[N, V]``."""
@@ -34,3 +36,16 @@ def verify_greedy(
         tokens[accepted] = target[accepted]
         results.append((accepted, accepted + 1, target[accepted], tokens, prefix + accepted + 1))
     return results
+
+
+def exact_logits_fp8(
+    hidden: torch.Tensor,
+    hidden_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same of e4m3 codes ``[N, H]`` and ``[V, H]`` with scales ``[N, 1]`` and ``[V, 1]``."""
+    table = torch.tensor([decode_e4m3(code) for code in range(256)], dtype=torch.float64, device=hidden.device)
+    logits = exact_logits(table[hidden.long()], table[weight.long()]) * hidden_scale.double() * weight_scale.double().T
+    return logits if bias is None else logits + bias.double()

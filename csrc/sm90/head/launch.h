@@ -10,4 +10,7 @@ namespace dflash::sm90::head {
 // operands (overlapping rows of hidden).
 bool launch_argmax(const dflash::head::HeadParams& params, int num_sms, cudaStream_t stream);
 
+// Argmax in e4m3 of any number of rows.
+bool launch_argmax_fp8(const dflash::head::HeadParams& params, int num_sms, cudaStream_t stream);
+
 }  // namespace dflash::sm90::head

@@ -1,5 +1,6 @@
-// lm_head_argmax and verify_block_from_hidden for more than 128 rows, as far as it is the same with wgmma (sm90/head)
-// and tcgen05 (sm100/head); formulas in params.h, the ring and fragments in smxx/many_rows.
+// lm_head_argmax and verify_block_from_hidden for more than 128 rows, and lm_head_argmax_fp8 for any number, as far as
+// it is the same with wgmma (sm90/head) and tcgen05 (sm100/head); formulas in params.h, the ring and fragments in
+// smxx/many_rows. kElementBytes: 2, bf16, or 1, e4m3 with scales of rows.
 //
 // Floor: 2 * N * V * H flops of the tensor cores; the weights pass L2 once for every two row tiles that run together.
 //
@@ -19,7 +20,9 @@
 
 namespace dflash::head {
 
-using Tiles = many_rows::Tiles<256>;
+template <int kElementBytes>
+using Tiles = many_rows::Tiles<256, kElementBytes>;
+constexpr int kBM = Tiles<2>::BM, kBN = Tiles<2>::BN, kConsumers = Tiles<2>::kConsumers;
 constexpr int kClusterSize = 2;  // one pair
 
 struct Schedule {
@@ -33,10 +36,10 @@ struct TilePlace {
   many_rows::Pair pair{kClusterSize, 0, cluster_rank()};
   int cluster = static_cast<int>(blockIdx.x) / kClusterSize, clusters = static_cast<int>(gridDim.x) / kClusterSize;
   __device__ __forceinline__ int64_t row0(const Schedule& schedule, int tile) const {
-    return (tile % schedule.row_pairs * int64_t{2} + pair.index) * Tiles::BM;
+    return (tile % schedule.row_pairs * int64_t{2} + pair.index) * kBM;
   }
   static __device__ __forceinline__ int64_t column0(const Schedule& schedule, int tile) {
-    return tile / schedule.row_pairs * int64_t{Tiles::BN};
+    return tile / schedule.row_pairs * int64_t{kBN};
   }
 };
 
@@ -52,19 +55,25 @@ __device__ __forceinline__ void produce(const many_rows::Pipeline<C>& pipe, cons
     for (int k = 0; k < schedule.k_tiles; ++k) {
       barrier_wait(pipe.empty(state.stage), state.parity ^ 1);
       C::Loader::announce(pipe.full(state.stage), C::kStageBytes, place.pair);
-      C::Loader::load(pipe.a(state.stage), hidden_map, k * Tiles::BK, row0, pipe.full(state.stage), place.pair);
-      load_w(pipe, state.stage, weight_map, k * Tiles::BK, column0, column0 + Tiles::BN / 2, place.pair);
+      C::Loader::load(pipe.a(state.stage), hidden_map, k * C::BK, row0, pipe.full(state.stage), place.pair);
+      load_w(pipe, state.stage, weight_map, k * C::BK, column0, column0 + C::BN / 2, place.pair);
       state.advance();
     }
   }
 }
 
 // Keys of the warp's rows, added to the workspace.
+template <int kElementBytes>
 __device__ __forceinline__ void add_keys(const HeadParams& p, const float (&acc)[128], int64_t row0, int64_t column0) {
   const int lane = threadIdx.x % 32;
   const auto* bias = p.gemm.bias;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const int64_t row = row0 + 8 * half + lane / 4;
+    float a_scale = 0.0f;
+    if constexpr (kElementBytes == 1) {
+      if (row < p.gemm.m) a_scale = p.gemm.a_scale[row];
+    }
     uint32_t best = 0;
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
@@ -73,6 +82,7 @@ __device__ __forceinline__ void add_keys(const HeadParams& p, const float (&acc)
         const int column = 8 * j + 2 * (lane % 4) + e;
         if (column0 + column < p.gemm.n) {
           float logit = acc[4 * j + 2 * half + e];
+          if constexpr (kElementBytes == 1) logit *= a_scale * p.gemm.w_scale[column0 + column];
           if (bias != nullptr) logit += __bfloat162float(__ushort_as_bfloat16(bias[column0 + column]));
           best = max(best, tile_key(logit, column));
         }
@@ -80,14 +90,13 @@ __device__ __forceinline__ void add_keys(const HeadParams& p, const float (&acc)
     }
     best = max(best, __shfl_xor_sync(0xffffffffu, best, 1));
     best = max(best, __shfl_xor_sync(0xffffffffu, best, 2));
-    const int64_t row = row0 + 8 * half + lane / 4;
     if (lane % 4 == 0 && row < p.gemm.m) {
       atomicMax(p.workspace + 1 + row, static_cast<unsigned long long>(vocab_key(best, column0)));
     }
   }
 }
 
-__device__ __forceinline__ void keys_sync() { named_barrier(1, Tiles::kConsumers); }
+__device__ __forceinline__ void keys_sync() { named_barrier(1, kConsumers); }
 
 // Threads 0 .. 255, when all keys of the block are added: the last block to come here writes the outputs. `last` is
 // shared.
@@ -99,22 +108,25 @@ __device__ __forceinline__ void finish_block(const HeadParams& p, bool& last) {
     __threadfence();
   }
   keys_sync();
-  if (last) finish_argmax(p, Tiles::kConsumers, keys_sync);
+  if (last) finish_argmax(p, kConsumers, keys_sync);
 }
 
 // False where TMA cannot describe the operands.
-inline bool make_maps(CUtensorMap* hidden_map, CUtensorMap* weight_map, const HeadParams& p) {
+template <int kElementBytes>
+bool make_maps(CUtensorMap* hidden_map, CUtensorMap* weight_map, const HeadParams& p) {
   return p.gemm.a_stride[0] >= p.gemm.k &&
-         many_rows::make_tensor_map(hidden_map, p.gemm.a[0], p.gemm.m, p.gemm.k, p.gemm.a_stride[0], Tiles::BM) &&
-         many_rows::make_tensor_map(weight_map, p.gemm.w, p.gemm.n, p.gemm.k, p.gemm.k, Tiles::BN / 2);
+         many_rows::make_tensor_map(hidden_map, p.gemm.a[0], kElementBytes, p.gemm.m, p.gemm.k, p.gemm.a_stride[0],
+                                    kBM) &&
+         many_rows::make_tensor_map(weight_map, p.gemm.w, kElementBytes, p.gemm.n, p.gemm.k, p.gemm.k, kBN / 2);
 }
 
-inline Schedule make_schedule(const HeadParams& p) {
+template <int kElementBytes>
+Schedule make_schedule(const HeadParams& p) {
   const auto tiles_of = [](int64_t size, int64_t tile) { return static_cast<int>((size + tile - 1) / tile); };
   Schedule schedule;
-  schedule.row_pairs = tiles_of(p.gemm.m, 2 * Tiles::BM);
-  schedule.tiles = schedule.row_pairs * tiles_of(p.gemm.n, Tiles::BN);
-  schedule.k_tiles = tiles_of(p.gemm.k, Tiles::BK);
+  schedule.row_pairs = tiles_of(p.gemm.m, 2 * kBM);
+  schedule.tiles = schedule.row_pairs * tiles_of(p.gemm.n, kBN);
+  schedule.k_tiles = tiles_of(p.gemm.k, Tiles<kElementBytes>::BK);
   return schedule;
 }
 

@@ -1,10 +1,13 @@
-// Plain parameters of the LM head ops; filled by csrc/api/head.cpp.
+// Plain parameters of the LM head ops; filled by csrc/api/head.cpp and head_fp8.cpp.
 //
 //   logit[n, v] = bf16( sum_h hidden[n, h] * weight[v, h] + bias[v] )       fp32 accumulation, rounded once
 //
 //   argmax: ids[n] = vocab_start + the v of the largest logit, values[n] = that logit
 //   top-k:  the k largest, descending
-// in the order of common/order_key.h: the smallest v among equals, NaN above everything. Logits are never stored.
+//
+// In fp8 (argmax only) hidden and weight are e4m3 codes; the sum is multiplied by hidden_scale[n] * weight_scale[v].
+//
+// The order is that of common/order_key.h: the smallest v among equals, NaN above everything. Logits are never stored.
 #pragma once
 
 #include <cstdint>
