@@ -33,6 +33,7 @@ from dflash_kernels.ops.inject import (
     inject_kv_sharded,
     inject_kv_workspace,
 )
+from dflash_kernels.ops.quantize import quantize_rows, rmsnorm_quantize_rows
 from dflash_kernels.ops.verify import (
     Verified,
     argmax_logits,
@@ -73,9 +74,11 @@ __all__ = [
     "merge_vocab_ranks",
     "merge_vocab_shards",
     "prepare_block",
+    "quantize_rows",
     "release_kv_slots",
     "reserve_and_prepare_block",
     "reserve_kv_slots",
+    "rmsnorm_quantize_rows",
     "select_path",
     "Verified",
     "verify_block",
