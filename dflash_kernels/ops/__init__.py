@@ -8,7 +8,13 @@ from dflash_kernels.ops.alloc import (
     reserve_kv_slots,
 )
 from dflash_kernels.ops.dflash2 import grouped_conv, select_path
-from dflash_kernels.ops.draft import draft_forward, draft_forward_workspace
+from dflash_kernels.ops.draft import (
+    draft_forward,
+    draft_forward_fp8,
+    draft_forward_fp8_supported,
+    draft_forward_fp8_workspace,
+    draft_forward_workspace,
+)
 from dflash_kernels.ops.draft_layer import draft_attention, draft_mlp
 from dflash_kernels.ops.draft_packed import (
     draft_exchange_words,
@@ -50,6 +56,9 @@ __all__ = [
     "draft_attention",
     "draft_exchange_words",
     "draft_forward",
+    "draft_forward_fp8",
+    "draft_forward_fp8_supported",
+    "draft_forward_fp8_workspace",
     "draft_forward_packed",
     "draft_forward_packed_workspace",
     "draft_forward_sharded",
