@@ -27,6 +27,7 @@ import test_draft
 import test_draft_layer
 import test_draft_packed
 import test_draft_sharded
+import test_gemm_fp8
 import test_head
 import test_head_packed
 import test_inject
@@ -91,6 +92,10 @@ def blocks(batch: int, block_size: int, vocab: int, dtype: torch.dtype, **more: 
 
 def heads(rows: int, hidden_size: int, vocab: int, **more: Any) -> dict[str, Any]:
     return {"rows": rows, "hidden_size": hidden_size, "vocab": vocab, **more}
+
+
+def gemms(m: int, n: int, k: int, **more: Any) -> dict[str, Any]:
+    return {"m": m, "n": n, "k": k, **more}
 
 
 def drafts(*contexts: int, layers: int = 1, **more: Any) -> dict[str, Any]:
@@ -359,6 +364,24 @@ MANY_ROWS = [
         heads(300, 264, 1025, with_bias=False),
     ),
     *calls(test_head.test_verify, {"batch": 13, "block": 16, "index": torch.int32}),
+    # The same in e4m3, from one row on.
+    *calls(
+        test_gemm_fp8.test_exact_where_sums_are,
+        *(gemms(*shape, bias=i % 2 == 0, residual=i % 3 == 0) for i, shape in enumerate(test_gemm_fp8.SHAPES)),
+        gemms(300, 512, 2320, bias=True, residual=True),  # clusters of four
+    ),
+    *calls(
+        test_gemm_fp8.test_matches_reference,
+        gemms(33, 192, 2880, bias=1, residual=0, gated=1),
+        gemms(130, 576, 576, bias=1, residual=1, gated=0),
+        gemms(130, 1152, 576, bias=1, residual=0, gated=1),
+        gemms(520, 256, 272, bias=0, residual=0, gated=1),
+    ),
+    *calls(test_gemm_fp8.test_every_code),
+    *calls(test_gemm_fp8.test_scales_belong_to_their_rows),
+    *calls(test_gemm_fp8.test_rows_do_not_depend_on_their_company),
+    *calls(test_gemm_fp8.test_strided_rows),
+    *calls(test_gemm_fp8.test_out_may_be_the_residual),
 ]
 
 
@@ -390,6 +413,17 @@ def test_the_device_decides_what_multiplies_many_rows(major: int, emulated: Emul
         hidden, weight = test_head.integers(rng, rows, 64), test_head.integers(rng, 200, 64)
         test_head.run_argmax(hidden, weight)
         assert emulated.multipliers() == {expected}
+
+
+def test_fp8_needs_its_tensor_cores(emulated: Emulator, rng: torch.Generator) -> None:
+    """12.x has no kernel, which is said; 9.x and 10.x launch nothing for no rows."""
+    inputs = test_gemm_fp8.random_inputs(rng, "cpu", 33, 64, 144)
+    with pytest.raises(ValueError, match="gemm_fp8: a must be on a device whose kernel was built"):
+        test_gemm_fp8.run(inputs)
+    for major in (9, 10):
+        emulated.configure(major)
+        test_gemm_fp8.test_no_rows(144, True, "cpu", rng)
+    assert emulated.multipliers() == set()
 
 
 # ---- the checks above can fail ------------------------------------------------------------------------------------

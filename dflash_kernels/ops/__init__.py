@@ -22,6 +22,7 @@ from dflash_kernels.ops.draft_packed import (
     draft_forward_packed_workspace,
     draft_forward_sharded,
 )
+from dflash_kernels.ops.gemm import gemm_fp8
 from dflash_kernels.ops.head import (
     lm_head_argmax,
     lm_head_topk,
@@ -64,6 +65,7 @@ __all__ = [
     "draft_forward_sharded",
     "draft_forward_workspace",
     "draft_mlp",
+    "gemm_fp8",
     "grouped_conv",
     "init_free_pages",
     "inject_kv",

@@ -3,6 +3,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstring>
 #include <string>
 
@@ -18,6 +20,21 @@ float bf16(uint16_t bits) {
   std::memcpy(&value, &wide, sizeof(value));
   return value;
 }
+
+// Sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinities.
+float e4m3(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                              : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  if ((bits & 0x7f) == 0x7f) value = std::nanf("");
+  return (bits & 0x80) != 0 ? -value : value;
+}
+
+const std::array<float, 256> kE4m3 = [] {
+  std::array<float, 256> values;
+  for (int bits = 0; bits < 256; ++bits) values[bits] = e4m3(static_cast<uint8_t>(bits));
+  return values;
+}();
 
 uint64_t field(uint64_t word, int first, int last) { return word >> first & ((uint64_t{1} << (last - first + 1)) - 1); }
 
@@ -57,27 +74,35 @@ static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
 // ---- operands of tensor cores --------------------------------------------------------------------------------------
 
-// A K-major matrix of 16-bit elements in shared memory.
+constexpr unsigned kProductBytes = 32;  // of a row, that an instruction takes
+using Row = std::array<float, 32>;      // 16 or 32 elements
+
+// A K-major matrix in shared memory, of bf16 (2 bytes) or e4m3 (1).
 struct Operand {
+  int element_bytes;
   const unsigned char* memory;  // address 0, were there such a place
   uint32_t start, leading, stride;
   unsigned swizzle;  // bytes; 0: none
-  // Elements k .. k + 7 of a row.
-  const uint16_t* eight(unsigned row, unsigned k) const {
+  // Bytes k .. k + 15 of a row, k a multiple of 16.
+  const unsigned char* sixteen(unsigned row, unsigned k) const {
     uint32_t at = start + row / 8 * stride;
-    at += swizzle == 0 ? k / 8 * leading + row % 8 * 16 : row % 8 * swizzle + k * 2;
-    return reinterpret_cast<const uint16_t*>(memory + swizzled(at, swizzle));
+    at += swizzle == 0 ? k / 16 * leading + row % 8 * 16 : row % 8 * swizzle + k;
+    return memory + swizzled(at, swizzle);
   }
-  void row(unsigned row, float (&values)[16]) const {
-    for (unsigned k = 0; k < 16; k += 8) {
-      const uint16_t* from = eight(row, k);
-      for (unsigned i = 0; i < 8; ++i) values[k + i] = bf16(from[i]);
+  void row(unsigned row, Row& values) const {
+    float* to = values.data();
+    for (unsigned k = 0; k < kProductBytes; k += 16) {
+      const unsigned char* from = sixteen(row, k);
+      for (int i = 0; i < 16; i += element_bytes) {
+        *to++ = element_bytes == 1 ? kE4m3[from[i]] : bf16(*reinterpret_cast<const uint16_t*>(from + i));
+      }
     }
   }
 };
 
-Operand operand_of(uint64_t descriptor, unsigned swizzle, unsigned rank) {
+Operand operand_of(int element_bytes, uint64_t descriptor, unsigned swizzle, unsigned rank) {
   Operand operand;
+  operand.element_bytes = element_bytes;
   constexpr uint32_t kSomewhere = 4096;  // any address of shared memory
   operand.memory = shared_place(kSomewhere, rank) - kSomewhere;
   operand.start = static_cast<uint32_t>(field(descriptor, 0, 13)) << 4;
@@ -88,26 +113,26 @@ Operand operand_of(uint64_t descriptor, unsigned swizzle, unsigned rank) {
   return operand;
 }
 
-Operand wgmma_operand(uint64_t descriptor) {
+Operand wgmma_operand(int element_bytes, uint64_t descriptor) {
   constexpr unsigned kSwizzles[] = {0, 128, 64, 32};
   if (field(descriptor, 14, 15) | field(descriptor, 30, 31) | field(descriptor, 46, 48) | field(descriptor, 52, 61))
     fail("a matrix descriptor of wgmma with bits that have no meaning");
-  return operand_of(descriptor, kSwizzles[field(descriptor, 62, 63)], cluster_rank());
+  return operand_of(element_bytes, descriptor, kSwizzles[field(descriptor, 62, 63)], cluster_rank());
 }
 
-Operand tcgen05_operand(uint64_t descriptor, unsigned rank) {
+Operand tcgen05_operand(int element_bytes, uint64_t descriptor, unsigned rank) {
   const auto mode = field(descriptor, 61, 63);
   if (field(descriptor, 46, 48) != 0b001) fail("a matrix descriptor of tcgen05 without its constant");
   if (field(descriptor, 14, 15) | field(descriptor, 30, 31) | field(descriptor, 53, 60))
     fail("a matrix descriptor of tcgen05 with bits that have no meaning");
   if (field(descriptor, 52, 52) != 0) fail("a leading dimension that is an address");
   if (mode != 0 && mode != 2 && mode != 4 && mode != 6) fail("a swizzle that is not emulated");
-  return operand_of(descriptor, mode == 0 ? 0 : 256u >> (mode / 2), rank);
+  return operand_of(element_bytes, descriptor, mode == 0 ? 0 : 256u >> (mode / 2), rank);
 }
 
-float dot(const float (&a)[16], const float (&b)[16]) {
+float dot(const Row& a, const Row& b, unsigned count) {
   float sum = 0.0f;
-  for (int k = 0; k < 16; ++k) sum += a[k] * b[k];
+  for (unsigned k = 0; k < count; ++k) sum += a[k] * b[k];
   return sum;
 }
 
@@ -291,7 +316,7 @@ void tmem_wait_loads() {
 
 // One CTA: D [128, N] of A [128, K] and B [N, K], all its own. Two, issued by the one of even rank: M = 256; each has
 // half of A's and D's rows and half of B's, at the same addresses.
-void multiply_f16(int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
+void multiply(int element_bytes, int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
   count_product(Product::kTcgen05);
   same_group(group);
   tensor_state().before_tcgen05();
@@ -301,31 +326,33 @@ void multiply_f16(int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instru
   if (field(instruction, 6, 6) | field(instruction, 23, 23) | field(instruction, 29, 31))
     fail("an instruction descriptor with bits that have no meaning");
   if (field(instruction, 4, 5) != 1) fail("accumulators that are not emulated");
-  if (field(instruction, 7, 9) != 1 || field(instruction, 10, 12) != 1) fail("operands that are not emulated");
-  if (m != kLanes * group || n % (16 * group) != 0 || n == 0 || n > 256) fail("a shape that .kind::f16 has not");
+  const uint64_t type = element_bytes == 2 ? 1 : 0;  // .kind::f16: bf16; .kind::f8f6f4: e4m3
+  if (field(instruction, 7, 9) != type || field(instruction, 10, 12) != type) fail("operands that are not emulated");
+  if (m != kLanes * group || n % (16 * group) != 0 || n == 0 || n > 256) fail("a shape that tcgen05.mma has not");
   if (d >> 16 != 0) fail("an accumulator of 128 lanes that does not begin at lane 0");
   const unsigned first = cluster_rank();
   if (group == 2 && first % 2 != 0) fail("the second CTA of a pair issues products");
   Operand x[2], y[2];
   TensorMemory* memories[2] = {};
   for (int i = 0; i < group; ++i) {
-    x[i] = tcgen05_operand(a, first + i);
-    y[i] = tcgen05_operand(b, first + i);
+    x[i] = tcgen05_operand(element_bytes, a, first + i);
+    y[i] = tcgen05_operand(element_bytes, b, first + i);
     memories[i] = &tensor_memory(first + i);
     cell(*memories[i], 0, d), cell(*memories[i], 0, d + n - 1);
   }
   start({}, memories[0], [=] {
-    std::vector<float> columns(16 * n), sums(n);  // columns [k][n], so that the inner loop runs along n
+    const unsigned depth = kProductBytes / element_bytes;
+    std::vector<float> columns(depth * n), sums(n);  // columns [k][n], so that the inner loop runs along n
     for (unsigned j = 0; j < n; ++j) {
-      float column[16];
+      Row column;
       y[j / (n / group)].row(j % (n / group), column);
-      for (unsigned k = 0; k < 16; ++k) columns[k * n + j] = column[k];
+      for (unsigned k = 0; k < depth; ++k) columns[k * n + j] = column[k];
     }
     for (unsigned i = 0; i < m; ++i) {
-      float row[16];
+      Row row;
       x[i / kLanes].row(i % kLanes, row);
       std::fill(sums.begin(), sums.end(), 0.0f);
-      for (unsigned k = 0; k < 16; ++k) {
+      for (unsigned k = 0; k < depth; ++k) {
         for (unsigned j = 0; j < n; ++j) sums[j] += row[k] * columns[k * n + j];
       }
       auto* to = reinterpret_cast<float*>(&memories[i / kLanes]->cells[i % kLanes * kColumns + d]);
@@ -346,12 +373,12 @@ void commit(int group, uint32_t barrier, unsigned mask) {
 
 // ---- wgmma ---------------------------------------------------------------------------------------------------------
 
-void wgmma_bf16(float* d, int n, uint64_t a, uint64_t b, bool accumulate) {
+void wgmma(int element_bytes, float* d, int n, uint64_t a, uint64_t b, bool accumulate) {
   count_product(Product::kWgmma);
-  const Operand x = wgmma_operand(a), y = wgmma_operand(b);
+  const Operand x = wgmma_operand(element_bytes, a), y = wgmma_operand(element_bytes, b);
   const unsigned first = 16 * (warp() % 4) + lane() / 4, column = 2 * (lane() % 4);
   const auto happen = [=] {
-    float rows[2][16], w[16];
+    Row rows[2], w;
     x.row(first, rows[0]);
     x.row(first + 8, rows[1]);
     for (int j = 0; j < n / 8; ++j) {
@@ -359,7 +386,7 @@ void wgmma_bf16(float* d, int n, uint64_t a, uint64_t b, bool accumulate) {
         y.row(8 * j + column + e, w);
         for (int half = 0; half < 2; ++half) {
           float& sum = d[4 * j + 2 * half + e];
-          sum = (accumulate ? sum : 0.0f) + dot(rows[half], w);
+          sum = (accumulate ? sum : 0.0f) + dot(rows[half], w, kProductBytes / element_bytes);
         }
       }
     }

@@ -74,12 +74,13 @@ void tmem_relinquish(int group);
 void tmem_free(int group, uint32_t address, unsigned columns);
 void tmem_load_16x256b(float* to, uint32_t address, int repeats);
 void tmem_wait_loads();
-void multiply_f16(int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate);
+// element_bytes: 2, .kind::f16 of bf16, or 1, .kind::f8f6f4 of e4m3.
+void multiply(int element_bytes, int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate);
 void commit(int group, uint32_t barrier, unsigned mask);  // 0: this CTA's
 
-// ---- wgmma: m64, K = 16, bf16 --------------------------------------------------------------------------------------
+// ---- wgmma: m64, K = 16 of bf16 or 32 of e4m3, whose sums are fp32 here ---------------------------------------------
 
-void wgmma_bf16(float* d, int n, uint64_t a, uint64_t b, bool accumulate);
+void wgmma(int element_bytes, float* d, int n, uint64_t a, uint64_t b, bool accumulate);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);

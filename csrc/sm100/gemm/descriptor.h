@@ -28,30 +28,35 @@ namespace dflash::sm100 {
 
 enum class Swizzle : uint64_t { kNone = 0, k128Atom32 = 1, k128 = 2, k64 = 4, k32 = 6 };
 enum class F16Type : uint32_t { kF16 = 0, kBf16 = 1 };
+enum class F8Type : uint32_t { kE4m3 = 0, kE5m2 = 1 };
 enum class AccumulatorType : uint32_t { kF16 = 0, kF32 = 1 };
 
-// A K-major operand whose rows are 128 bytes (64 bf16), swizzled by 128 bytes: 8 rows are 1024 bytes, and 1024 bytes
-// apart. Address 1024-aligned plus the offset along K; 32 bytes (16 bf16) further: + 2. The swizzle is a function of
-// the address, so that the offset along K stays inside the pattern.
+// A K-major operand whose rows are 128 bytes, swizzled by 128 bytes: 8 rows are 1024 bytes, and 1024 bytes
+// apart. Address 1024-aligned plus the offset along K; 32 bytes (16 bf16, 32 e4m3) further: + 2. The swizzle is a
+// function of the address, so that the offset along K stays inside the pattern.
 DFLASH_HOST_DEVICE constexpr uint64_t operand_descriptor(uint32_t address) {
   constexpr uint64_t kFixed =
       static_cast<uint64_t>(Swizzle::k128) << 61 | uint64_t{1} << 46 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16;
   return kFixed | (address & 0x3ffffu) >> 4;
 }
 
-DFLASH_HOST_DEVICE constexpr uint32_t instruction_descriptor(AccumulatorType d, F16Type a, F16Type b, uint32_t m,
+// a and b: F16Type of .kind::f16, F8Type of .kind::f8f6f4.
+template <typename Type>
+DFLASH_HOST_DEVICE constexpr uint32_t instruction_descriptor(AccumulatorType d, Type a, Type b, uint32_t m,
                                                              uint32_t n) {
   return static_cast<uint32_t>(d) << 4 | static_cast<uint32_t>(a) << 7 | static_cast<uint32_t>(b) << 10 | n >> 3 << 17 |
          m >> 4 << 24;
 }
 
-// M = 128, one block: row m is lane m of tensor memory, column n the n-th column from the address on. M = 256, two
-// blocks: rows 128 .. 255 are the second one's lanes.
-template <int M, int N>
-DFLASH_HOST_DEVICE constexpr uint32_t bf16_instruction() {
+// Elements of 2 bytes: bf16; of 1: e4m3. M = 128, one block: row m is lane m of tensor memory, column n the n-th column
+// from the address on. M = 256, two blocks: rows 128 .. 255 are the second one's lanes.
+template <int kElementBytes, int M, int N>
+DFLASH_HOST_DEVICE constexpr uint32_t instruction() {
+  static_assert(kElementBytes == 2 || kElementBytes == 1, "bf16 or e4m3");
   static_assert(M == 128 || M == 256, "one block or two");
-  static_assert(N % (M / 8) == 0 && N <= 256, "a shape that .kind::f16 has");
-  return instruction_descriptor(AccumulatorType::kF32, F16Type::kBf16, F16Type::kBf16, M, N);
+  static_assert(N % (M / 8) == 0 && N <= 256, "a shape that .kind::f16 and .kind::f8f6f4 have");
+  return kElementBytes == 2 ? instruction_descriptor(AccumulatorType::kF32, F16Type::kBf16, F16Type::kBf16, M, N)
+                            : instruction_descriptor(AccumulatorType::kF32, F8Type::kE4m3, F8Type::kE4m3, M, N);
 }
 
 // The fields one by one, against the tables above.
@@ -64,13 +69,16 @@ static_assert(field(operand_descriptor(0), 32, 45) * 16 == 8 * 128);
 static_assert(field(operand_descriptor(0), 46, 48) == 0b001 && field(operand_descriptor(0), 49, 60) == 0);
 static_assert(field(operand_descriptor(0), 61, 63) == 2);
 static_assert(operand_descriptor(1024 + 32) == operand_descriptor(1024) + 2, "16 columns further");
-static_assert(field(bf16_instruction<128, 256>(), 0, 3) == 0 && field(bf16_instruction<128, 256>(), 4, 5) == 1);
-static_assert(field(bf16_instruction<128, 256>(), 7, 9) == 1 && field(bf16_instruction<128, 256>(), 10, 12) == 1);
-static_assert(field(bf16_instruction<128, 256>(), 13, 16) == 0 && field(bf16_instruction<128, 256>(), 23, 23) == 0);
-static_assert(field(bf16_instruction<128, 256>(), 17, 22) == 256 / 8);
-static_assert(field(bf16_instruction<128, 160>(), 17, 22) == 160 / 8);
-static_assert(field(bf16_instruction<128, 160>(), 24, 28) == 128 / 16);
-static_assert(field(bf16_instruction<128, 160>(), 29, 31) == 0);
-static_assert(field(bf16_instruction<256, 160>(), 24, 28) == 256 / 16);
+static_assert(field(instruction<2, 128, 256>(), 0, 3) == 0 && field(instruction<2, 128, 256>(), 4, 5) == 1);
+static_assert(field(instruction<2, 128, 256>(), 7, 9) == 1 && field(instruction<2, 128, 256>(), 10, 12) == 1);
+static_assert(field(instruction<2, 128, 256>(), 13, 16) == 0 && field(instruction<2, 128, 256>(), 23, 23) == 0);
+static_assert(field(instruction<2, 128, 256>(), 17, 22) == 256 / 8);
+static_assert(field(instruction<2, 128, 160>(), 17, 22) == 160 / 8);
+static_assert(field(instruction<2, 128, 160>(), 24, 28) == 128 / 16);
+static_assert(field(instruction<2, 128, 160>(), 29, 31) == 0);
+static_assert(field(instruction<2, 256, 160>(), 24, 28) == 256 / 16);
+static_assert(field(instruction<1, 256, 192>(), 0, 3) == 0 && field(instruction<1, 256, 192>(), 4, 5) == 1);
+static_assert(field(instruction<1, 256, 192>(), 6, 16) == 0 && field(instruction<1, 256, 192>(), 17, 22) == 192 / 8);
+static_assert(field(instruction<1, 256, 192>(), 24, 28) == 256 / 16);
 
 }  // namespace dflash::sm100

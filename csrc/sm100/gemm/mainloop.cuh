@@ -1,12 +1,12 @@
-// Tiles [128, BN] of A [M, K] * W [N, K]^T by tcgen05, bf16 in, fp32 in tensor memory, from the ring of smxx/many_rows.
-// Never run on the hardware: compiled, disassembled, and executed by the emulator of python_tests.
+// Tiles [128, BN] of A [M, K] * W [N, K]^T by tcgen05, bf16 or e4m3 in, fp32 in tensor memory, from the ring of
+// smxx/many_rows. Never run on the hardware: compiled, disassembled, and executed by the emulator of python_tests.
 //
 // Block: warps 0 .. 7 finish tiles, warp 8 issues the loads, warp 9 allocates tensor memory and one thread of it issues
 // the products; warps 10 and 11 are there because registers change hands by warpgroup. Tensor memory: two accumulators
 // [128 lanes, BN columns], so that the products of a tile go on while the one before is finished.
 //
 // A pair of blocks multiplies together (cta_group::2): products of M = 256, issued by one thread of the first block,
-// read each block's A and half of W, and write each block's accumulator. So a block keeps half of W, and 64 of K of
+// read each block's A and half of W, and write each block's accumulator. So a block keeps half of W, and a step of K of
 // [128, 256] costs shared memory 32 KB written and 32 read where a block by itself has 48 and 48, in 512 cycles of 128
 // bytes. Loads of both blocks count towards the first one's full barriers. A block without a partner multiplies by
 // itself (cta_group::1). Barriers of a stage: see ring.cuh; full has an arrival of each block's producer, empty the
@@ -55,12 +55,12 @@ struct PairLoader {
   }
 };
 
-template <int BN>
+template <int BN, int kElementBytes = 2>
 using PairTiles = many_rows::Ring<BN,
                                   BN == 256   ? 6
                                   : BN == 192 ? 7
                                               : 8,
-                                  PairLoader>;
+                                  kElementBytes, PairLoader>;
 
 // Blocks that multiply together.
 template <typename C>
@@ -140,7 +140,7 @@ __device__ __forceinline__ void commit(uint32_t barrier, const Pair& pair) {
 template <typename C>
 __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineState<C>& state,
                                               const TensorMemory<C>& memory, int k_steps, const Pair& pair) {
-  constexpr uint32_t kInstruction = bf16_instruction<kGroup<C> * C::BM, C::BN>();
+  constexpr uint32_t kInstruction = instruction<C::kElementBytes, kGroup<C> * C::BM, C::BN>();
   barrier_wait(memory.empty(), memory.parity() ^ 1);
 #pragma unroll 1  // four products keep the tensor cores busy for 2 * BN cycles
   for (int k = 0; k < k_steps; ++k) {
@@ -148,8 +148,8 @@ __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineS
     tcgen05_fence_after_wait();
     const uint64_t a = operand_descriptor(pipe.a(state.stage)), w = operand_descriptor(pipe.w(state.stage));
 #pragma unroll
-    for (int step = 0; step < C::BK / 16; ++step) {
-      multiply_bf16<kGroup<C>>(memory.at(), a + 2 * step, w + 2 * step, kInstruction, k > 0 || step > 0);
+    for (int step = 0; step < many_rows::kRowBytes / many_rows::kProductBytes; ++step) {
+      multiply<C::kElementBytes, kGroup<C>>(memory.at(), a + 2 * step, w + 2 * step, kInstruction, k > 0 || step > 0);
     }
     commit<C>(pipe.empty(state.stage), pair);
     state.advance();
@@ -190,8 +190,8 @@ using many_rows::Schedule;
 using many_rows::SourceMaps;
 using many_rows::Work;
 
-template <int BN, bool kPair>
-using Tiles = std::conditional_t<kPair, PairTiles<BN>, many_rows::Tiles<BN>>;
+template <int BN, bool kPair, int kElementBytes = 2>
+using Tiles = std::conditional_t<kPair, PairTiles<BN, kElementBytes>, many_rows::Tiles<BN, kElementBytes>>;
 
 // What a kernel of this kind does; the kernel itself only names its launch bounds and its epilogue.
 template <typename C, typename Epilogue>

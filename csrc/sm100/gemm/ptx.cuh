@@ -70,19 +70,28 @@ __device__ __forceinline__ void tcgen05_fence_after_wait() {
 
 // -- products, by one thread; they are done in the order of issue ----------------------------------------------------
 
-// d[M, N] in tensor memory = a * b^T, plus d if accumulate, K = 16: bf16 by descriptors (descriptor.h). Two blocks, the
-// first of which issues it: each has M / 2 rows of a and d and N / 2 rows of b, at the same addresses.
-template <int kGroup>
-__device__ __forceinline__ void multiply_bf16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction,
-                                              bool accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, %4, 0;\n"
-      "tcgen05.mma.cta_group::%5.kind::f16 [%0], %1, %2, %3, accumulate;\n"
-      "}\n" ::"r"(d),
-      "l"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate)), "n"(kGroup)
-      : "memory");
+// d[M, N] in tensor memory = a * b^T, plus d if accumulate, by descriptors (descriptor.h); K is 32 bytes: 16 of bf16
+// (elements of 2 bytes) or 32 of e4m3 (of 1). Two blocks, the first of which issues it: each has M / 2 rows of a and d
+// and N / 2 rows of b, at the same addresses.
+template <int kElementBytes, int kGroup>
+__device__ __forceinline__ void multiply(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
+#define DFLASH_MMA(kind)                                                                    \
+  asm volatile(                                                                             \
+      "{\n"                                                                                 \
+      ".reg .pred accumulate;\n"                                                            \
+      "setp.ne.b32 accumulate, %4, 0;\n"                                                    \
+      "tcgen05.mma.cta_group::%5.kind::" kind                                               \
+      " [%0], %1, %2, %3, accumulate;\n"                                                    \
+      "}\n" ::"r"(d),                                                                       \
+      "l"(a), "l"(b), "r"(instruction), "r"(static_cast<uint32_t>(accumulate)), "n"(kGroup) \
+      : "memory")
+  static_assert(kElementBytes == 2 || kElementBytes == 1, "bf16 or e4m3");
+  if constexpr (kElementBytes == 2) {
+    DFLASH_MMA("f16");
+  } else {
+    DFLASH_MMA("f8f6f4");
+  }
+#undef DFLASH_MMA
 }
 
 // One arrival at the barrier at this place in each block of `mask` when all that this thread has issued is done; its

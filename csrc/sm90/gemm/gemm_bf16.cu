@@ -11,9 +11,10 @@ template <int BN, bool kGated>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_bf16_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ SourceMaps a_maps,
                      const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Schedule schedule) {
+  using C = Tiles<BN>;
   extern __shared__ unsigned char shared_bytes[];
-  __shared__ uint64_t barriers[kBarriers<BN>];
-  run<BN>(p, a_maps, &w_map, schedule, shared_bytes, barriers, many_rows::Store<BN, kGated>(p));
+  __shared__ uint64_t barriers[kBarriers<C>];
+  run<C>(p, a_maps, &w_map, schedule, shared_bytes, barriers, many_rows::Store<BN, kGated>(p));
 }
 
 struct Launcher {

@@ -11,4 +11,7 @@ namespace dflash::sm90::gemm {
 // at multiples of 16 bytes.
 bool launch_gemm_bf16(const dflash::gemm::GemmParams& params, int num_sms, cudaStream_t stream);
 
+// The same in e4m3, as of dflash::gemm::launch_gemm_fp8.
+bool launch_gemm_fp8(const dflash::gemm::GemmParams& params, int num_sms, cudaStream_t stream);
+
 }  // namespace dflash::sm90::gemm

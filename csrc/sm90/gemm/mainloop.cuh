@@ -1,4 +1,5 @@
-// Tiles [128, BN] of A [M, K] * W [N, K]^T by wgmma, bf16 in, fp32 in registers, from the ring of smxx/many_rows.
+// Tiles [128, BN] of A [M, K] * W [N, K]^T by wgmma, bf16 or e4m3 in, fp32 in registers, from the ring of
+// smxx/many_rows.
 //
 // Block: two consumer warpgroups, 64 rows of a tile each, and a producer warpgroup of which one thread issues the
 // loads. Eight arrivals of a block empty a stage: its consumer warps.
@@ -14,8 +15,8 @@ using many_rows::Pair;
 using many_rows::Pipeline;
 using many_rows::PipelineState;
 
-// Descriptor of a K-major operand in shared memory whose rows are 128 bytes (64 bf16), swizzled by 128 bytes: groups of
-// 8 rows are 1024 bytes, and 1024 bytes apart. Address 1024-aligned plus the offset along K. 16 columns further: + 2.
+// Descriptor of a K-major operand in shared memory whose rows are 128 bytes, swizzled by 128 bytes: groups of 8 rows
+// are 1024 bytes, and 1024 bytes apart. Address 1024-aligned plus the offset along K. 32 bytes further: + 2.
 __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
   constexpr uint64_t kFixed = (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16);
   return kFixed | ((address & 0x3ffffu) >> 4);
@@ -45,8 +46,8 @@ __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineS
     pin_registers(acc);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < C::BK / 16; ++step) {
-      wgmma_k16(acc, a + 2 * step, w + 2 * step, k > 0 || step > 0);
+    for (int step = 0; step < many_rows::kRowBytes / many_rows::kProductBytes; ++step) {
+      wgmma<C::kElementBytes>(acc, a + 2 * step, w + 2 * step, k > 0 || step > 0);
     }
     wgmma_commit();
     wgmma_wait<1>();  // the products of the previous stage are done
@@ -72,15 +73,14 @@ constexpr int kProducers = 128;
 constexpr int kThreads = 256 + kProducers;
 // Of 168 registers at the start, the producers' go to the consumers: 2 * 224 + 56 = 3 * 168.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-template <int BN>
-constexpr int kBarriers = 2 * Tiles<BN>::kStages;
+template <typename C>
+constexpr int kBarriers = 2 * C::kStages;
 
 // What a kernel of this kind does; the kernel itself only names its launch bounds and its epilogue.
-template <int BN, typename Epilogue>
+template <typename C, typename Epilogue>
 __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_maps, const CUtensorMap* w_map,
                                     const Schedule& schedule, unsigned char* shared_bytes, uint64_t* barriers,
                                     Epilogue epilogue) {
-  using C = Tiles<BN>;
   grid_dependency_launch();
   const Place at(schedule.pair_size);
   const Pair& pair = at.pair;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
     grid_dependency_wait();
     const Work work = many_rows::find_work<C>(p, schedule, at);
     PipelineState<C> state;
-    float acc[BN / 2];
+    float acc[C::BN / 2];
     for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
       epilogue.begin((static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM + 16 * warp,
                      work.live_rows);

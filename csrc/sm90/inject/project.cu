@@ -18,9 +18,10 @@ __global__ void __launch_bounds__(gemm::kThreads, 1)
     project_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ many_rows::SourceMaps a_maps,
                    const __grid_constant__ CUtensorMap w_map, const __grid_constant__ many_rows::Schedule schedule,
                    const __grid_constant__ WriteParams write) {
+  using C = many_rows::Tiles<BN>;
   extern __shared__ unsigned char shared_bytes[];
-  __shared__ uint64_t barriers[gemm::kBarriers<BN>];
-  gemm::run<BN>(p, a_maps, &w_map, schedule, shared_bytes, barriers, WriteHeads<BN, kDim>(p.bias, write));
+  __shared__ uint64_t barriers[gemm::kBarriers<C>];
+  gemm::run<C>(p, a_maps, &w_map, schedule, shared_bytes, barriers, WriteHeads<BN, kDim>(p.bias, write));
 }
 
 struct Launcher {

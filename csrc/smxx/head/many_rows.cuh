@@ -105,8 +105,8 @@ __device__ __forceinline__ void finish_block(const HeadParams& p, bool& last) {
 // False where TMA cannot describe the operands.
 inline bool make_maps(CUtensorMap* hidden_map, CUtensorMap* weight_map, const HeadParams& p) {
   return p.gemm.a_stride[0] >= p.gemm.k &&
-         many_rows::make_tensor_map(hidden_map, p.gemm.a[0], p.gemm.m, p.gemm.k, p.gemm.a_stride[0], Tiles::BM) &&
-         many_rows::make_tensor_map(weight_map, p.gemm.w, p.gemm.n, p.gemm.k, p.gemm.k, Tiles::BN / 2);
+         many_rows::make_tensor_map(hidden_map, p.gemm.a[0], 2, p.gemm.m, p.gemm.k, p.gemm.a_stride[0], Tiles::BM) &&
+         many_rows::make_tensor_map(weight_map, p.gemm.w, 2, p.gemm.n, p.gemm.k, p.gemm.k, Tiles::BN / 2);
 }
 
 inline Schedule make_schedule(const HeadParams& p) {

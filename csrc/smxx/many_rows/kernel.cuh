@@ -172,7 +172,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
   }
   const Work work = find_work<C>(p, schedule, place);
   // Boxes of A with a live row; what the others would bring is not used.
-  const uint32_t box_bytes = static_cast<uint32_t>(schedule.box_rows) * C::BK * 2;
+  const uint32_t box_bytes = static_cast<uint32_t>(schedule.box_rows) * kRowBytes;
   const auto boxes_of = [&](int64_t row0) {
     const int64_t rows = min(work.live_rows - row0, int64_t{C::BM});
     return rows <= 0 ? 0 : static_cast<int>((rows + schedule.box_rows - 1) / schedule.box_rows);
@@ -299,6 +299,9 @@ void launch(Kernel kernel, int threads, const GemmParams& p, const Operands& of,
                      of.w_map, schedule, more...);
 }
 
+// The interface has no type of A and W: e4m3 comes with scales.
+inline int element_bytes(const GemmParams& p) { return p.a_scale == nullptr ? 2 : 1; }
+
 // Plan and tensor maps; groups of `granule` columns stay in one tile. False where the operands do not fit them, or the
 // live rows are not the first ones.
 inline bool prepare(Operands* operands, const GemmParams& p, int granule, int num_sms, const Rates& rates,
@@ -306,14 +309,16 @@ inline bool prepare(Operands* operands, const GemmParams& p, int granule, int nu
   const int64_t source_k = p.k / p.num_sources;
   if (p.k == 0 || (p.live.commit_lens.data != nullptr && p.live.rows_per_request < p.m)) return false;
   const int64_t rows = p.expected_live > 0 ? p.expected_live : p.m;
-  operands->plan = choose_plan(rows, p.n, (source_k + 63) / 64 * p.num_sources, granule, num_sms, rates, narrowest);
+  const int bytes = element_bytes(p);
+  const int64_t k_steps = (source_k * bytes + kRowBytes - 1) / kRowBytes * p.num_sources;
+  operands->plan = choose_plan(rows, p.n, k_steps, granule, num_sms, rates, narrowest);
   for (int s = 0; s < p.num_sources; ++s) {
     if (p.a_stride[s] < source_k ||
-        !make_tensor_map(&operands->a_maps.map[s], p.a[s], p.m, source_k, p.a_stride[s], box_rows_of(p))) {
+        !make_tensor_map(&operands->a_maps.map[s], p.a[s], bytes, p.m, source_k, p.a_stride[s], box_rows_of(p))) {
       return false;
     }
   }
-  return make_tensor_map(&operands->w_map, p.w, p.n, p.k, p.k, operands->plan.columns / 2);
+  return make_tensor_map(&operands->w_map, p.w, bytes, p.n, p.k, p.k, operands->plan.columns / 2);
 }
 
 }  // namespace dflash::many_rows

@@ -1,5 +1,6 @@
-// What wgmma and tcgen05 multiply from: a ring of stages in shared memory, filled by TMA. Each holds K = 64 of a tile
-// [128, BN] of A [M, K] * W [N, K]^T in bf16: A [128, 64], then W [BN, 64], rows of 128 bytes swizzled by 128 bytes.
+// What wgmma and tcgen05 multiply from: a ring of stages in shared memory, filled by TMA. Each holds a step of K, BK
+// elements or 128 bytes (64 in bf16, 128 in e4m3), of a tile [128, BN] of A [M, K] * W [N, K]^T: A [128, BK], then W
+// [BN, BK], rows of 128 bytes swizzled by 128 bytes. An instruction multiplies 32 bytes of a row, of either type.
 //
 // A pair of blocks of one cluster takes two row tiles (128 rows each) of the same BN columns. Each block has a producer
 // of which one thread issues TMA loads. Blocks may be persistent: the producer runs ahead into the next tile while the
@@ -37,7 +38,7 @@ struct Multicast {
                                               const Pair& /*pair*/) {
     tma_load(to, map, column, row, full);
   }
-  // W [BN, 64] of columns k.., half h of which begins at row h.
+  // W [BN, BK] of columns k.., half h of which begins at row h.
   static __device__ __forceinline__ void load_w(uint32_t to, uint32_t half_bytes, const CUtensorMap* map, int k,
                                                 int row0, int row1, uint32_t full, const Pair& pair) {
     if (pair.size == 1) {
@@ -50,13 +51,18 @@ struct Multicast {
   }
 };
 
-template <int BN_, int STAGES_, typename Loader_ = Multicast>
+constexpr int kRowBytes = 128;     // of a step of K
+constexpr int kProductBytes = 32;  // of those that an instruction takes
+
+// kElementBytes: 2, bf16, or 1, e4m3.
+template <int BN_, int STAGES_, int kElementBytes_, typename Loader_ = Multicast>
 struct Ring {
   using Loader = Loader_;
-  static constexpr int BM = 128, BN = BN_, BK = 64;
+  static constexpr int kElementBytes = kElementBytes_;
+  static constexpr int BM = 128, BN = BN_, BK = kRowBytes / kElementBytes;
   static constexpr int kStages = STAGES_;
   static constexpr int kConsumers = 256;  // threads that end up with the accumulators: 8 warps, 16 rows each
-  static constexpr uint32_t kBytesA = BM * BK * 2, kBytesW = BN / Loader::kParts * BK * 2;
+  static constexpr uint32_t kBytesA = BM * kRowBytes, kBytesW = BN / Loader::kParts * kRowBytes;
   static constexpr uint32_t kStageBytes = kBytesA + kBytesW;
   static constexpr int kAlignment = 1024;  // of swizzled tiles
   static constexpr int kSharedBytes = kStages * static_cast<int>(kStageBytes) + kAlignment;
@@ -65,8 +71,8 @@ struct Ring {
 };
 
 // As many stages as fit.
-template <int BN>
-using Tiles = Ring<BN, (232448 - 1024 - 1024) / ((128 + BN) * 128)>;
+template <int BN, int kElementBytes = 2>
+using Tiles = Ring<BN, (232448 - 1024 - 1024) / ((128 + BN) * kRowBytes), kElementBytes>;
 
 // Stage and phase parity, kept alike by all who take part.
 template <typename C>
@@ -108,12 +114,12 @@ __device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_
   return pipe;
 }
 
-// One thread: this block's share of W [BN, 64] at columns k.. of W; half h begins at row w_row[h]. Its bytes were
+// One thread: this block's share of W [BN, BK] at columns k.. of W; half h begins at row w_row[h]. Its bytes were
 // announced.
 template <typename C>
 __device__ __forceinline__ void load_w(const Pipeline<C>& pipe, uint32_t stage, const CUtensorMap* w_map, int k,
                                        int w_row0, int w_row1, const Pair& pair) {
-  C::Loader::load_w(pipe.w(stage), C::BN / 2 * C::BK * 2, w_map, k, w_row0, w_row1, pipe.full(stage), pair);
+  C::Loader::load_w(pipe.w(stage), C::BN / 2 * kRowBytes, w_map, k, w_row0, w_row1, pipe.full(stage), pair);
 }
 
 }  // namespace dflash::many_rows

@@ -1,4 +1,4 @@
-// The epilogue that stores C = A * W^T (+ bias) (+ residual | gating) in bf16; formulas and rounding in
+// The epilogue that stores C = A * W^T (* scales) (+ bias) (+ residual | gating) in bf16; formulas and rounding in
 // smxx/gemm/params.h, fragments and what an epilogue is in kernel.cuh.
 //
 // The four lanes that hold a row transpose their accumulators, so that each has 8 neighbouring columns and loads and
@@ -17,7 +17,7 @@ __device__ __forceinline__ float2 sum(float2 a, float2 b) { return make_float2(a
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 // Groups of 32 columns of C, of 32 + 32 of W's when gated.
-template <int BN, bool kGated_>
+template <int BN, bool kGated_, bool kScaled = false>
 class Store {
  public:
   static constexpr bool kGated = kGated_;
@@ -40,6 +40,10 @@ class Store {
     for (int half = 0; half < 2; ++half) {
       const int64_t row = row0_ + lane / 4 + 8 * half;
       const bool live = row < live_rows_;
+      float a_scale = 0.0f;
+      if constexpr (kScaled) {
+        if (live) a_scale = p_.a_scale[row];
+      }
       uint16_t* const c = p_.c + (live && p_.c_rows != nullptr ? p_.c_rows[row] : row) * p_.c_stride;
       // C may be the residual, so that no load moves over a store: four groups' loads, then their stores.
       constexpr int kBatch = kGroups % 4 == 0 ? 4 : kGroups;
@@ -69,11 +73,17 @@ class Store {
             const int j = 4 * g + r;
             const int64_t column = column0 + 8 * j + 2 * q;
             float2 value = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+            if constexpr (kScaled) {
+              if (column < width) value = scaled(value, a_scale, p_.w_scale + column);
+            }
             if (p_.bias != nullptr && column < width) value = sum(value, load_pair(p_.bias + column));
             v[r] = rounded(value);
             if constexpr (kGated) {
               const int u = j + BN / 16;
               float2 up = make_float2(acc[4 * u + 2 * half], acc[4 * u + 2 * half + 1]);
+              if constexpr (kScaled) {
+                if (column < width) up = scaled(up, a_scale, p_.w_scale + width + column);
+              }
               if (p_.bias != nullptr && column < width) up = sum(up, load_pair(p_.bias + width + column));
               const float2 g_rounded = pair_of(v[r]), u_rounded = pair_of(rounded(up));
               v[r] = rounded(make_float2(silu(g_rounded.x) * u_rounded.x, silu(g_rounded.y) * u_rounded.y));
@@ -98,6 +108,11 @@ class Store {
   }
 
  private:
+  static __device__ __forceinline__ float2 scaled(float2 value, float a_scale, const float* w_scale) {
+    const float2 w = *reinterpret_cast<const float2*>(w_scale);  // 8-byte aligned: columns are even
+    return make_float2(value.x * a_scale * w.x, value.y * a_scale * w.y);
+  }
+
   const GemmParams& p_;
   int64_t row0_ = 0, live_rows_ = 0;
 };

@@ -26,9 +26,9 @@ inline void tmem_wait_loads() { emulator::tmem_wait_loads(); }
 inline void tcgen05_fence_before_signal() { emulator::tensor_state().read = false; }
 inline void tcgen05_fence_after_wait() { emulator::tensor_state().waited = false; }
 
-template <int kGroup>
-void multiply_bf16(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
-  emulator::multiply_f16(kGroup, d, a, b, instruction, accumulate);
+template <int kElementBytes, int kGroup>
+void multiply(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
+  emulator::multiply(kElementBytes, kGroup, d, a, b, instruction, accumulate);
 }
 inline void tcgen05_commit_pair(uint32_t barrier, uint16_t mask) { emulator::commit(2, barrier, mask); }
 inline void tcgen05_commit(uint32_t barrier) { emulator::commit(1, barrier, 0); }

@@ -11,9 +11,9 @@ template <int kPending>
 void wgmma_wait() {
   emulator::wgmma_wait(kPending);
 }
-template <int kCount>
-void wgmma_k16(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
-  emulator::wgmma_bf16(d, 2 * kCount, a, b, accumulate);
+template <int kElementBytes, int kCount>
+void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
+  emulator::wgmma(kElementBytes, d, 2 * kCount, a, b, accumulate);
 }
 
 }  // namespace dflash::sm90
