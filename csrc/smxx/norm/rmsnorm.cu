@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kThreads) held_rmsnorm_kernel(const __grid_con
     }
   }
   if (!kQuantize) return;
-  const RowScale codes = row_scale(quantize::largest_of_block<kThreads>(largest));
+  __shared__ float partial[kThreads / 32];
+  const RowScale codes = row_scale(quantize::largest_of_block(largest, partial));
   if (threadIdx.x == 0) p.row_scales[row] = codes.scale;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {

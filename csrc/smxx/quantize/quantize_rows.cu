@@ -31,10 +31,11 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_co
     const int column = i * kPassColumns + 8 * static_cast<int>(threadIdx.x);
     part[i] = column < columns ? *reinterpret_cast<const uint4*>(x + column) : make_uint4(0, 0, 0, 0);
   }
+  __shared__ float partial[kThreads / 32];
   float largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) largest = largest_of(part[i], largest);
-  const RowScale scale = row_scale(largest_of_block<kThreads>(largest));
+  const RowScale scale = row_scale(largest_of_block(largest, partial));
   if (threadIdx.x == 0) p.scale[row] = scale.scale;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {

@@ -20,10 +20,9 @@ __device__ __forceinline__ float largest_of(uint4 part, float largest) {
   return largest;
 }
 
-// Of the whole block of kThreads; the one barrier in it is for all threads.
-template <int kThreads>
-__device__ __forceinline__ float largest_of_block(float largest) {
-  __shared__ float partial[kThreads / 32];
+// Of the whole block of 32 * kWarps threads; `partial` is in shared memory. The one barrier in it is for all threads.
+template <int kWarps>
+__device__ __forceinline__ float largest_of_block(float largest, float (&partial)[kWarps]) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
@@ -31,7 +30,7 @@ __device__ __forceinline__ float largest_of_block(float largest) {
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = largest;
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) largest = fmaxf(largest, partial[w]);
+  for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, partial[w]);
   return largest;
 }
 
