@@ -729,6 +729,27 @@ MUTATIONS += [
         "many_rows and inject-matches",
         id="stages are given back while wgmma reads them",
     ),
+    pytest.param(
+        "sm90/gemm/mainloop.cuh",
+        "wgmma<C::kElementBytes>(",
+        "wgmma<2>(",
+        "many_rows and gemm_fp8",
+        id="wgmma takes bytes for bf16",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "instruction<C::kElementBytes,",
+        "instruction<2,",
+        "many_rows and gemm_fp8",
+        id="tcgen05 is told of bf16 where there are bytes",
+    ),
+    pytest.param(
+        "smxx/many_rows/store.cuh",
+        "p_.w_scale + width + column",
+        "p_.w_scale + column",
+        "many_rows and gemm_fp8",
+        id="up is scaled as gate is",
+    ),
 ]
 
 
