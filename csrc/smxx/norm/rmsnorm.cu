@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) held_rmsnorm_kernel(const __grid_con
     }
   }
   const float scale = scale_of_row(p, sum);
-  float largest = 0.0f;
+  __nv_bfloat162 largest = __float2bfloat162_rn(0.0f);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int column = 8 * (i * kThreads + static_cast<int>(threadIdx.x));

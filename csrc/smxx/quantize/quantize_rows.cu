@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_co
     part[i] = column < columns ? *reinterpret_cast<const uint4*>(x + column) : make_uint4(0, 0, 0, 0);
   }
   __shared__ float partial[kThreads / 32];
-  float largest = 0.0f;
+  __nv_bfloat162 largest = __float2bfloat162_rn(0.0f);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) largest = largest_of(part[i], largest);
   const RowScale scale = row_scale(largest_of_block(largest, partial));

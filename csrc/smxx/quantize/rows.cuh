@@ -1,6 +1,8 @@
 // Parts of a row of bf16 that the threads of a block hold, 16 bytes each, to codes of e4m3.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <cstdint>
 
 #include "common/bf16_pairs.cuh"
@@ -9,20 +11,19 @@
 
 namespace dflash::quantize {
 
-// The larger of `largest` and the magnitudes of eight bf16; NaN counts for nothing.
-__device__ __forceinline__ float largest_of(uint4 part, float largest) {
-  const uint32_t pairs[] = {part.x, part.y, part.z, part.w};
+// Both halves: the larger of that of `largest` and the magnitudes of four bf16; NaN counts for nothing. In bf16, as the
+// values themselves kept in float32 would take twice the registers.
+__device__ __forceinline__ __nv_bfloat162 largest_of(uint4 part, __nv_bfloat162 largest) {
+  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&part);
 #pragma unroll
-  for (const uint32_t pair : pairs) {
-    const float2 v = pair_of(pair);
-    largest = fmaxf(largest, fmaxf(fabsf(v.x), fabsf(v.y)));
-  }
+  for (int e = 0; e < 4; ++e) largest = __hmax2(largest, __habs2(pairs[e]));
   return largest;
 }
 
 // Of the whole block of 32 * kWarps threads; `partial` is in shared memory. The one barrier in it is for all threads.
 template <int kWarps>
-__device__ __forceinline__ float largest_of_block(float largest, float (&partial)[kWarps]) {
+__device__ __forceinline__ float largest_of_block(__nv_bfloat162 pair, float (&partial)[kWarps]) {
+  float largest = fmaxf(__low2float(pair), __high2float(pair));
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
