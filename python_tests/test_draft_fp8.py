@@ -25,10 +25,19 @@ FP8 = WeightFormat("fp8")
 MATRICES = ("qkv", "o", "gate_up", "down")
 
 
-@pytest.fixture(autouse=True)
-def supported(device: str) -> None:
+@pytest.fixture
+def device(device: str) -> str:
+    """Of those that multiply fp8."""
     if not draft_forward_fp8_supported(device):
         pytest.skip("no fp8 products on this device")
+    return device
+
+
+@pytest.fixture
+def fp8_gpu() -> str:
+    if not draft_forward_fp8_supported("cuda"):
+        pytest.skip("no fp8 products on this GPU")
+    return "cuda"
 
 
 def with_codes(inputs: Inputs) -> Inputs:
@@ -127,8 +136,8 @@ CUDA_CASES = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CUDA_CASES, ids=str)
-def test_large_cases_on_cuda(case: Case, rng: torch.Generator) -> None:
-    check(make_codes(case, rng, "cuda"))
+def test_large_cases_on_cuda(case: Case, fp8_gpu: str, rng: torch.Generator) -> None:
+    check(make_codes(case, rng, fp8_gpu))
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])
@@ -190,8 +199,8 @@ def test_opcheck(device: str, rng: torch.Generator) -> None:
 
 
 @pytest.mark.gpu
-def test_graph_replay_equals_eager(rng: torch.Generator) -> None:
-    inputs = make_codes(Case(contexts=(300, 1, 64), D=128), rng, "cuda")
+def test_graph_replay_equals_eager(fp8_gpu: str, rng: torch.Generator) -> None:
+    inputs = make_codes(Case(contexts=(300, 1, 64), D=128), rng, fp8_gpu)
     held = outputs(inputs)
     draft_forward_fp8(**inputs, **held)
     torch.cuda.synchronize()

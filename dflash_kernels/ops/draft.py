@@ -223,8 +223,9 @@ def draft_forward_fp8(
 
         scale[m] * weight_scale[n] * sum_k codes[m, k] * weight[n, k]          sums in float32, then rounded as there
 
-    Attention, norms, residual and caches are those of :func:`draft_forward`. The input of a product loses more than by
-    rounding to bf16, so drafted tokens may differ from those of the kernel that streams the same weights.
+    On CUDA the sums are those of :func:`gemm_fp8`, whose precision on Hopper it tells. Attention, norms, residual and
+    caches are those of :func:`draft_forward`. The input of a product loses more than by rounding to bf16, so drafted
+    tokens may differ from those of the kernel that streams the same weights.
 
     Args:
         qkv_weight, o_weight, gate_up_weight, down_weight: uint8 codes of float8_e4m3fn in the shapes of
