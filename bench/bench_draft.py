@@ -1,6 +1,7 @@
 """draft_forward at published drafter sizes against the same pass in torch: cuBLAS GEMMs, SDPA and small fused kernels.
 
-The packed pass runs over quantised weights, too; the baselines stay bf16: eager, and everything between GEMMs and
+Rows in fp8 and 4 bits read quantised weights, as one kernel or, many rows in fp8, as the chain that multiplies fp8 with
+fp8; the baselines stay bf16: eager, and everything between GEMMs and
 attention under torch.compile, as engines fuse it (torch's version is in the names). Both are favoured: their context
 lies dense in memory, with room behind it for the block's own keys and values, so that they gather nothing; and the
 query heads of a group are laid beside the block's tokens, so that SDPA reads each key once.
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from bench.harness import Calls, Case
 from bench.shapes import DEMO, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape, random_codes
 from dflash_kernels import ops
-from dflash_kernels.draft_stream import default_blocks, pack_draft, why_not_packed
-from dflash_kernels.formats import WeightFormat
+from dflash_kernels.draft_stream import MAX_TOKENS, default_blocks, has_fp8_chain, pack_draft, why_not_packed
+from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.tiles import Weight, tile_columns, tile_nbytes
 
 SUITE = "draft"
@@ -106,18 +107,28 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
         size = ops.draft_forward_workspace(batch, shape.T, shape.H, shape.I, shape.Hq, shape.Hkv, shape.D)
         workspace = torch.empty(size, device=device, dtype=torch.uint8)
         windows, causal = [0] * shape.L, [0] * shape.L
+        matrices: list[Weight] = [qkv_weight, o_weight, gate_up_weight, down_weight]
+        if weight_format is not None:
+            matrices = [random_codes(weight_format, tuple(matrix.shape), device) for matrix in matrices]
+        codes = [m for m in matrices if isinstance(m, QuantizedWeight)] if has_fp8_chain(matrices) else None
         reason = why_not_packed(
-            tokens=rows, num_layers=shape.L, head_dim=shape.D, dtype=torch.bfloat16, weight_format=weight_format
+            tokens=rows,
+            num_layers=shape.L,
+            head_dim=shape.D,
+            dtype=torch.bfloat16,
+            weight_format=weight_format,
+            fp8_chain=codes is not None,
         )
         packed = None
         if device.type == "cuda" and reason is None:
-            matrices: list[Weight] = [qkv_weight, o_weight, gate_up_weight, down_weight]
-            if weight_format is not None:
-                matrices = [random_codes(weight_format, tuple(matrix.shape), device) for matrix in matrices]
             packed = pack_draft(
                 *matrices, num_kv_heads=shape.Hkv, head_dim=shape.D, blocks=default_blocks(matrices, device)
             )
             size = ops.draft_forward_packed_workspace(batch, shape.T, packed)
+            workspace = torch.empty(size, device=device, dtype=torch.uint8)
+            codes = None  # not held beside the packed ones
+        elif codes is not None:
+            size = ops.draft_forward_fp8_workspace(batch, shape.T, shape.H, shape.I, shape.Hq, shape.Hkv, shape.D)
             workspace = torch.empty(size, device=device, dtype=torch.uint8)
 
         def ours() -> torch.Tensor:
@@ -126,6 +137,14 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
                     block_ids, positions, prefix_lens, request_rows, req_to_token,
                     k_caches, v_caches, embed_weight, input_norm, None, q_norm, k_norm, None, post_norm, final_norm,
                     cos_sin, packed, windows, causal, EPS, out=out, workspace=workspace,
+                )  # fmt: skip
+            if codes is not None:
+                qkv, o, gate_up, down = codes
+                return ops.draft_forward_fp8(
+                    block_ids, positions, prefix_lens, request_rows, req_to_token,
+                    k_caches, v_caches, embed_weight, input_norm, qkv.codes, qkv.scale, None, q_norm, k_norm,
+                    o.codes, o.scale, None, post_norm, gate_up.codes, gate_up.scale, down.codes, down.scale, final_norm,
+                    cos_sin, windows, causal, EPS, out=out, workspace=workspace,
                 )  # fmt: skip
             return ops.draft_forward(
                 block_ids, positions, prefix_lens, request_rows, req_to_token,
@@ -167,6 +186,8 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
         return Calls(ours, baselines)
 
     weights = shape.L * shape.layer_weights
+    # Of bf16's rate: an fp8 product takes the tensor cores half the time. Where rows are few, bytes decide.
+    rate = 2 if weight_format == WeightFormat("fp8") and rows > MAX_TOKENS else 1
     weight_bytes = 2.0 if weight_format is None else tile_nbytes(weight_format) / (128 * tile_columns(weight_format))
     return Case(
         suite=SUITE,
@@ -175,7 +196,7 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
         dtype="bf16" if weight_format is None else str(weight_format),
         regime="latency" if rows <= 64 else "throughput",
         bytes=int(weight_bytes * weights) + 2 * batch * context * shape.kv_token,
-        flops=2 * rows * weights + 4 * rows * q_width * (context + shape.T) * shape.L,
+        flops=2 * rows * weights // rate + 4 * rows * q_width * (context + shape.T) * shape.L,
         stream="read",
         make=make,
     )
@@ -189,8 +210,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for shape in (QWEN3_8B, QWEN35_397B_TP8, DEMO):
         for batch in (1, 32) if quick else (1, 4, 8, 32):
             yield _case(shape, batch, 1024)
-    for weight_format in (WeightFormat("fp8"), WeightFormat("int4", 128)):
-        for batch in (1, 4):
+    for weight_format, batches in ((WeightFormat("fp8"), (1, 4, 8, 32)), (WeightFormat("int4", 128), (1, 4))):
+        for batch in batches:
             yield _case(QWEN3_8B, batch, 1024, weight_format)
     if not quick:
         yield _case(QWEN3_8B, 1, 32768)

@@ -22,6 +22,7 @@ __all__ = [
     "draft_schedule",
     "pack_draft",
     "default_blocks",
+    "has_fp8_chain",
     "streamed_tokens",
     "why_not_packed",
 ]
@@ -29,6 +30,8 @@ __all__ = [
 MAX_TOKENS, MAX_LAYERS, MAX_RANKS = 64, 64, 8
 SMALL_LAYER_BYTES = 64 << 20  # default_blocks
 DENSE_TOKENS = 32  # of bf16 weights; from there the chain's tensor-core GEMMs are as fast or faster (bench/NOTES.md)
+FP8_TOKENS = 32  # of fp8 weights where the chain multiplies their codes: a guess after DENSE_TOKENS, not yet measured
+FP8_COLUMNS = 32768  # that draft_forward_fp8 quantises (csrc/smxx/quantize/params.h)
 GATE_ROWS = TILE_ROWS // 2  # gate rows of a row tile of gate_up; the up rows of the same features follow
 
 
@@ -164,9 +167,29 @@ def _stack(layers: list[Weight]) -> Weight:
     return torch.stack([weight for weight in layers if isinstance(weight, torch.Tensor)])
 
 
-def streamed_tokens(weight_format: WeightFormat | None) -> int:
-    """B * T up to which one streaming kernel is to be taken rather than the chain of kernels."""
-    return DENSE_TOKENS if weight_format is None else MAX_TOKENS
+def has_fp8_chain(matrices: Sequence[Weight]) -> bool:
+    """Whether `draft_forward_fp8` is the chain of kernels of a drafter's stacked `matrices`: fp8 of sizes that fit, on
+    CUDA.
+
+    The CPU's chain takes the dequantised weights, which are more exact.
+    """
+    from dflash_kernels.ops.draft import draft_forward_fp8_supported
+
+    coded = [weight for weight in matrices if isinstance(weight, QuantizedWeight) and weight.format.kind == "fp8"]
+    if len(coded) < len(matrices) or any(w.shape[-1] % 16 or w.shape[-1] > FP8_COLUMNS for w in coded):
+        return False
+    device = coded[0].codes.device
+    return device.type == "cuda" and draft_forward_fp8_supported(device)
+
+
+def streamed_tokens(weight_format: WeightFormat | None, fp8_chain: bool = False) -> int:
+    """B * T up to which one streaming kernel is to be taken rather than the chain of kernels.
+
+    With `fp8_chain` (:func:`has_fp8_chain`) the chain reads codes as well, and multiplies them faster.
+    """
+    if weight_format is None:
+        return DENSE_TOKENS
+    return FP8_TOKENS if fp8_chain else MAX_TOKENS
 
 
 def default_blocks(matrices: Sequence[Weight], device: torch.device) -> int:
@@ -184,11 +207,17 @@ def default_blocks(matrices: Sequence[Weight], device: torch.device) -> int:
 
 
 def why_not_packed(
-    *, tokens: int, num_layers: int, head_dim: int, dtype: torch.dtype, weight_format: WeightFormat | None = None
+    *,
+    tokens: int,
+    num_layers: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    weight_format: WeightFormat | None = None,
+    fp8_chain: bool = False,
 ) -> str | None:
     """Why a pass is not to run as one streaming kernel, or None. `tokens` is B * T, `dtype` that of dense weights."""
-    if tokens > streamed_tokens(weight_format):
-        return f"{tokens} rows are more than {streamed_tokens(weight_format)}"
+    if tokens > streamed_tokens(weight_format, fp8_chain):
+        return f"{tokens} rows are more than {streamed_tokens(weight_format, fp8_chain)}"
     if num_layers > MAX_LAYERS:
         return f"{num_layers} layers are more than {MAX_LAYERS}"
     if head_dim not in (64, 128):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +10,21 @@ import pytest
 import torch
 from test_draft import Case, Inputs, make_inputs
 
-from dflash_kernels.draft_stream import Kind, PackedDraft, default_blocks, draft_schedule, pack_draft, why_not_packed
+from dflash_kernels.draft_stream import (
+    Kind,
+    PackedDraft,
+    default_blocks,
+    draft_schedule,
+    has_fp8_chain,
+    pack_draft,
+    why_not_packed,
+)
 from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.model.quantize import quantize
 from dflash_kernels.ops import draft_forward_packed, draft_forward_packed_workspace
 from dflash_kernels.reference import draft as reference
 from dflash_kernels.stream import UNIT_FIELDS
-from dflash_kernels.tiles import tile_columns, unpack_weight
+from dflash_kernels.tiles import Weight, tile_columns, unpack_weight
 
 FORMATS = ("fp8", "int4-g64", "int4-g128", "e2m1-g64", "e2m1-g128")
 MATRICES = ("qkv_weight", "o_weight", "gate_up_weight", "down_weight")
@@ -248,7 +257,30 @@ def test_reasons() -> None:
     ]:
         reason = why_not_packed(**{**good, **change})
         assert reason is not None and match in reason
-    assert why_not_packed(**{**good, "tokens": 64, "weight_format": WeightFormat("fp8")}) is None
+    coded = {**good, "tokens": 64, "weight_format": WeightFormat("fp8")}
+    assert why_not_packed(**coded) is None
+    assert why_not_packed(**coded, fp8_chain=True) == "64 rows are more than 32"
+    four_bits = {**coded, "weight_format": WeightFormat("int4", 64)}
+    assert why_not_packed(**four_bits) is None
+
+
+def test_which_weights_have_an_fp8_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes of fp8 alone, of columns that its products take, on a GPU that has them; never on the CPU."""
+
+    def coded(columns: int, device: str = "cuda", name: str = "fp8") -> Weight:
+        weight = quantize(torch.ones(1, 16, columns), WeightFormat.parse(name))
+        codes: Any = SimpleNamespace(
+            dtype=torch.uint8, shape=weight.codes.shape, device=torch.device(device)
+        )  # there may be no such device here
+        return replace(weight, codes=codes)
+
+    monkeypatch.setattr("dflash_kernels.ops.draft.draft_forward_fp8_supported", lambda device: True)
+    assert has_fp8_chain([coded(64)] * 4) and has_fp8_chain([coded(64)] * 3 + [coded(32768)])
+    assert not has_fp8_chain([coded(64, "cpu")] * 4)
+    for other in (coded(72), coded(32784), coded(64, name="int4-g64"), torch.ones(1, 16, 64)):
+        assert not has_fp8_chain([coded(64)] * 3 + [other])
+    monkeypatch.setattr("dflash_kernels.ops.draft.draft_forward_fp8_supported", lambda device: False)
+    assert not has_fp8_chain([coded(64)] * 4)
 
 
 # ---- the schedule, interpreted ---------------------------------------------------------------------------------------

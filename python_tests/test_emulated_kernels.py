@@ -24,6 +24,7 @@ import pytest
 import test_alloc
 import test_dflash2
 import test_draft
+import test_draft_fp8
 import test_draft_layer
 import test_draft_packed
 import test_draft_sharded
@@ -32,6 +33,7 @@ import test_head
 import test_head_fp8
 import test_head_packed
 import test_inject
+import test_quantize
 import test_verify
 import test_verify_sampled
 import torch
@@ -303,6 +305,16 @@ CHECKS = [
     *calls(test_dflash2.test_conv_other_taps_and_groups, {"taps": 3, "group_size": 8}, {"taps": 2, "group_size": 24}),
     *calls(test_dflash2.test_conv_looks_back_inside_its_block_only),
     *calls(test_dflash2.test_conv_strided_and_unaligned),
+    *calls(
+        test_quantize.test_codes_are_torchs,
+        *({"shape": shape} for shape in ((3, 72), (5, 2056), (2, 6152), (1, 16392))),
+    ),
+    *calls(test_quantize.test_every_bf16_value),
+    *calls(test_quantize.test_zeros_tiny_rows_nan_and_infinities),
+    *calls(
+        test_quantize.test_norm_that_quantises_is_norm_then_quantise,
+        *({"shape": shape} for shape in ((5, 64), (2, 4104))),
+    ),
 ]
 
 
@@ -403,6 +415,41 @@ def test_kernels_of_many_rows_pass(
         run(function, arguments, {"device": "cpu", "rng": rng})
         # mma.sync still does what has few rows, and attention.
         assert emulated.multipliers() - {MULTIPLIERS[12]} == {MULTIPLIERS[major]}
+
+
+# Few rows and many, gated, with biases and residuals; norms that quantise, and one of rows too wide for that.
+FP8_CHAIN = [
+    *calls(
+        test_draft_fp8.test_matches_reference,
+        drafts(5, T=7, layers=2),
+        drafts(70, 3, T=10, heads=(3, 1), index=torch.int32),
+        drafts(*(b % 5 for b in range(18)), T=8, H=80, I=48, heads=(2, 1), D=128, biases=True, qk_norm=False),
+        drafts(*(b % 5 for b in range(34)), T=8, H=256, I=512, heads=(4, 2)),
+        drafts(3, T=2, H=8208, I=16, heads=(1, 1)),
+    ),
+    *calls(test_draft_fp8.test_each_scale_is_of_its_row, {"half": "attention"}, {"half": "mlp"}),
+    *calls(test_draft_fp8.test_empty_batch),
+]
+
+
+@pytest.mark.parametrize("major", [9, 10])
+@pytest.mark.parametrize(("function", "arguments"), FP8_CHAIN)
+def test_chain_of_fp8_passes(
+    function: Callable[..., None], arguments: dict[str, Any], major: int, emulated: Emulator, rng: torch.Generator
+) -> None:
+    for multiprocessors in (4, None):
+        emulated.configure(major, multiprocessors)
+        run(function, arguments, {"device": "cpu", "rng": rng})
+
+
+def test_chain_of_fp8_needs_a_device_that_multiplies_it(emulated: Emulator, rng: torch.Generator) -> None:
+    """12.x has no kernel for it, whatever the batch."""
+    for contexts in ((), (5,)):
+        inputs = test_draft_fp8.make_codes(Case(contexts=contexts), rng, "cpu")
+        with pytest.raises(
+            ValueError, match="draft_forward_fp8: block_ids must be on a device of compute capability 9.0"
+        ):
+            test_draft_fp8.run(inputs)
 
 
 # Rows up to which mma.sync multiplies: of a GEMM, of the LM head.
@@ -545,6 +592,13 @@ MUTATIONS = [
         "#pragma",
         "draft-bf16_matches",
         id="the GEMM adds up before all have written",
+    ),
+    pytest.param(
+        "smxx/quantize/rows.cuh",
+        "largest = fmaxf(largest, partial[w]);",
+        "largest = fmaxf(largest, partial[0]);",
+        "quantize-codes_are",
+        id="the scale is that of the columns of the first warp",
     ),
     pytest.param(
         "smxx/draft/stream.cuh",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_model import D, L, V, save, speculators, tensors, z_lab
 
-from dflash_kernels import cli
+from dflash_kernels import cli, ops
 from dflash_kernels.formats import (
     E2M1_VALUES,
     INT4_VALUES,
@@ -236,6 +236,48 @@ def test_a_drafter_computes_with_its_dequantised_weights(bf16: Path, tmp_path: P
     )
 
 
+def test_a_chain_of_fp8_takes_the_codes(bf16: Path, tmp_path: Path, rng: torch.Generator) -> None:
+    """What a drafter on a GPU with fp8 products does with rows that do not stream; here the CPU is made to do it."""
+    quantize_drafter(bf16, tmp_path / "out", WeightFormat("fp8"))
+    drafter = load_drafter(tmp_path / "out", max_positions=64)
+    assert drafter.dtype == torch.bfloat16 and not drafter._fp8_chain
+    head = torch.nn.Linear(drafter.hidden_size, drafter.vocab_size, bias=False, dtype=torch.bfloat16)
+    target = type("Target", (), {"get_input_embeddings": lambda _: head, "get_output_embeddings": lambda _: head})()
+    drafter.bind(target)
+    block, shape = drafter.block_size, (64, drafter.num_kv_heads, drafter.head_dim)
+    caches = [torch.randn(2, *shape, generator=rng).bfloat16() for _ in range(drafter.num_layers)]
+    arguments = {
+        "block_ids": torch.randint(drafter.vocab_size, (2, block), generator=rng),
+        "positions": (20 + torch.arange(block)).repeat(2, 1),
+        "prefix_lens": torch.tensor([20, 20]),
+        "req_pool_indices": torch.tensor([0, 0]),
+        "req_to_token": torch.arange(64)[None],
+        "k_caches": [cache[0] for cache in caches],
+        "v_caches": [cache[1] for cache in caches],
+    }
+    dense = drafter.forward(**arguments, slots=arguments["positions"]).clone()
+    drafter._fp8_chain = True
+    drafter._draft_buffers = type(drafter._draft_buffers)(drafter._new_draft_buffers)
+    coded = drafter.forward(**arguments, slots=arguments["positions"])
+    assert drafter.weights.quantized is not None
+    w, codes = drafter.weights, drafter.weights.quantized
+    named = {f"{name}_weight": codes[f"{name}_weight"].codes for name in ("qkv", "o", "gate_up", "down")}
+    named |= {f"{name}_scale": codes[f"{name}_weight"].scale for name in ("qkv", "o", "gate_up", "down")}
+    names = ("input_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "post_norm", "final_norm")
+    want = ops.draft_forward_fp8(
+        **arguments,
+        **named,
+        **{name: getattr(w, name) for name in names},
+        embed_weight=head.weight.detach(),
+        cos_sin=drafter.cos_sin,
+        windows=list(drafter.config.windows),
+        causal=[int(c) for c in drafter.config.causal],
+        eps=drafter.config.rms_norm_eps,
+    )
+    assert torch.equal(coded, want)
+    assert 0 < (coded - dense).norm() < 0.25 * dense.norm()  # random weights of size 1: attention is all but an argmax
+
+
 @pytest.mark.gpu
 def test_without_a_kernel_the_weights_are_bf16_and_it_is_said(bf16: Path, tmp_path: Path) -> None:
     assert D == 32  # a head size that the kernel over codes is not made for
@@ -256,6 +298,7 @@ def test_few_rows_read_the_codes_on_cuda(tmp_path: Path, name: str, rng: torch.G
     plain = load_drafter(tmp_path / "out", device="cuda", max_positions=64)
     assert drafter.weights.quantized and drafter.why_not_one_kernel(drafter.block_size) is None
     plain.why_not_one_kernel = lambda rows: "asked not to"  # type: ignore[method-assign]
+    plain._fp8_chain = False
     head = torch.nn.Linear(drafter.hidden_size, drafter.vocab_size, bias=False)
     target = type("Target", (), {"get_input_embeddings": lambda _: head, "get_output_embeddings": lambda _: head})()
     head = head.to("cuda", torch.bfloat16)

@@ -1126,6 +1126,45 @@ def test_more_rows_than_one_kernel_takes_are_a_chain(
     assert taken == ["draft_forward_packed", "draft_forward_packed", "draft_forward"]
 
 
+def test_more_rows_of_fp8_multiply_the_codes(
+    engine: types.ModuleType,
+    source: Source,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    logits_processor: None,
+) -> None:
+    """With DFLASH_KERNELS_WEIGHTS=fp8 and where the device can, rows beyond those that stream take the codes, too."""
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
+    monkeypatch.setenv("DFLASH_KERNELS_WEIGHTS", "fp8")
+    monkeypatch.setenv("DFLASH_KERNELS_ROWS", f"forward={3 * T}")
+    monkeypatch.setattr("dflash_kernels.draft_stream.FP8_TOKENS", 2 * T)
+    can = True
+    monkeypatch.setattr("dflash_kernels.integrations.sglang.forward.has_fp8_chain", lambda matrices: can)
+    given = parts(source, torch.bfloat16)
+    drafter = given["draft_model"]
+    drafter.load_weights = lambda: [parameter.data.mul_(0.5) for parameter in drafter.parameters()]
+    worker = make_worker(engine, given)
+    taken: list[str] = []
+    for name in ("draft_forward", "draft_forward_fp8", "draft_forward_packed"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, op=op, name=name, **k: (taken.append(name), op(*a, **k))[1])
+    places = [code.codes.data_ptr() for code in worker._dflash_seams["forward"].codes]
+    for _ in range(2):
+        for batch in (2, 3):
+            arguments = block(worker, batch, rng)
+            ours = drafter.forward(**arguments).hidden_states
+            theirs = type(drafter).forward(drafter, **arguments).hidden_states
+            assert (ours - theirs).norm() < 0.1 * theirs.norm()
+        drafter.load_weights()
+    assert taken == ["draft_forward_packed", "draft_forward_fp8"] * 2
+    assert places == [code.codes.data_ptr() for code in worker._dflash_seams["forward"].codes]
+    monkeypatch.setenv("DFLASH_KERNELS_ROWS", f"forward={2 * T}")
+    assert make_worker(engine, parts(source, torch.bfloat16))._dflash_seams["forward"].codes is None
+    can = False
+    monkeypatch.setenv("DFLASH_KERNELS_ROWS", f"forward={3 * T}")
+    assert make_worker(engine, parts(source, torch.bfloat16))._dflash_seams["forward"].codes is None
+
+
 def test_packed_weights_follow_a_later_load(
     engine: types.ModuleType,
     source: Source,

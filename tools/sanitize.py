@@ -270,6 +270,12 @@ def call_draft(m: Maker) -> None:
     from dflash_kernels import ops
     from dflash_kernels.draft_stream import pack_draft
 
+    for columns in (8, 72, 2056, 8192, 32768):  # rows in 1 to 16 loads of a thread
+        x = m.normal(3, columns)
+        m.call(ops.quantize_rows, x)
+        if columns <= 8192:
+            m.call(ops.rmsnorm_quantize_rows, x, m.normal(columns), 1e-6)
+
     # every head size; keys cut into many parts, and (34 requests) not cut: several tiles in one block
     for prefixes, block, q_heads, kv_heads, dim, bias in (
         ([0, 5, 150], 8, 4, 2, 64, True),
@@ -309,6 +315,12 @@ def call_draft(m: Maker) -> None:
             1e-6,
         )
         m.call(ops.draft_forward, *args)
+        if ops.draft_forward_fp8_supported(m.device):
+            coded = list(args)
+            for i in (17, 16, 13, 9):
+                weight = m.quantized(args[i], "fp8")
+                coded[i : i + 1] = [weight.codes, weight.scale]
+            m.call(ops.draft_forward_fp8, *coded)
         if dim in (64, 128):  # as one kernel
             for name in STREAMED[:2] if inner % 64 else STREAMED:
                 matrices = [m.quantized(args[i], name) for i in (9, 13, 16, 17)]

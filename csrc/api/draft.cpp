@@ -1,5 +1,5 @@
-// draft_forward: schemas, checks, dispatch. The CPU implementation is registered from Python
-// (dflash_kernels/ops/draft.py) and has its arguments checked here, by _draft_forward_check.
+// draft_forward and its variants: schemas, checks, dispatch. The CPU implementations are registered from Python
+// (dflash_kernels/ops/draft.py) and have their arguments checked here, by _draft_forward_check.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -11,9 +11,11 @@
 #include "smxx/draft/index_check.h"
 #include "smxx/draft/params.h"
 #include "smxx/draft/stream.h"
+#include "smxx/quantize/params.h"
 #if DFLASH_WITH_CUDA
 #include "common/cuda_check.h"
 #include "smxx/draft/launch.h"
+#include "smxx/gemm/launch.h"
 #endif
 
 namespace dflash::draft {
@@ -37,6 +39,11 @@ struct Ranks {
   int64_t vocab_start, vocab;
 };
 
+// Of fp8 weights, a scale for each row.
+struct Scales {
+  Tensor qkv, o, gate_up, down;
+};
+
 struct Inputs {
   const char* op;
   Tensor block_ids, positions, prefix_lens, req_pool_indices, req_to_token;
@@ -51,6 +58,7 @@ struct Inputs {
   std::optional<double> softmax_scale;
   std::optional<Packed> packed;  // or the four weights
   std::optional<Ranks> ranks = {};
+  std::optional<Scales> scales = {};  // the four weights are e4m3
 };
 
 const uint16_t* bf16_data(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.data_ptr()); }
@@ -59,12 +67,14 @@ const uint16_t* bf16_data(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? bf16_data(*tensor) : nullptr;
 }
 
+const float* float_data(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
+
 // A contiguous tensor of activations or weights; CUDA kernels read it 16 bytes at a time.
-void check_matrix(const std::string& name, const Tensor& tensor, const Inputs& in,
-                  std::initializer_list<int64_t> shape) {
+void check_matrix(const std::string& name, const Tensor& tensor, const Inputs& in, std::initializer_list<int64_t> shape,
+                  std::optional<ScalarType> dtype = std::nullopt) {
   const char* argument = name.c_str();
   api::check_shape(in.op, argument, tensor, shape);
-  api::check_dtype(in.op, argument, tensor, {in.embed_weight.scalar_type()});
+  api::check_dtype(in.op, argument, tensor, {dtype.value_or(in.embed_weight.scalar_type())});
   api::check_same_device(in.op, argument, tensor, in.block_ids);
   api::check_contiguous(in.op, argument, tensor);
   DFLASH_CHECK(in.op, tensor.is_cpu() || reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, argument,
@@ -130,7 +140,10 @@ DraftSizes check_sizes(const Inputs& in) {
   DFLASH_CHECK(in.op, s.kv_heads >= 1, "k_caches[0].size(1)", "be at least 1", s.kv_heads);
   DFLASH_CHECK(in.op, attention::is_head_dim_supported(s.head_dim), "k_caches[0].size(2)",
                "be a head size of 32, 64, 96, 128 or 256", s.head_dim);
-  DFLASH_CHECK(in.op, s.hidden >= 8 && s.hidden % 8 == 0, "embed_weight.size(1)", "be a multiple of 8", s.hidden);
+  s.fp8 = in.scales.has_value();
+  const int64_t unit = s.fp8 ? 16 : 8;  // elements of a row that a product reads at once
+  const std::string multiple = "be a multiple of " + std::to_string(unit);
+  DFLASH_CHECK(in.op, s.hidden >= unit && s.hidden % unit == 0, "embed_weight.size(1)", multiple, s.hidden);
   if (in.packed) {
     s.q_heads = in.packed->q_heads;
     s.intermediate = in.packed->intermediate;
@@ -151,8 +164,16 @@ DraftSizes check_sizes(const Inputs& in) {
                in.qkv_weight->size(1));
   api::check_shape(in.op, "down_weight", *in.down_weight, {in.input_norm.size(0), s.hidden, -1});
   s.intermediate = in.down_weight->size(2);
-  DFLASH_CHECK(in.op, s.intermediate >= 8 && s.intermediate % 8 == 0, "down_weight.size(2)", "be a multiple of 8",
+  DFLASH_CHECK(in.op, s.intermediate >= unit && s.intermediate % unit == 0, "down_weight.size(2)", multiple,
                s.intermediate);
+  if (!s.fp8) return s;
+  const std::pair<const char*, int64_t> columns[] = {{"embed_weight.size(1)", s.hidden},
+                                                     {"o_weight.size(2)", s.q_heads * s.head_dim},
+                                                     {"down_weight.size(2)", s.intermediate}};
+  for (const auto& [name, size] : columns) {
+    DFLASH_CHECK(in.op, size <= quantize::kMaxColumns, name, "be at most " + std::to_string(quantize::kMaxColumns),
+                 size);
+  }
   return s;
 }
 
@@ -168,15 +189,25 @@ DraftParams draft_params(const Inputs& in) {
   }
   check_matrix("embed_weight", in.embed_weight, in, {-1, s.hidden});
   check_matrix("input_norm", in.input_norm, in, {layers, s.hidden});
-  if (in.qkv_weight) check_matrix("qkv_weight", *in.qkv_weight, in, {layers, qkv_width, s.hidden});
+  const std::optional<ScalarType> coded = s.fp8 ? std::optional(ScalarType::Byte) : std::nullopt;
+  const auto check_scale = [&](const char* name, Tensor Scales::* scale, int64_t rows) {
+    if (in.scales) check_matrix(name, (*in.scales).*scale, in, {layers, rows, 1}, ScalarType::Float);
+  };
+  if (in.qkv_weight) check_matrix("qkv_weight", *in.qkv_weight, in, {layers, qkv_width, s.hidden}, coded);
+  check_scale("qkv_scale", &Scales::qkv, qkv_width);
   if (in.qkv_bias) check_matrix("qkv_bias", *in.qkv_bias, in, {layers, qkv_width});
   if (in.q_norm) check_matrix("q_norm", *in.q_norm, in, {layers, s.head_dim});
   if (in.k_norm) check_matrix("k_norm", *in.k_norm, in, {layers, s.head_dim});
-  if (in.o_weight) check_matrix("o_weight", *in.o_weight, in, {layers, s.hidden, s.q_heads * s.head_dim});
+  if (in.o_weight) check_matrix("o_weight", *in.o_weight, in, {layers, s.hidden, s.q_heads * s.head_dim}, coded);
+  check_scale("o_scale", &Scales::o, s.hidden);
   if (in.o_bias) check_matrix("o_bias", *in.o_bias, in, {layers, s.hidden});
   check_matrix("post_norm", in.post_norm, in, {layers, s.hidden});
-  if (in.gate_up_weight) check_matrix("gate_up_weight", *in.gate_up_weight, in, {layers, 2 * s.intermediate, s.hidden});
-  if (in.down_weight) check_matrix("down_weight", *in.down_weight, in, {layers, s.hidden, s.intermediate});
+  if (in.gate_up_weight) {
+    check_matrix("gate_up_weight", *in.gate_up_weight, in, {layers, 2 * s.intermediate, s.hidden}, coded);
+  }
+  check_scale("gate_up_scale", &Scales::gate_up, 2 * s.intermediate);
+  if (in.down_weight) check_matrix("down_weight", *in.down_weight, in, {layers, s.hidden, s.intermediate}, coded);
+  check_scale("down_scale", &Scales::down, s.hidden);
   check_matrix("final_norm", in.final_norm, in, {s.hidden});
   api::check_shape(in.op, "cos_sin", in.cos_sin, {-1, -1});
   api::check_dtype(in.op, "cos_sin", in.cos_sin, {ScalarType::Float});
@@ -231,7 +262,13 @@ DraftParams draft_params(const Inputs& in) {
   p.gate_up_weight = bf16_data(in.gate_up_weight);
   p.down_weight = bf16_data(in.down_weight);
   p.final_norm = bf16_data(in.final_norm);
-  p.cos_sin = static_cast<const float*>(in.cos_sin.data_ptr());
+  if (in.scales) {
+    p.qkv_scale = float_data(in.scales->qkv);
+    p.o_scale = float_data(in.scales->o);
+    p.gate_up_scale = float_data(in.scales->gate_up);
+    p.down_scale = float_data(in.scales->down);
+  }
+  p.cos_sin = float_data(in.cos_sin);
   p.eps = static_cast<float>(in.eps);
   p.softmax_scale = static_cast<float>(scale);
   return p;
@@ -328,16 +365,15 @@ void report_fault(const char* op, const IndexParams& p, const IndexFault& found)
   check(Fault::kSlot, "req_to_token", p.num_slots);
 }
 
-int64_t draft_forward_workspace(int64_t batch, int64_t block_size, int64_t hidden_size, int64_t intermediate_size,
-                                int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim) {
+// Of all three workspace ops, sizes checked.
+DraftSizes workspace_sizes(const char* op, int64_t batch, int64_t block_size, int64_t hidden_size,
+                           int64_t intermediate_size, int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim) {
   const std::pair<const char*, int64_t> sizes[] = {
       {"block_size", block_size},   {"hidden_size", hidden_size},   {"intermediate_size", intermediate_size},
       {"num_q_heads", num_q_heads}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}};
-  DFLASH_CHECK("draft_forward_workspace", batch >= 0, "batch", "be at least 0", batch);
-  for (const auto& [name, size] : sizes) {
-    DFLASH_CHECK("draft_forward_workspace", size >= 1, name, "be at least 1", size);
-  }
-  DFLASH_CHECK("draft_forward_workspace", num_q_heads % num_kv_heads == 0, "num_q_heads",
+  DFLASH_CHECK(op, batch >= 0, "batch", "be at least 0", batch);
+  for (const auto& [name, size] : sizes) DFLASH_CHECK(op, size >= 1, name, "be at least 1", size);
+  DFLASH_CHECK(op, num_q_heads % num_kv_heads == 0, "num_q_heads",
                "be a multiple of num_kv_heads (" + std::to_string(num_kv_heads) + ")", num_q_heads);
   DraftSizes s;
   s.batch = batch;
@@ -347,6 +383,21 @@ int64_t draft_forward_workspace(int64_t batch, int64_t block_size, int64_t hidde
   s.q_heads = num_q_heads;
   s.kv_heads = num_kv_heads;
   s.head_dim = head_dim;
+  return s;
+}
+
+int64_t draft_forward_workspace(int64_t batch, int64_t block_size, int64_t hidden_size, int64_t intermediate_size,
+                                int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim) {
+  return plan_workspace(workspace_sizes("draft_forward_workspace", batch, block_size, hidden_size, intermediate_size,
+                                        num_q_heads, num_kv_heads, head_dim))
+      .bytes;
+}
+
+int64_t draft_forward_fp8_workspace(int64_t batch, int64_t block_size, int64_t hidden_size, int64_t intermediate_size,
+                                    int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim) {
+  DraftSizes s = workspace_sizes("draft_forward_fp8_workspace", batch, block_size, hidden_size, intermediate_size,
+                                 num_q_heads, num_kv_heads, head_dim);
+  s.fp8 = true;
   return plan_workspace(s).bytes;
 }
 
@@ -365,12 +416,36 @@ int64_t draft_forward_workspace(int64_t batch, int64_t block_size, int64_t hidde
         down_weight, final_norm, cos_sin, windows, causal, eps, softmax_scale, std::nullopt                          \
   }
 
-void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out, std::optional<Tensor> workspace) {
-  const Inputs in = DFLASH_DRAFT_INPUTS;
+// The same with a scale behind each of the four weights.
+#define DFLASH_FP8_PARAMETERS                                                                                        \
+  Tensor block_ids, Tensor positions, Tensor prefix_lens, Tensor req_pool_indices, Tensor req_to_token,              \
+      std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, Tensor embed_weight, Tensor input_norm,            \
+      Tensor qkv_weight, Tensor qkv_scale, std::optional<Tensor> qkv_bias, std::optional<Tensor> q_norm,             \
+      std::optional<Tensor> k_norm, Tensor o_weight, Tensor o_scale, std::optional<Tensor> o_bias, Tensor post_norm, \
+      Tensor gate_up_weight, Tensor gate_up_scale, Tensor down_weight, Tensor down_scale, Tensor final_norm,         \
+      Tensor cos_sin, std::vector<int64_t> windows, std::vector<int64_t> causal, double eps,                         \
+      std::optional<double> softmax_scale
+#define DFLASH_FP8_INPUTS of_codes(DFLASH_DRAFT_INPUTS, Scales{qkv_scale, o_scale, gate_up_scale, down_scale})
+
+Inputs of_codes(Inputs in, Scales scales) {
+  in.op = "draft_forward_fp8";
+  in.scales = std::move(scales);
+  return in;
+}
+
+void check_dense_cpu(const Inputs& in, const std::optional<Tensor>& out, const std::optional<Tensor>& workspace) {
   DraftParams p = draft_params(in);
   if (out.has_value() && workspace.has_value()) set_outputs(p, in, *out, *workspace);
   const IndexParams index = index_params(p, in);
   for (int64_t b = 0; b < index.batch; ++b) report_fault(in.op, index, find_fault(index, b));
+}
+
+void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out, std::optional<Tensor> workspace) {
+  check_dense_cpu(DFLASH_DRAFT_INPUTS, out, workspace);
+}
+
+void draft_forward_fp8_check_cpu(DFLASH_FP8_PARAMETERS, std::optional<Tensor> out, std::optional<Tensor> workspace) {
+  check_dense_cpu(DFLASH_FP8_INPUTS, out, workspace);
 }
 
 #define DFLASH_PACKED_PARAMETERS                                                                          \
@@ -430,23 +505,19 @@ int64_t draft_exchange_words(int64_t world, int64_t hidden_size) {
 int64_t draft_forward_packed_workspace(int64_t batch, int64_t block_size, int64_t hidden_size,
                                        int64_t intermediate_size, int64_t num_q_heads, int64_t num_kv_heads,
                                        int64_t head_dim) {
-  constexpr const char* kOp = "draft_forward_packed_workspace";
-  const std::pair<const char*, int64_t> sizes[] = {
-      {"block_size", block_size},   {"hidden_size", hidden_size},   {"intermediate_size", intermediate_size},
-      {"num_q_heads", num_q_heads}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}};
-  DFLASH_CHECK(kOp, batch >= 0, "batch", "be at least 0", batch);
-  for (const auto& [name, size] : sizes) DFLASH_CHECK(kOp, size >= 1, name, "be at least 1", size);
-  DFLASH_CHECK(kOp, num_q_heads % num_kv_heads == 0, "num_q_heads",
-               "be a multiple of num_kv_heads (" + std::to_string(num_kv_heads) + ")", num_q_heads);
-  DraftSizes s;
-  s.batch = batch;
-  s.block_size = block_size;
-  s.hidden = hidden_size;
-  s.intermediate = intermediate_size;
-  s.q_heads = num_q_heads;
-  s.kv_heads = num_kv_heads;
-  s.head_dim = head_dim;
-  return plan_stream_workspace(s).bytes;
+  return plan_stream_workspace(workspace_sizes("draft_forward_packed_workspace", batch, block_size, hidden_size,
+                                               intermediate_size, num_q_heads, num_kv_heads, head_dim))
+      .bytes;
+}
+
+// Whether draft_forward_fp8 runs on this CUDA device.
+bool draft_forward_fp8_supported(int64_t device) {
+#if DFLASH_WITH_CUDA
+  return gemm::is_fp8_supported(static_cast<int>(device));
+#else
+  (void)device;
+  return false;
+#endif
 }
 
 #if DFLASH_WITH_CUDA
@@ -528,8 +599,12 @@ StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {
 
 void run_cuda(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor& workspace) {
   set_outputs(p, in, out, workspace);
+  const int device = in.block_ids.get_device_index();
+  DFLASH_CHECK(in.op, !p.sizes.fp8 || gemm::is_fp8_supported(device), "block_ids",
+               "be on a device of compute capability 9.0 or 10.x, whose tensor cores multiply fp8",
+               api::device_text(in.block_ids));
   if (p.sizes.batch == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(in.block_ids.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = api::current_stream(in.op, in.block_ids);
   if (api::debug_enabled() && !is_capturing(stream)) {
     const IndexParams index = index_params(p, in);
@@ -548,20 +623,30 @@ void run_cuda(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor&
   }
 }
 
-void draft_forward_out_cuda(DFLASH_DRAFT_PARAMETERS, Tensor out, Tensor workspace) {
-  const Inputs in = DFLASH_DRAFT_INPUTS;
+void dense_out_cuda(const Inputs& in, const Tensor& out, const Tensor& workspace) {
   DraftParams p = draft_params(in);
   run_cuda(p, in, out, workspace);
 }
 
-Tensor draft_forward_cuda(DFLASH_DRAFT_PARAMETERS) {
-  const Inputs in = DFLASH_DRAFT_INPUTS;
+Tensor dense_cuda(const Inputs& in) {
   DraftParams p = draft_params(in);
-  const Tensor out = api::new_empty(embed_weight, {p.sizes.tokens(), p.sizes.hidden}, embed_weight.scalar_type());
-  const Tensor workspace = api::new_empty(embed_weight, {plan_workspace(p.sizes).bytes}, ScalarType::Byte);
+  const Tensor out = api::new_empty(in.embed_weight, {p.sizes.tokens(), p.sizes.hidden}, in.embed_weight.scalar_type());
+  const Tensor workspace = api::new_empty(in.embed_weight, {plan_workspace(p.sizes).bytes}, ScalarType::Byte);
   run_cuda(p, in, out, workspace);
   return out;
 }
+
+void draft_forward_out_cuda(DFLASH_DRAFT_PARAMETERS, Tensor out, Tensor workspace) {
+  dense_out_cuda(DFLASH_DRAFT_INPUTS, out, workspace);
+}
+
+Tensor draft_forward_cuda(DFLASH_DRAFT_PARAMETERS) { return dense_cuda(DFLASH_DRAFT_INPUTS); }
+
+void draft_forward_fp8_out_cuda(DFLASH_FP8_PARAMETERS, Tensor out, Tensor workspace) {
+  dense_out_cuda(DFLASH_FP8_INPUTS, out, workspace);
+}
+
+Tensor draft_forward_fp8_cuda(DFLASH_FP8_PARAMETERS) { return dense_cuda(DFLASH_FP8_INPUTS); }
 
 void packed_out_cuda(const Inputs& in, const Tensor& out, const Tensor& workspace) {
   DraftParams p = draft_params(in);
@@ -595,6 +680,8 @@ Tensor draft_forward_sharded_cuda(DFLASH_PACKED_PARAMETERS, DFLASH_RANKS_PARAMET
 
 #undef DFLASH_DRAFT_PARAMETERS
 #undef DFLASH_DRAFT_INPUTS
+#undef DFLASH_FP8_PARAMETERS
+#undef DFLASH_FP8_INPUTS
 #undef DFLASH_PACKED_PARAMETERS
 #undef DFLASH_PACKED_INPUTS
 #undef DFLASH_RANKS_PARAMETERS
@@ -609,6 +696,14 @@ Tensor draft_forward_sharded_cuda(DFLASH_PACKED_PARAMETERS, DFLASH_RANKS_PARAMET
   "Tensor? qkv_bias, Tensor? q_norm, Tensor? k_norm, Tensor o_weight, Tensor? o_bias, Tensor post_norm, "       \
   "Tensor gate_up_weight, Tensor down_weight, Tensor final_norm, Tensor cos_sin, int[] windows, int[] causal, " \
   "float eps, float? softmax_scale=None"
+
+#define DFLASH_FP8_SCHEMA                                                                                  \
+  "Tensor block_ids, Tensor positions, Tensor prefix_lens, Tensor req_pool_indices, Tensor req_to_token, " \
+  "Tensor[] k_caches, Tensor[] v_caches, Tensor embed_weight, Tensor input_norm, Tensor qkv_weight, "      \
+  "Tensor qkv_scale, Tensor? qkv_bias, Tensor? q_norm, Tensor? k_norm, Tensor o_weight, Tensor o_scale, "  \
+  "Tensor? o_bias, Tensor post_norm, Tensor gate_up_weight, Tensor gate_up_scale, Tensor down_weight, "    \
+  "Tensor down_scale, Tensor final_norm, Tensor cos_sin, int[] windows, int[] causal, float eps, "         \
+  "float? softmax_scale=None"
 
 #define DFLASH_PACKED_SCHEMA                                                                               \
   "Tensor block_ids, Tensor positions, Tensor prefix_lens, Tensor req_pool_indices, Tensor req_to_token, " \
@@ -640,19 +735,30 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
   m.def(
       "draft_forward_workspace(int batch, int block_size, int hidden_size, int intermediate_size, int num_q_heads, "
       "int num_kv_heads, int head_dim) -> int");
+  m.def("draft_forward_fp8(" DFLASH_FP8_SCHEMA ") -> Tensor");
+  m.def("draft_forward_fp8.out(" DFLASH_FP8_SCHEMA ", *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+  m.def("_draft_forward_fp8_check(" DFLASH_FP8_SCHEMA ", *, Tensor? out=None, Tensor? workspace=None) -> ()");
+  m.def(
+      "draft_forward_fp8_workspace(int batch, int block_size, int hidden_size, int intermediate_size, "
+      "int num_q_heads, int num_kv_heads, int head_dim) -> int");
+  m.def("draft_forward_fp8_supported(int device) -> bool");
 }
 #undef DFLASH_DRAFT_SCHEMA
+#undef DFLASH_FP8_SCHEMA
 #undef DFLASH_PACKED_SCHEMA
 #undef DFLASH_RANKS_SCHEMA
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CompositeExplicitAutograd, m) {
   m.impl("draft_forward_workspace", TORCH_BOX(&dflash::draft::draft_forward_workspace));
+  m.impl("draft_forward_fp8_workspace", TORCH_BOX(&dflash::draft::draft_forward_fp8_workspace));
+  m.impl("draft_forward_fp8_supported", TORCH_BOX(&dflash::draft::draft_forward_fp8_supported));
   m.impl("draft_forward_packed_workspace", TORCH_BOX(&dflash::draft::draft_forward_packed_workspace));
   m.impl("draft_exchange_words", TORCH_BOX(&dflash::draft::draft_exchange_words));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
   m.impl("_draft_forward_check", TORCH_BOX(&dflash::draft::draft_forward_check_cpu));
+  m.impl("_draft_forward_fp8_check", TORCH_BOX(&dflash::draft::draft_forward_fp8_check_cpu));
   m.impl("_draft_forward_packed_check", TORCH_BOX(&dflash::draft::draft_forward_packed_check_cpu));
   m.impl("_draft_forward_sharded_check", TORCH_BOX(&dflash::draft::draft_forward_sharded_check_cpu));
 }
@@ -661,6 +767,8 @@ STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) {
   m.impl("draft_forward", TORCH_BOX(&dflash::draft::draft_forward_cuda));
   m.impl("draft_forward.out", TORCH_BOX(&dflash::draft::draft_forward_out_cuda));
+  m.impl("draft_forward_fp8", TORCH_BOX(&dflash::draft::draft_forward_fp8_cuda));
+  m.impl("draft_forward_fp8.out", TORCH_BOX(&dflash::draft::draft_forward_fp8_out_cuda));
   m.impl("draft_forward_packed", TORCH_BOX(&dflash::draft::draft_forward_packed_cuda));
   m.impl("draft_forward_packed.out", TORCH_BOX(&dflash::draft::draft_forward_packed_out_cuda));
   m.impl("draft_forward_sharded", TORCH_BOX(&dflash::draft::draft_forward_sharded_cuda));

@@ -10,11 +10,20 @@ import torch
 from torch import nn
 
 from dflash_kernels import ops, tuning
-from dflash_kernels.draft_stream import PackedDraft, default_blocks, pack_draft, streamed_tokens, why_not_packed
+from dflash_kernels.draft_stream import (
+    PackedDraft,
+    default_blocks,
+    has_fp8_chain,
+    pack_draft,
+    streamed_tokens,
+    why_not_packed,
+)
 from dflash_kernels.model.checkpoint import load_weights
 from dflash_kernels.model.config import DrafterConfig, load_config
 from dflash_kernels.model.weights import DrafterWeights
 from dflash_kernels.tiles import Weight
+
+MATRICES = ("qkv_weight", "o_weight", "gate_up_weight", "down_weight")
 
 
 class Drafter:
@@ -23,7 +32,9 @@ class Drafter:
     A drafter has no embedding and no LM head: :meth:`bind` takes the target's. The dtype is bf16 on CUDA and fp32 or
     bf16 on the CPU, never fp16, in which the target's outliers overflow in ``fc``. Of quantised weights CUDA's kernel
     for few rows reads the codes; more rows, injection and the CPU take them dequantised to that dtype, so the drafter
-    holds both. Where that kernel is not made for the drafter's sizes, all take them so, with a warning.
+    holds both. Of fp8 weights more rows multiply the codes, too, where the GPU can (`draft_forward_fp8`): with
+    activations that are rounded to fp8, so a draft may differ from that of few rows. Where the kernel for few rows is
+    not made for the drafter's sizes, all take the weights dequantised, with a warning.
 
     Args:
         config: sizes of the drafter, or of this rank's shard of it.
@@ -49,6 +60,7 @@ class Drafter:
             (0, config.hidden_size), dtype=weights.dtype, device=weights.device
         )
         self._windows, self._causal = list(config.windows), [int(c) for c in config.causal]
+        self._fp8_chain = has_fp8_chain(self._matrices())
         self._draft_buffers = _Buckets(self._new_draft_buffers)
         self._packed_buffers = _Buckets(self._new_packed_buffers)
         self._inject_buffers = _Buckets(self._new_inject_buffers)
@@ -83,6 +95,7 @@ class Drafter:
         self.cos_sin = self.cos_sin.to(device)
         self.embed_weight = self.embed_weight.to(device, dtype)
         self.lm_head_weight = self.lm_head_weight.to(device, dtype)
+        self._fp8_chain = has_fp8_chain(self._matrices())
         if before != (self.device, self.dtype):
             self._draft_buffers = _Buckets(self._new_draft_buffers)
             self._inject_buffers = _Buckets(self._new_inject_buffers)
@@ -127,7 +140,7 @@ class Drafter:
         """Allocate what steps of up to ``batch`` blocks and injections of up to ``tokens`` rows need, once."""
         self._draft_buffers.reserve(batch)
         if self._pack_layers() is not None:
-            rows = streamed_tokens(self.weights.weight_format)
+            rows = streamed_tokens(self.weights.weight_format, self._fp8_chain)
             self._packed_buffers.reserve(min(batch, max(1, rows // self.block_size)))
         self._inject_buffers.reserve(tokens)
         self._plan_injection()
@@ -188,6 +201,40 @@ class Drafter:
                 workspace=workspace,
             )
         buffer, workspace = self._draft_buffers.at_least(block_ids.shape[0])
+        if self._fp8_chain:
+            assert w.quantized is not None
+            qkv, o, gate_up, down = (w.quantized[name] for name in MATRICES)
+            return ops.draft_forward_fp8(
+                block_ids,
+                positions,
+                prefix_lens,
+                req_pool_indices,
+                req_to_token,
+                k_caches,
+                v_caches,
+                self.embed_weight,
+                w.input_norm,
+                qkv.codes,
+                qkv.scale,
+                w.qkv_bias,
+                w.q_norm,
+                w.k_norm,
+                o.codes,
+                o.scale,
+                w.o_bias,
+                w.post_norm,
+                gate_up.codes,
+                gate_up.scale,
+                down.codes,
+                down.scale,
+                w.final_norm,
+                self.cos_sin,
+                self._windows,
+                self._causal,
+                self.config.rms_norm_eps,
+                out=buffer[:rows],
+                workspace=workspace,
+            )
         return ops.draft_forward(
             block_ids,
             positions,
@@ -269,6 +316,7 @@ class Drafter:
             head_dim=config.head_dim,
             dtype=self.weights.dtype,
             weight_format=self.weights.weight_format,
+            fp8_chain=self._fp8_chain,
         )
 
     def _pack_layers(self) -> PackedDraft | None:
@@ -290,13 +338,9 @@ class Drafter:
 
     def _matrices(self) -> tuple[Weight, Weight, Weight, Weight]:
         """Of all layers: codes where the drafter is quantised."""
-        w, codes = self.weights, self.weights.quantized or {}
-        return (
-            codes.get("qkv_weight", w.qkv_weight),
-            codes.get("o_weight", w.o_weight),
-            codes.get("gate_up_weight", w.gate_up_weight),
-            codes.get("down_weight", w.down_weight),
-        )
+        codes = self.weights.quantized or {}
+        qkv, o, gate_up, down = (codes.get(name, getattr(self.weights, name)) for name in MATRICES)
+        return qkv, o, gate_up, down
 
     def _blocks(self) -> int:
         """Of the one kernel; 0: it is not to be taken."""
@@ -319,9 +363,8 @@ class Drafter:
     def _new_draft_buffers(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         c, rows = self.config, batch * self.config.block_size
         out = torch.empty((rows, c.hidden_size), dtype=self.dtype, device=self.device)
-        size = ops.draft_forward_workspace(
-            batch, c.block_size, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
-        )
+        needed = ops.draft_forward_fp8_workspace if self._fp8_chain else ops.draft_forward_workspace
+        size = needed(batch, c.block_size, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
         return out, torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _plan_injection(self) -> ops.InjectPlan | None:

@@ -8,7 +8,13 @@ from dflash_kernels.ops.alloc import (
     reserve_kv_slots,
 )
 from dflash_kernels.ops.dflash2 import grouped_conv, select_path
-from dflash_kernels.ops.draft import draft_forward, draft_forward_workspace
+from dflash_kernels.ops.draft import (
+    draft_forward,
+    draft_forward_fp8,
+    draft_forward_fp8_supported,
+    draft_forward_fp8_workspace,
+    draft_forward_workspace,
+)
 from dflash_kernels.ops.draft_layer import draft_attention, draft_mlp
 from dflash_kernels.ops.draft_packed import (
     draft_exchange_words,
@@ -35,6 +41,7 @@ from dflash_kernels.ops.inject import (
     inject_kv_sharded,
     inject_kv_workspace,
 )
+from dflash_kernels.ops.quantize import quantize_rows, rmsnorm_quantize_rows
 from dflash_kernels.ops.verify import (
     Verified,
     argmax_logits,
@@ -51,6 +58,9 @@ __all__ = [
     "draft_attention",
     "draft_exchange_words",
     "draft_forward",
+    "draft_forward_fp8",
+    "draft_forward_fp8_supported",
+    "draft_forward_fp8_workspace",
     "draft_forward_packed",
     "draft_forward_packed_workspace",
     "draft_forward_sharded",
@@ -77,9 +87,11 @@ __all__ = [
     "merge_vocab_ranks",
     "merge_vocab_shards",
     "prepare_block",
+    "quantize_rows",
     "release_kv_slots",
     "reserve_and_prepare_block",
     "reserve_kv_slots",
+    "rmsnorm_quantize_rows",
     "select_path",
     "Verified",
     "verify_block",

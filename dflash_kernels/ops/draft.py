@@ -7,9 +7,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.ops._errors import dflash_errors
 
-__all__ = ["draft_forward", "draft_forward_workspace"]
+__all__ = [
+    "draft_forward",
+    "draft_forward_fp8",
+    "draft_forward_fp8_supported",
+    "draft_forward_fp8_workspace",
+    "draft_forward_workspace",
+]
 
 
 @dflash_errors
@@ -145,7 +152,137 @@ def draft_forward(
     return out
 
 
+def draft_forward_fp8_supported(device: torch.device | str) -> bool:
+    """Whether :func:`draft_forward_fp8` runs on `device`: the CPU, and CUDA devices whose tensor cores multiply fp8 by
+    this library's kernels (compute capability 9.0 and 10.x)."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return device.type == "cpu"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.ops.dflash.draft_forward_fp8_supported(index)
+
+
+@dflash_errors
+def draft_forward_fp8_workspace(
+    batch: int,
+    block_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> int:
+    """Bytes of workspace that :func:`draft_forward_fp8` needs; never less than :func:`draft_forward_workspace`, and
+    otherwise as that.
+
+    Raises:
+        ValueError: a size below 1, ``batch`` below 0, or query heads that the KV heads do not divide.
+    """
+    return torch.ops.dflash.draft_forward_fp8_workspace(
+        batch, block_size, hidden_size, intermediate_size, num_q_heads, num_kv_heads, head_dim
+    )
+
+
+@dflash_errors
+def draft_forward_fp8(
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    embed_weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_scale: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    o_weight: torch.Tensor,
+    o_scale: torch.Tensor,
+    o_bias: torch.Tensor | None,
+    post_norm: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_scale: torch.Tensor,
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    windows: Sequence[int],
+    causal: Sequence[int],
+    eps: float,
+    softmax_scale: float | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`draft_forward` with fp8 weights and, in the four products of a layer, fp8 activations.
+
+    Each product ``x @ weight.T`` is, with ``codes, scale =`` :func:`quantize_rows` ``(x)``::
+
+        scale[m] * weight_scale[n] * sum_k codes[m, k] * weight[n, k]          sums in float32, then rounded as there
+
+    On CUDA the sums are those of :func:`gemm_fp8`, whose precision on Hopper it tells. Attention, norms, residual and
+    caches are those of :func:`draft_forward`. The input of a product loses more than by rounding to bf16, so drafted
+    tokens may differ from those of the kernel that streams the same weights.
+
+    Args:
+        qkv_weight, o_weight, gate_up_weight, down_weight: uint8 codes of float8_e4m3fn in the shapes of
+            :func:`draft_forward`; H and I are multiples of 16, H, I and Hq D at most 32768.
+        qkv_scale, o_scale, gate_up_scale, down_scale: float32 ``[L, N, 1]`` for a weight ``[L, N, K]``.
+        workspace: uint8, at least :func:`draft_forward_fp8_workspace` bytes; needed with ``out``. Overwritten.
+
+        All others: as :func:`draft_forward`, where "the dtype of the weights" is that of ``embed_weight``.
+
+    Returns:
+        ``[B * T, H]``, row ``b * T + t``, in the dtype of ``embed_weight``.
+
+    Raises:
+        ValueError: as :func:`draft_forward`, and on a device that :func:`draft_forward_fp8_supported` says no to.
+    """
+    ops = torch.ops.dflash.draft_forward_fp8
+    inputs = (
+        block_ids,
+        positions,
+        prefix_lens,
+        req_pool_indices,
+        req_to_token,
+        list(k_caches),
+        list(v_caches),
+        embed_weight,
+        input_norm,
+        qkv_weight,
+        qkv_scale,
+        qkv_bias,
+        q_norm,
+        k_norm,
+        o_weight,
+        o_scale,
+        o_bias,
+        post_norm,
+        gate_up_weight,
+        gate_up_scale,
+        down_weight,
+        down_scale,
+        final_norm,
+        cos_sin,
+        list(windows),
+        list(causal),
+        eps,
+        softmax_scale,
+    )
+    if (out is None) != (workspace is None):
+        given, missing = ("out", "workspace") if workspace is None else ("workspace", "out")
+        raise ValueError(f"dflash::draft_forward_fp8: {missing} must be given together with {given}, got None")
+    if out is None:
+        return ops.default(*inputs)
+    ops.out(*inputs, out=out, workspace=workspace)
+    return out
+
+
 @torch.library.register_fake("dflash::draft_forward")
+@torch.library.register_fake("dflash::draft_forward_fp8")
 def _draft_forward_fake(block_ids: torch.Tensor, *args: object) -> torch.Tensor:
     embed_weight = args[6]
     assert isinstance(embed_weight, torch.Tensor)
@@ -153,12 +290,22 @@ def _draft_forward_fake(block_ids: torch.Tensor, *args: object) -> torch.Tensor:
 
 
 @torch.library.register_fake("dflash::draft_forward.out")
+@torch.library.register_fake("dflash::draft_forward_fp8.out")
 def _draft_forward_out_fake(*args: object, out: torch.Tensor, workspace: torch.Tensor) -> None:
     return None
 
 
 def _rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias``, with fp8 codes on both sides where the weight is quantised."""
+    if isinstance(weight, torch.Tensor):
+        return F.linear(x, weight, bias)
+    codes, scale = torch.ops.dflash.quantize_rows(x)
+    out = codes.view(torch.float8_e4m3fn).float() @ weight.values().T * (scale * weight.scale.T)
+    return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -191,11 +338,11 @@ def _attention_cpu(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     input_norm: torch.Tensor,
-    qkv_weight: torch.Tensor,
+    qkv_weight: torch.Tensor | QuantizedWeight,
     qkv_bias: torch.Tensor | None,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
-    o_weight: torch.Tensor,
+    o_weight: torch.Tensor | QuantizedWeight,
     o_bias: torch.Tensor | None,
     cos_sin: torch.Tensor,
     window: int,
@@ -213,7 +360,7 @@ def _attention_cpu(
     cos, sin = table[..., :half], table[..., half:]
     prefixes, rows = prefix_lens.tolist(), req_pool_indices.tolist()
     starts = positions.amin(1).tolist() if batch else []
-    qkv = F.linear(_rmsnorm(x, input_norm, eps), qkv_weight, qkv_bias)
+    qkv = _linear(_rmsnorm(x, input_norm, eps), qkv_weight, qkv_bias)
     q, k, v = qkv.view(batch, block, q_heads + 2 * kv_heads, head_dim).split((q_heads, kv_heads, kv_heads), dim=2)
     q = _rotate(q if q_norm is None else _rmsnorm(q, q_norm, eps), cos, sin)
     k = _rotate(k if k_norm is None else _rmsnorm(k, k_norm, eps), cos, sin)
@@ -231,21 +378,21 @@ def _attention_cpu(
             scale=softmax_scale,
             enable_gqa=True,
         )[0].transpose(0, 1)
-    part = F.linear(attended.view(batch * block, q_heads * head_dim), o_weight, o_bias)
+    part = _linear(attended.view(batch * block, q_heads * head_dim), o_weight, o_bias)
     return x + part if add_x else part
 
 
 def _mlp_cpu(
     x: torch.Tensor,
     post_norm: torch.Tensor,
-    gate_up_weight: torch.Tensor,
-    down_weight: torch.Tensor,
+    gate_up_weight: torch.Tensor | QuantizedWeight,
+    down_weight: torch.Tensor | QuantizedWeight,
     eps: float,
     add_x: bool,
 ) -> torch.Tensor:
     """The MLP half of a layer, added to ``x`` [N, H] or by itself."""
-    gate, up = F.linear(_rmsnorm(x, post_norm, eps), gate_up_weight).float().chunk(2, dim=-1)
-    part = F.linear((F.silu(gate) * up).to(x.dtype), down_weight)
+    gate, up = _linear(_rmsnorm(x, post_norm, eps), gate_up_weight).float().chunk(2, dim=-1)
+    part = _linear((F.silu(gate) * up).to(x.dtype), down_weight)
     return x + part if add_x else part
 
 
@@ -259,15 +406,15 @@ def _forward_cpu(
     v_caches: list[torch.Tensor],
     embed_weight: torch.Tensor,
     input_norm: torch.Tensor,
-    qkv_weight: torch.Tensor,
+    qkv_weight: torch.Tensor | QuantizedWeight,
     qkv_bias: torch.Tensor | None,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
-    o_weight: torch.Tensor,
+    o_weight: torch.Tensor | QuantizedWeight,
     o_bias: torch.Tensor | None,
     post_norm: torch.Tensor,
-    gate_up_weight: torch.Tensor,
-    down_weight: torch.Tensor,
+    gate_up_weight: torch.Tensor | QuantizedWeight,
+    down_weight: torch.Tensor | QuantizedWeight,
     final_norm: torch.Tensor,
     cos_sin: torch.Tensor,
     windows: list[int],
@@ -318,3 +465,27 @@ def _draft_forward_out_cpu(*inputs: object, out: torch.Tensor, workspace: torch.
     arguments = (*inputs, None) if len(inputs) == 23 else inputs
     torch.ops.dflash._draft_forward_check(*arguments, out=out, workspace=workspace)
     out.copy_(_forward_cpu(*arguments))  # type: ignore[arg-type]
+
+
+def _from_codes(inputs: Sequence[object]) -> list[object]:
+    """Arguments of :func:`_forward_cpu` from those of ``draft_forward_fp8``: each scale with its codes."""
+    arguments = list(inputs)
+    for at in (20, 18, 14, 9):
+        codes, scale = arguments[at : at + 2]
+        assert isinstance(codes, torch.Tensor) and isinstance(scale, torch.Tensor)
+        arguments[at : at + 2] = [QuantizedWeight(WeightFormat("fp8"), codes, scale)]
+    return arguments
+
+
+@torch.library.impl("dflash::draft_forward_fp8", "CPU")
+def _draft_forward_fp8_cpu(*inputs: object) -> torch.Tensor:
+    arguments = (*inputs, None) if len(inputs) == 27 else inputs
+    torch.ops.dflash._draft_forward_fp8_check(*arguments)
+    return _forward_cpu(*_from_codes(arguments))  # type: ignore[arg-type]
+
+
+@torch.library.impl("dflash::draft_forward_fp8.out", "CPU")
+def _draft_forward_fp8_out_cpu(*inputs: object, out: torch.Tensor, workspace: torch.Tensor) -> None:
+    arguments = (*inputs, None) if len(inputs) == 27 else inputs
+    torch.ops.dflash._draft_forward_fp8_check(*arguments, out=out, workspace=workspace)
+    out.copy_(_forward_cpu(*_from_codes(arguments)))  # type: ignore[arg-type]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["draft_forward", "visible_keys"]
+from dflash_kernels.reference.formats import decode_e4m3
+from dflash_kernels.reference.quantize import quantize_rows
+
+__all__ = ["draft_forward", "draft_forward_fp8", "visible_keys"]
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -67,9 +70,142 @@ def draft_forward(
 
     With bfloat16 every intermediate is rounded, which shows how far rounding alone may lead away from float32.
     """
+    weights = {"qkv": qkv_weight, "o": o_weight, "gate_up": gate_up_weight, "down": down_weight}
+
+    def product(x: torch.Tensor, name: str, layer: int) -> torch.Tensor:
+        return x @ weights[name][layer].to(dtype).T
+
+    return _forward(
+        block_ids,
+        positions,
+        prefix_lens,
+        req_pool_indices,
+        req_to_token,
+        k_caches,
+        v_caches,
+        embed_weight,
+        input_norm,
+        qkv_bias,
+        q_norm,
+        k_norm,
+        o_bias,
+        post_norm,
+        final_norm,
+        cos_sin,
+        windows,
+        causal,
+        eps,
+        softmax_scale,
+        dtype,
+        qkv_weight.shape[1],
+        product,
+    )
+
+
+def draft_forward_fp8(
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    embed_weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_scale: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    o_weight: torch.Tensor,
+    o_scale: torch.Tensor,
+    o_bias: torch.Tensor | None,
+    post_norm: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_scale: torch.Tensor,
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    windows: Sequence[int],
+    causal: Sequence[int],
+    eps: float,
+    softmax_scale: float | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The same with e4m3 on both sides of the four products; arguments as
+    :func:`dflash_kernels.ops.draft_forward_fp8`."""
+    table = torch.tensor([decode_e4m3(code) for code in range(256)], device=embed_weight.device)
+    weights = {
+        "qkv": (qkv_weight, qkv_scale),
+        "o": (o_weight, o_scale),
+        "gate_up": (gate_up_weight, gate_up_scale),
+        "down": (down_weight, down_scale),
+    }
+
+    def product(x: torch.Tensor, name: str, layer: int) -> torch.Tensor:
+        codes, scale = quantize_rows(x)
+        weight, weight_scale = weights[name][0][layer], weights[name][1][layer]
+        sums = table[codes.long()] @ table[weight.long()].T
+        return (sums * scale * weight_scale.squeeze(-1)).to(dtype)
+
+    return _forward(
+        block_ids,
+        positions,
+        prefix_lens,
+        req_pool_indices,
+        req_to_token,
+        k_caches,
+        v_caches,
+        embed_weight,
+        input_norm,
+        qkv_bias,
+        q_norm,
+        k_norm,
+        o_bias,
+        post_norm,
+        final_norm,
+        cos_sin,
+        windows,
+        causal,
+        eps,
+        softmax_scale,
+        dtype,
+        qkv_weight.shape[1],
+        product,
+    )
+
+
+def _forward(
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    embed_weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    o_bias: torch.Tensor | None,
+    post_norm: torch.Tensor,
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    windows: Sequence[int],
+    causal: Sequence[int],
+    eps: float,
+    softmax_scale: float | None,
+    dtype: torch.dtype,
+    qkv_width: int,
+    product: Callable[[torch.Tensor, str, int], torch.Tensor],
+) -> torch.Tensor:
+    """The pass with ``product(x, name, layer)`` for x times the layer's weight "qkv", "o", "gate_up" or "down"."""
     batch, block = block_ids.shape
     _, kv_heads, head_dim = k_caches[0].shape
-    group = (qkv_weight.shape[1] // head_dim - 2 * kv_heads) // kv_heads
+    group = (qkv_width // head_dim - 2 * kv_heads) // kv_heads
     q_heads = group * kv_heads
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
 
@@ -81,7 +217,7 @@ def draft_forward(
         slots = req_to_token[int(req_pool_indices[b])][:prefix].long()
         for layer in range(len(windows)):
             h = _norm(x, input_norm[layer], eps)
-            qkv = h @ qkv_weight[layer].to(dtype).T
+            qkv = product(h, "qkv", layer)
             if qkv_bias is not None:
                 qkv = qkv + qkv_bias[layer].to(dtype)
             heads = qkv.reshape(block, q_heads + 2 * kv_heads, head_dim)
@@ -103,12 +239,12 @@ def draft_forward(
                 scores = (q[:, head] @ keys[:, head // group].T).to(torch.promote_types(dtype, torch.float32)) * scale
                 weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1).to(dtype)
                 merged.append(weights @ values[:, head // group])
-            attended = torch.cat(merged, dim=-1) @ o_weight[layer].to(dtype).T
+            attended = product(torch.cat(merged, dim=-1), "o", layer)
             if o_bias is not None:
                 attended = attended + o_bias[layer].to(dtype)
             x = x + attended
             h = _norm(x, post_norm[layer], eps)
-            gate, up = (h @ gate_up_weight[layer].to(dtype).T).chunk(2, dim=-1)
-            x = x + (gate * torch.sigmoid(gate) * up) @ down_weight[layer].to(dtype).T
+            gate, up = product(h, "gate_up", layer).chunk(2, dim=-1)
+            x = x + product(gate * torch.sigmoid(gate) * up, "down", layer)
         rows.append(_norm(x, final_norm, eps))
     return torch.cat(rows) if rows else embed_weight.new_empty((0, embed_weight.shape[1])).to(dtype)

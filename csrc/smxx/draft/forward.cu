@@ -3,28 +3,42 @@
 // A layer is nine kernels: norm, qkv, rotate, attention (two with splits), o + residual, norm, gate_up with gating,
 // down + residual. All but the first start early (common/dependent_launch.cuh): the GEMMs fetch weights and the
 // attention fetches its first context keys while the preceding kernel drains.
+//
+// In fp8 the four products multiply e4m3 with e4m3. The norms write codes in place of bf16; what the attention and the
+// gated product write goes through a kernel that quantises it, because a row's scale is known only when all of the row
+// is. One buffer of codes serves all four: a kernel that fills it starts when the product that read it has completed.
 #include <climits>
 
 #include "smxx/attention/launch.h"
 #include "smxx/draft/launch.h"
 #include "smxx/gemm/launch.h"
 #include "smxx/norm/launch.h"
+#include "smxx/quantize/launch.h"
 
 namespace dflash::draft {
 namespace {
 
 struct Linear {
   const uint16_t* weight;
+  const float* scale;  // nullptr: bf16
   const uint16_t* bias;
   int64_t n, k;
 };
 
-void launch_linear(const Linear& linear, const uint16_t* a, int64_t rows, uint16_t* c, const uint16_t* residual,
-                   bool gated, cudaStream_t stream) {
+// Rows that a product multiplies: bf16, or e4m3 with a scale a row.
+struct Rows {
+  const uint16_t* data;
+  const float* scale;  // nullptr: bf16
+};
+
+void launch_linear(const Linear& linear, const Rows& a, int64_t rows, uint16_t* c, const uint16_t* residual, bool gated,
+                   cudaStream_t stream) {
   gemm::GemmParams p;
-  p.a[0] = a;
+  p.a[0] = a.data;
+  p.a_scale = a.scale;
   p.a_stride[0] = linear.k;
   p.w = linear.weight;
+  p.w_scale = linear.scale;
   p.bias = linear.bias;
   p.residual = residual;
   p.residual_stride = linear.n;
@@ -35,11 +49,10 @@ void launch_linear(const Linear& linear, const uint16_t* a, int64_t rows, uint16
   p.k = linear.k;
   p.gated = gated;
   p.early_start = true;
-  gemm::launch_gemm_bf16(p, stream);
+  linear.scale == nullptr ? gemm::launch_gemm_bf16(p, stream) : gemm::launch_gemm_fp8(p, stream);
 }
 
-void launch_norm(const uint16_t* x, const uint16_t* weight, uint16_t* out, const DraftParams& params,
-                 cudaStream_t stream) {
+norm::RmsNormParams norm_params(const uint16_t* x, const uint16_t* weight, uint16_t* out, const DraftParams& params) {
   norm::RmsNormParams p;
   p.x = x;
   p.weight = weight;
@@ -48,12 +61,62 @@ void launch_norm(const uint16_t* x, const uint16_t* weight, uint16_t* out, const
   p.n = p.x_stride = p.out_stride = params.sizes.hidden;
   p.eps = params.eps;
   p.early_start = true;
+  return p;
+}
+
+// Where the codes of a product's input and their scales go.
+struct CodeBuffer {
+  uint8_t* codes;
+  float* scale;
+
+  explicit CodeBuffer(const DraftParams& p) {
+    const WorkspacePlan plan = plan_workspace(p.sizes);
+    codes = p.workspace + plan.codes;
+    scale = reinterpret_cast<float*>(p.workspace + plan.row_scales);
+  }
+  Rows rows() const { return {reinterpret_cast<const uint16_t*>(codes), scale}; }
+};
+
+// x [B * T, columns] as the product's input: quantised for fp8, else x itself.
+Rows input_rows(const uint16_t* x, int64_t columns, const DraftParams& params, cudaStream_t stream) {
+  if (!params.sizes.fp8) return {x, nullptr};
+  const CodeBuffer to(params);
+  quantize::QuantizeParams p;
+  p.x = x;
+  p.codes = to.codes;
+  p.scale = to.scale;
+  p.m = params.sizes.tokens();
+  p.n = columns;
+  p.early_start = true;
+  quantize::launch_quantize_rows(p, stream);
+  return to.rows();
+}
+
+// The same of the normed x, which goes to `normed` only where the norm does not quantise it itself.
+Rows normed_rows(const uint16_t* x, const uint16_t* weight, uint16_t* normed, const DraftParams& params,
+                 cudaStream_t stream) {
+  norm::RmsNormParams p = norm_params(x, weight, normed, params);
+  if (!params.sizes.fp8 || p.n > norm::kMaxHeldColumns) {
+    norm::launch_rmsnorm(p, stream);
+    return input_rows(normed, p.n, params, stream);
+  }
+  const CodeBuffer to(params);
+  p.codes = to.codes;
+  p.row_scales = to.scale;
   norm::launch_rmsnorm(p, stream);
+  return to.rows();
 }
 
 // Element `layer` of a stack of weights; nullptr stays nullptr.
-const uint16_t* at_layer(const uint16_t* stack, int64_t layer, int64_t elements) {
+template <typename T>
+const T* at_layer(const T* stack, int64_t layer, int64_t elements) {
   return stack == nullptr ? nullptr : stack + layer * elements;
+}
+
+Linear linear_at(int64_t layer, const uint16_t* weights, const float* scales, const uint16_t* biases, int64_t n,
+                 int64_t k) {
+  const int64_t elements = scales == nullptr ? n * k : n * k / 2;  // two codes lie in one
+  return {at_layer(weights, layer, elements), at_layer(scales, layer, n), at_layer(biases, layer, n), n, k};
 }
 
 }  // namespace
@@ -70,10 +133,9 @@ void launch_draft_attention(const DraftParams& p, int64_t l, const uint16_t* x, 
   auto* attended = reinterpret_cast<uint16_t*>(p.workspace + plan.attended);
   const int64_t q_width = s.q_heads * s.head_dim, qkv_width = s.qkv_width();
 
-  launch_norm(x, at_layer(p.input_norm, l, s.hidden), normed, p, stream);
-  const Linear qkv_linear{at_layer(p.qkv_weight, l, qkv_width * s.hidden), at_layer(p.qkv_bias, l, qkv_width),
-                          qkv_width, s.hidden};
-  launch_linear(qkv_linear, normed, tokens, qkv, nullptr, false, stream);
+  const Rows h = normed_rows(x, at_layer(p.input_norm, l, s.hidden), normed, p, stream);
+  launch_linear(linear_at(l, p.qkv_weight, p.qkv_scale, p.qkv_bias, qkv_width, s.hidden), h, tokens, qkv, nullptr,
+                false, stream);
 
   RotateParams rotate;
   rotate.qkv = qkv;
@@ -118,9 +180,8 @@ void launch_draft_attention(const DraftParams& p, int64_t l, const uint16_t* x, 
   attend.out = attended;
   attention::launch_block_attention(attend, stream);
 
-  const Linear o_linear{at_layer(p.o_weight, l, s.hidden * q_width), at_layer(p.o_bias, l, s.hidden), s.hidden,
-                        q_width};
-  launch_linear(o_linear, attended, tokens, out, add_x ? x : nullptr, false, stream);
+  launch_linear(linear_at(l, p.o_weight, p.o_scale, p.o_bias, s.hidden, q_width),
+                input_rows(attended, q_width, p, stream), tokens, out, add_x ? x : nullptr, false, stream);
 }
 
 void launch_draft_mlp(const DraftParams& p, int64_t l, const uint16_t* x, uint16_t* out, bool add_x, uint16_t* normed,
@@ -128,12 +189,11 @@ void launch_draft_mlp(const DraftParams& p, int64_t l, const uint16_t* x, uint16
   const DraftSizes& s = p.sizes;
   const int64_t tokens = s.tokens();
   if (tokens == 0) return;
-  launch_norm(x, at_layer(p.post_norm, l, s.hidden), normed, p, stream);
-  const Linear gate_up_linear{at_layer(p.gate_up_weight, l, 2 * s.intermediate * s.hidden), nullptr, 2 * s.intermediate,
-                              s.hidden};
-  launch_linear(gate_up_linear, normed, tokens, activated, nullptr, true, stream);
-  const Linear down_linear{at_layer(p.down_weight, l, s.hidden * s.intermediate), nullptr, s.hidden, s.intermediate};
-  launch_linear(down_linear, activated, tokens, out, add_x ? x : nullptr, false, stream);
+  const Rows h = normed_rows(x, at_layer(p.post_norm, l, s.hidden), normed, p, stream);
+  launch_linear(linear_at(l, p.gate_up_weight, p.gate_up_scale, nullptr, 2 * s.intermediate, s.hidden), h, tokens,
+                activated, nullptr, true, stream);
+  launch_linear(linear_at(l, p.down_weight, p.down_scale, nullptr, s.hidden, s.intermediate),
+                input_rows(activated, s.intermediate, p, stream), tokens, out, add_x ? x : nullptr, false, stream);
 }
 
 void launch_draft_forward(const DraftParams& p, cudaStream_t stream) {
@@ -159,7 +219,7 @@ void launch_draft_forward(const DraftParams& p, cudaStream_t stream) {
     launch_draft_attention(p, l, x, x, true, stream);
     launch_draft_mlp(p, l, x, x, true, normed, activated, stream);
   }
-  launch_norm(x, p.final_norm, p.out, p, stream);
+  norm::launch_rmsnorm(norm_params(x, p.final_norm, p.out, p), stream);
 }
 
 }  // namespace dflash::draft

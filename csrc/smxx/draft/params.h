@@ -47,7 +47,12 @@ struct DraftParams {
   const uint16_t* gate_up_weight = nullptr;  // [L, 2 * I, H]
   const uint16_t* down_weight = nullptr;     // [L, H, I]
   const uint16_t* final_norm = nullptr;      // [H]
-  const float* cos_sin = nullptr;            // [max_positions, rotary_dim]: cosines, then sines
+  // With sizes.fp8 the four weights are e4m3, a byte each, and have a scale for each of their rows.
+  const float* qkv_scale = nullptr;      // [L, (Hq + 2 * Hkv) * D]
+  const float* o_scale = nullptr;        // [L, H]
+  const float* gate_up_scale = nullptr;  // [L, 2 * I]
+  const float* down_scale = nullptr;     // [L, H]
+  const float* cos_sin = nullptr;        // [max_positions, rotary_dim]: cosines, then sines
   float eps = 1e-6f;
   float softmax_scale = 1.0f;
 

@@ -16,6 +16,7 @@ struct DraftSizes {
   int64_t q_heads = 0;       // Hq
   int64_t kv_heads = 0;      // Hkv
   int64_t head_dim = 0;      // D
+  bool fp8 = false;          // the four products of a layer multiply e4m3 with e4m3
 
   int64_t tokens() const { return batch * block_size; }
   int64_t qkv_width() const { return (q_heads + 2 * kv_heads) * head_dim; }
@@ -51,6 +52,8 @@ struct WorkspacePlan {
   int64_t activated = 0;      // [B * T, I] bf16
   int64_t partial_out = 0;    // [B, Hkv, splits, T * G, D] fp32
   int64_t partial_stats = 0;  // [B, Hkv, splits, T * G, 2] fp32
+  int64_t codes = 0;          // fp8: [B * T, K of the widest product] e4m3, the input of the product under way
+  int64_t row_scales = 0;     // fp8: [B * T] fp32
   int64_t bytes = 0;
   int64_t splits = 1;
 };
@@ -72,6 +75,10 @@ inline WorkspacePlan plan_workspace(const DraftSizes& s) {
   plan.activated = take(tokens * s.intermediate * 2);
   plan.partial_out = take(partial_rows * s.head_dim * 4);
   plan.partial_stats = take(partial_rows * 2 * 4);
+  if (s.fp8) {
+    plan.codes = take(tokens * std::max({s.hidden, s.q_heads * s.head_dim, s.intermediate}));
+    plan.row_scales = take(tokens * 4);
+  }
   plan.bytes = std::max<int64_t>(plan.bytes, 256);
   return plan;
 }

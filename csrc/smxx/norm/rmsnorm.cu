@@ -2,19 +2,23 @@
 //
 // Up to 8192 columns, 16 bytes at a time where addresses allow it: a thread holds its weights before it waits for the
 // preceding kernel, then its part of the row, all of it under way at once: one trip to memory, one barrier. Other rows
-// are read twice, two elements a thread and pass.
+// are read twice, two elements a thread and pass. Held rows may go to e4m3: a second barrier gives their largest
+// magnitude, and a third of the stores and of the next kernel's loads is saved, with the launch of a kernel that
+// quantises (csrc/smxx/quantize). Floor: 3 M N bytes at the rate of L2, as there.
 #include <cuda_bf16.h>
 
 #include <initializer_list>
 
 #include "common/dependent_launch.cuh"
 #include "smxx/norm/launch.h"
+#include "smxx/quantize/rows.cuh"
 
 namespace dflash::norm {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMostVectors = 4;  // 16-byte parts of a row that a thread holds
+static_assert(kMaxHeldColumns == 8 * kThreads * kMostVectors);
 
 // Elements from the start of a row.
 __device__ __forceinline__ int64_t place(const RmsNormParams& p, int column, int part_columns) {
@@ -64,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) rmsnorm_kernel(const __grid_constant
   for (int i = threadIdx.x; i < pairs; i += kThreads) out[i] = normed(p, load(i), scale, weight[i]);
 }
 
-template <int kVectors>
+template <int kVectors, bool kQuantize>
 __global__ void __launch_bounds__(kThreads) held_rmsnorm_kernel(const __grid_constant__ RmsNormParams p) {
   const int64_t row = blockIdx.x;
   grid_dependency_launch();
@@ -96,17 +100,30 @@ __global__ void __launch_bounds__(kThreads) held_rmsnorm_kernel(const __grid_con
     }
   }
   const float scale = scale_of_row(p, sum);
+  __nv_bfloat162 largest = __float2bfloat162_rn(0.0f);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int column = 8 * (i * kThreads + static_cast<int>(threadIdx.x));
     if (column >= columns) continue;
-    const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&x[i]);
+    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&x[i]);
     const auto* weights = reinterpret_cast<const __nv_bfloat162*>(&weight[i]);
-    uint4 packed;
-    auto* to = reinterpret_cast<__nv_bfloat162*>(&packed);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) to[e] = normed(p, pairs[e], scale, weights[e]);
-    *reinterpret_cast<uint4*>(p.out + row * p.out_stride + column) = packed;
+    for (int e = 0; e < 4; ++e) pairs[e] = normed(p, pairs[e], scale, weights[e]);
+    if (kQuantize) {
+      largest = quantize::largest_of(x[i], largest);
+    } else {
+      *reinterpret_cast<uint4*>(p.out + row * p.out_stride + column) = x[i];
+    }
+  }
+  if (!kQuantize) return;
+  __shared__ float partial[kThreads / 32];
+  const RowScale codes = row_scale(quantize::largest_of_block(largest, partial));
+  if (threadIdx.x == 0) p.row_scales[row] = codes.scale;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int column = 8 * (i * kThreads + static_cast<int>(threadIdx.x));
+    if (column >= columns) continue;
+    *reinterpret_cast<uint2*>(p.codes + row * columns + column) = quantize::codes_of(x[i], codes.inverse);
   }
 }
 
@@ -125,7 +142,10 @@ bool is_held(const RmsNormParams& p) {
 void launch_rmsnorm(const RmsNormParams& p, cudaStream_t stream) {
   if (p.m == 0) return;
   const bool small = p.n <= 8 * kThreads * 2;
-  const auto kernel = !is_held(p) ? rmsnorm_kernel : small ? held_rmsnorm_kernel<2> : held_rmsnorm_kernel<kMostVectors>;
+  const auto held = p.codes != nullptr
+                        ? (small ? held_rmsnorm_kernel<2, true> : held_rmsnorm_kernel<kMostVectors, true>)
+                        : (small ? held_rmsnorm_kernel<2, false> : held_rmsnorm_kernel<kMostVectors, false>);
+  const auto kernel = p.codes != nullptr || is_held(p) ? held : rmsnorm_kernel;
   launch_kernel(kernel, dim3(static_cast<unsigned>(p.m)), kThreads, 0, stream, p.early_start, "rmsnorm", p);
 }
 

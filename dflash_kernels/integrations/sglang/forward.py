@@ -17,7 +17,15 @@ from typing import Any
 import torch
 
 from dflash_kernels import tuning
-from dflash_kernels.draft_stream import PackedDraft, default_blocks, pack_draft, streamed_tokens, why_not_packed
+from dflash_kernels.draft_stream import (
+    PackedDraft,
+    default_blocks,
+    has_fp8_chain,
+    pack_draft,
+    streamed_tokens,
+    why_not_packed,
+)
+from dflash_kernels.formats import QuantizedWeight
 from dflash_kernels.integrations.sglang.seam import (
     DraftPool,
     Refused,
@@ -109,7 +117,7 @@ class ForwardSeam(Seam):
         return module.weight.detach()
 
     def bind(self, worker: Any) -> None:
-        from dflash_kernels.ops import draft_forward_packed_workspace, draft_forward_workspace
+        from dflash_kernels import ops
 
         self.pool = DraftPool(worker, self.dtype)
         self.req_to_token = worker.draft_model_runner.req_to_token_pool.req_to_token
@@ -119,13 +127,14 @@ class ForwardSeam(Seam):
         # Requests of a pass, then of one that streams packed weights.
         batch = max(1, self.settings.rows["forward"] // self.block_size)
         inner = self.weights["down"].shape[2]
-        size = draft_forward_workspace(
-            batch, self.block_size, hidden, inner, first.num_heads, first.num_kv_heads, first.head_dim
-        )
         self.packed, self.note = self._pack(first)
+        self.codes = self._chain_codes(batch * self.block_size)
+        needed = ops.draft_forward_workspace if self.codes is None else ops.draft_forward_fp8_workspace
+        size = needed(batch, self.block_size, hidden, inner, first.num_heads, first.num_kv_heads, first.head_dim)
         if self.packed is not None:
-            streamed = max(1, streamed_tokens(self.packed.weight_format) // self.block_size)
-            size = max(size, draft_forward_packed_workspace(min(batch, streamed), self.block_size, self.packed))
+            self.streamed = streamed_tokens(self.packed.weight_format, self.codes is not None)
+            streamed = max(1, self.streamed // self.block_size)
+            size = max(size, ops.draft_forward_packed_workspace(min(batch, streamed), self.block_size, self.packed))
             follow_loading(model, self._repack)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=device)
         self.out = torch.empty(batch * self.block_size, hidden, dtype=self.dtype, device=device)
@@ -185,10 +194,27 @@ class ForwardSeam(Seam):
         self._pack_again = lambda: pack_draft(*(for_packing(self.settings, m) for m in matrices), **sizes)
         return self._pack_again(), note
 
+    def _chain_codes(self, rows: int) -> list[QuantizedWeight] | None:
+        """The packed matrices' codes once more, of fp8 where a pass may have more rows than are streamed, for
+        `draft_forward_fp8`. None: those rows take the model's own weights."""
+        packed = self.packed
+        if packed is None or packed.weight_format is None or rows <= streamed_tokens(packed.weight_format, True):
+            return None
+        allowed, _ = may_pack(self.settings, [self.weights[name] for name in MATRICES])
+        if not allowed:
+            return None
+        codes = packed.unpack()
+        return [code for code in codes if isinstance(code, QuantizedWeight)] if has_fp8_chain(codes) else None
+
     def _repack(self) -> None:
         """Weights that were loaded later, at the addresses that the graphs know."""
         assert self.packed is not None
         self.packed.weights.copy_(self._pack_again().weights)
+        if self.codes is not None:
+            for held, loaded in zip(self.codes, self.packed.unpack(), strict=True):
+                assert isinstance(loaded, QuantizedWeight)
+                held.codes.copy_(loaded.codes)
+                held.scale.copy_(loaded.scale)
 
     def _fits(self, input_ids: torch.Tensor, forward_batch: Any) -> bool:
         rows = input_ids.numel()
@@ -206,7 +232,7 @@ class ForwardSeam(Seam):
 
     def run(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> torch.Tensor:
         """Hidden rows ``[B * T, H]`` of a block a request."""
-        from dflash_kernels.ops import draft_forward, draft_forward_packed
+        from dflash_kernels.ops import draft_forward, draft_forward_fp8, draft_forward_packed
 
         batch = int(forward_batch.batch_size)
         self.pool.refresh()
@@ -223,7 +249,7 @@ class ForwardSeam(Seam):
             weights["input_norm"],
         )
         out = self.out[: input_ids.numel()]
-        if self.packed is not None and input_ids.numel() <= streamed_tokens(self.packed.weight_format):
+        if self.packed is not None and input_ids.numel() <= self.streamed:
             return draft_forward_packed(
                 *inputs,
                 None,
@@ -234,6 +260,32 @@ class ForwardSeam(Seam):
                 self.final_norm,
                 self.cos_sin.table,
                 self.packed,
+                self.windows,
+                self.causal,
+                self.eps,
+                self.scale,
+                out=out,
+                workspace=self.workspace,
+            )
+        if self.codes is not None:
+            qkv, o, gate_up, down = self.codes
+            return draft_forward_fp8(
+                *inputs,
+                qkv.codes,
+                qkv.scale,
+                None,
+                weights["q_norm"],
+                weights["k_norm"],
+                o.codes,
+                o.scale,
+                None,
+                weights["post_norm"],
+                gate_up.codes,
+                gate_up.scale,
+                down.codes,
+                down.scale,
+                self.final_norm,
+                self.cos_sin.table,
                 self.windows,
                 self.causal,
                 self.eps,

@@ -1,0 +1,12 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "smxx/quantize/params.h"
+
+namespace dflash::quantize {
+
+// x starts at a multiple of 16 bytes, codes at one of 8.
+void launch_quantize_rows(const QuantizeParams& params, cudaStream_t stream);
+
+}  // namespace dflash::quantize
