@@ -198,7 +198,7 @@ template <typename C, typename Epilogue>
 __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_maps, const CUtensorMap* w_map,
                                     const Schedule& schedule, unsigned char* shared_bytes, uint64_t* barriers,
                                     uint32_t* tmem, Epilogue epilogue) {
-  grid_dependency_launch();
+  if (schedule.wakes_early) grid_dependency_launch();
   const Place at(kGroup<C>);
   const Pair& pair = at.pair;
   const Pipeline<C> pipe = make_pipeline<C>(shared_bytes, barriers, tmem);
@@ -222,6 +222,8 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
     give_back_registers<kFewRegisters>();
     if (warp == kLoadWarp) {
       many_rows::produce<C, Epilogue::kGated>(p, pipe, a_maps, w_map, schedule, at);
+      __syncwarp();
+      if (!schedule.wakes_early) grid_dependency_launch();
     } else {
       grid_dependency_wait();
       const Work work = many_rows::find_work<C>(p, schedule, at);

@@ -81,7 +81,7 @@ template <typename C, typename Epilogue>
 __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_maps, const CUtensorMap* w_map,
                                     const Schedule& schedule, unsigned char* shared_bytes, uint64_t* barriers,
                                     Epilogue epilogue) {
-  grid_dependency_launch();
+  if (schedule.wakes_early) grid_dependency_launch();
   const Place at(schedule.pair_size);
   const Pair& pair = at.pair;
   const Pipeline<C> pipe = make_pipeline<C>(shared_bytes, barriers, pair);
@@ -91,6 +91,7 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
     give_back_registers<kProducerRegisters>();
     many_rows::produce<C, Epilogue::kGated>(p, pipe, a_maps, w_map, schedule, at);
     __syncwarp();
+    if (!schedule.wakes_early && warp == C::kConsumers / 32) grid_dependency_launch();
   } else {
     take_registers<kConsumerRegisters>();
     grid_dependency_wait();

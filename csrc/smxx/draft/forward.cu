@@ -49,6 +49,7 @@ void launch_linear(const Linear& linear, const Rows& a, int64_t rows, uint16_t* 
   p.k = linear.k;
   p.gated = gated;
   p.early_start = true;
+  p.next_fetches = gated && linear.scale == nullptr;  // down
   linear.scale == nullptr ? gemm::launch_gemm_bf16(p, stream) : gemm::launch_gemm_fp8(p, stream);
 }
 

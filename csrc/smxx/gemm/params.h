@@ -43,6 +43,8 @@ struct GemmParams {
   // Programmatic dependent launch: the kernel starts while its predecessor on the stream still runs and fetches W, and
   // waits before it touches anything else. Only for W and bias written before that predecessor started.
   bool early_start = false;
+  // The kernel behind this one fetches weights while it waits, and gains from an early start wherever it gets in.
+  bool next_fetches = false;
 };
 
 }  // namespace dflash::gemm

@@ -62,6 +62,10 @@ struct Schedule {
   int steps_per_source;
   int k_steps;
   int box_rows;  // of A that one TMA load brings
+  // The next kernel may start at once, and not only when this one's last loads are under way. A kernel of many small
+  // blocks that starts early waits in crowds on the SMs that are free first, and then has only these; where there are
+  // SMs without a tile, it has those.
+  bool wakes_early;
   // Of part `split` of K. Unsigned and 32 bits: a division that is no call.
   __device__ __forceinline__ int first_step(int split) const {
     return static_cast<int>(static_cast<uint32_t>(k_steps * split) / static_cast<uint32_t>(splits));
@@ -293,6 +297,7 @@ void launch(Kernel kernel, int threads, const GemmParams& p, const Operands& of,
   schedule.box_rows = box_rows_of(p);
   const int64_t clusters =
       std::min<int64_t>(pairs_of(p.m) * schedule.column_tiles, std::max(num_sms / (plan.pair * plan.splits), 1));
+  schedule.wakes_early = p.next_fetches || 4 * clusters * plan.pair * plan.splits <= 3 * int64_t{num_sms};
   const dim3 grid(static_cast<unsigned>(clusters * plan.pair), 1, static_cast<unsigned>(plan.splits));
   const dim3 cluster(static_cast<unsigned>(plan.pair), 1, static_cast<unsigned>(plan.splits));
   launch_in_clusters(kernel, grid, threads, C::kSharedBytes, cluster, stream, p.early_start, what, p, of.a_maps,
