@@ -4,8 +4,8 @@ Replaces the object that ``dflash_worker_v2.py`` DFlashWorkerV2._maybe_build_dra
 (_DflashDraftSampler): called with the hidden rows at the end of the draft graph (``draft_worker_common.py``
 make_draft_sampler_capture_hook), it leaves the tokens of block positions 1.. in ``out``, where the worker reads them
 after a replay. Ties go to the smallest id, over all ranks, as there; over weights in fp8 or 4 bits the logits are those
-of the rounded weights, and of many rows in fp8 those of rounded rows, too. The other samplers (DFlash2 selector, Domino,
-LiLiCorr) and a head that SGLang keeps eager (quantised, added vocabulary) stay stock.
+of the rounded weights, and of many rows in fp8 those of rounded rows, too. The other samplers (DFlash2 selector,
+Domino, LiLiCorr) and a head that SGLang keeps eager (quantised, added vocabulary) stay stock.
 """
 
 from __future__ import annotations
