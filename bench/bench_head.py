@@ -1,8 +1,8 @@
 """The LM head ops at published drafter sizes, against torch's matmul followed by the choice.
 
-The baseline's logits are bf16, as the ops' are, and its weights too, whatever the format of the packed ones; torch's
-version is in its name. Verification from hidden rows is
-compared with matmul, argmax and the accept step in torch.
+The baseline's logits are bf16, as the ops' are, and its weights too, whatever the format of ours; torch's version is in
+its name. In fp8 many rows of hidden states are quantised, which their time includes, and multiplied as codes.
+Verification from hidden rows is compared with matmul, argmax and the accept step in torch.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def _case(
     weight_format: WeightFormat | None = None,
 ) -> Case:
     weight_bytes = 2.0 if weight_format is None else tile_nbytes(weight_format) / (128 * tile_columns(weight_format))
+    # Of bf16's rate: a product of two fp8 operands takes the tensor cores half the time.
+    rate = 2 if op == "lm_head_argmax" and weight_format is not None else 1
     return Case(
         suite=SUITE,
         op=op,
@@ -42,7 +44,7 @@ def _case(
         dtype="bf16" if weight_format is None else str(weight_format),
         regime="latency" if rows <= 64 else "throughput",
         bytes=int(weight_bytes * shape.V * shape.H) + 2 * rows * shape.H,
-        flops=2 * rows * shape.V * shape.H,
+        flops=2 * rows * shape.V * shape.H // rate,
         stream="read",
         make=make,
     )
@@ -67,6 +69,25 @@ def _argmax_case(shape: DrafterShape, batch: int) -> Case:
         )
 
     return _case(shape, "lm_head_argmax", f"B{batch} T{shape.T}", rows, make)
+
+
+def _fp8_case(shape: DrafterShape, batch: int) -> Case:
+    rows, weight_format = batch * shape.T, WeightFormat("fp8")
+
+    def make(device: torch.device) -> Calls:
+        hidden, dense = _inputs(shape, rows, device)
+        weight = random_codes(weight_format, (shape.V, shape.H), device)
+        coded = ops.quantize_rows(hidden)
+        out = torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, device=device)
+        workspace = ops.lm_head_workspace(rows, device)
+
+        def ours() -> None:
+            ops.quantize_rows(hidden, out=coded)
+            ops.lm_head_argmax_fp8(*coded, weight.codes, weight.scale, out=out, workspace=workspace)
+
+        return Calls(ours, {f"{_matmul()} + argmax": lambda: (hidden @ dense.T).argmax(-1)})
+
+    return _case(shape, "lm_head_argmax", f"B{batch} T{shape.T}", rows, make, weight_format)
 
 
 def _packed_case(shape: DrafterShape, batch: int, weight_format: WeightFormat | None = None) -> Case:
@@ -135,6 +156,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Latency and throughput cases of the published sizes; a small one on the CPU."""
     if device.type != "cuda":
         yield _argmax_case(TINY, 1)
+        yield _fp8_case(TINY, 1)
         yield _packed_case(TINY, 1)
         yield _packed_case(TINY, 1, WeightFormat("fp8"))
         yield _topk_case(TINY, 1, TOP_K)
@@ -142,6 +164,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         return
     for batch in (1, 32) if quick else (1, 4, 8, 32):
         yield _argmax_case(QWEN3_8B, batch)
+    for batch in (8,) if quick else (4, 8, 32):
+        yield _fp8_case(QWEN3_8B, batch)
     for weight_format in (None, WeightFormat("fp8"), WeightFormat("int4", 128)):
         for batch in (1, 4):
             yield _packed_case(QWEN3_8B, batch, weight_format)

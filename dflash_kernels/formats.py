@@ -4,7 +4,8 @@ A weight ``[N, K]`` (N output channels) is ``code * scale``: one scale an output
 64 or 128 neighbours along K (4 bits). The products are exact in float32: a kernel multiplies activations with the
 codes, which bf16 holds exactly, and applies the scale to the float32 sum, so nothing is rounded on the way. For more
 rows than stream (32), a GPU multiplies fp8 codes with activations in fp8, which have a scale for each token
-(`draft_forward_fp8`): these are rounded on the way, so a draft may differ from that of few rows.
+(`draft_forward_fp8`; for more than 64 rows of an LM head, `lm_head_argmax_fp8`): these are rounded on the way, so a
+draft may differ from that of few rows.
 
 On disk the layout is that of the package `compressed-tensors`, whose ``quantization_config`` SGLang and vLLM read:
 

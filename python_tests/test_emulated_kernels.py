@@ -33,6 +33,7 @@ import test_head
 import test_head_fp8
 import test_head_packed
 import test_inject
+import test_lm_head
 import test_quantize
 import test_verify
 import test_verify_sampled
@@ -402,6 +403,7 @@ MANY_ROWS = [
     *calls(test_head_fp8.test_random_floats, heads(130, 576, 300)),
     *calls(test_head_fp8.test_special_values),
     *calls(test_head_fp8.test_strided_rows),
+    *calls(test_lm_head.test_the_vocabulary_need_not_fill_tiles),
 ]
 
 

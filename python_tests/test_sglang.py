@@ -438,8 +438,12 @@ def test_settings() -> None:
     assert read_settings(known, {"DFLASH_KERNELS_WEIGHTS": "int4-g128"}).weights == WeightFormat("int4", 128)
     with pytest.raises(ValueError, match="DFLASH_KERNELS_WEIGHTS must be bf16 or a weight format"):
         read_settings(known, {"DFLASH_KERNELS_WEIGHTS": "fp7"})
-    rows = read_settings(known, {"DFLASH_KERNELS_ROWS": "forward=128"}).rows
-    assert rows == {"inject": 1024, "forward": 128, "head": 64}
+    names = ("inject", "forward", "head")
+    usual, chosen = read_settings(known, {}), read_settings(known, {"DFLASH_KERNELS_ROWS": "forward=128"})
+    assert [usual.limit(name) for name in names] == [1024, 32, 64]
+    assert [usual.limit(name, fp8_codes=True) for name in names] == [1024, 1024, 1024]
+    assert [chosen.limit(name) for name in names] == [1024, 128, 64]
+    assert [chosen.limit(name, fp8_codes=True) for name in names] == [1024, 128, 1024]
     for wrong in ("accept=1", "inject", "inject=0", "forward=-3"):
         with pytest.raises(ValueError, match=f"DFLASH_KERNELS_ROWS must be a list .*, got {wrong}"):
             read_settings(known, {"DFLASH_KERNELS_ROWS": wrong})
@@ -902,14 +906,14 @@ def test_packed_draft_head(
     """Few rows read the packed head, more the engine's own; it follows weights that are loaded later."""
     monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
     monkeypatch.setenv("DFLASH_KERNELS_WEIGHTS", weights)
-    monkeypatch.setattr("dflash_kernels.integrations.sglang.head.MAX_TOKENS", 3 * (T - 1))
+    monkeypatch.setattr("dflash_kernels.lm_head.MAX_ROWS", 3 * (T - 1))
     given = parts(source, torch.bfloat16)
     model = given["model_runner"].model
     model.load_weights = lambda: model.lm_head.weight.neg_()
     worker = make_worker(engine, given)
     sampler, head = worker._draft_sampler, model.lm_head.weight
     assert table(worker)["head"].startswith("active packed weights")
-    place = sampler.packed.weights.data_ptr()
+    place = sampler.head.packed.weights.data_ptr()
     for _ in range(2):
         exact = (
             head[:V] if weights == "bf16" else quantize(head[:V], WeightFormat.parse(weights)).dequantize(head.dtype)
@@ -922,7 +926,59 @@ def test_packed_draft_head(
             chosen = logits.gather(1, sampler.out[: batch * (T - 1), None])[:, 0]
             assert (logits.max(dim=-1).values - chosen).max() <= 2**-7 * logits.abs().max()
         model.load_weights()
-        assert sampler.packed.weights.data_ptr() == place
+        assert sampler.head.packed.weights.data_ptr() == place
+
+
+@pytest.fixture
+def fp8_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in fp8 on a device that multiplies their codes, where one request streams."""
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
+    monkeypatch.setenv("DFLASH_KERNELS_WEIGHTS", "fp8")
+    monkeypatch.setattr("dflash_kernels.lm_head.FP8_ROWS", T - 1)
+    monkeypatch.setattr("dflash_kernels.lm_head.has_fp8_head", lambda *head: True)
+
+
+def test_draft_head_multiplies_codes_of_many_rows(
+    engine: types.ModuleType,
+    source: Source,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    fp8_products: None,
+) -> None:
+    """All rows that SGLang's graphs have; after a later load, too. Within a limit that says so, only those."""
+    given = parts(source, torch.bfloat16)
+    model = given["model_runner"].model
+    model.load_weights = lambda: model.lm_head.weight.neg_()
+    worker = make_worker(engine, given)
+    assert table(worker)["head"].endswith("as codes for many rows as much again")
+    sampler, head = worker._draft_sampler, model.lm_head.weight
+    assert sampler.max_rows == 1024 and len(sampler.head._rows[0]) == 4 * (T - 1)
+    for _ in range(2):
+        exact = quantize(head[:V], WeightFormat("fp8"))
+        for batch in (1, 3, 4):
+            hidden = torch.randn(batch * T, H, generator=rng).to(torch.bfloat16)
+            sampler.out.fill_(-9)
+            sampler(hidden, None)
+            kept = hidden.view(batch, T, H)[:, 1:].reshape(-1, H)
+            if batch == 1:
+                ids = ops.lm_head_argmax(kept, exact.dequantize(torch.bfloat16))[0]
+            else:
+                ids = ops.lm_head_argmax_fp8(*ops.quantize_rows(kept), exact.codes, exact.scale)[0]
+            assert torch.equal(sampler.out[: batch * (T - 1)], ids) and (sampler.out[batch * (T - 1) :] == -9).all()
+        model.load_weights()
+    monkeypatch.setenv("DFLASH_KERNELS_ROWS", f"head={2 * T}")
+    sampler = make_worker(engine, parts(source, torch.bfloat16))._draft_sampler
+    assert sampler.max_rows == 2 * T and len(sampler.head._rows[0]) == 2 * (T - 1)
+    monkeypatch.setenv("DFLASH_KERNELS_ROWS", f"head={T}")
+    assert make_worker(engine, parts(source, torch.bfloat16))._draft_sampler.head.codes is None
+
+
+def test_without_codes_the_draft_heads_limit_is_the_usual_one(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch, fp8_products: None
+) -> None:
+    monkeypatch.setattr("dflash_kernels.lm_head.has_fp8_head", lambda *head: False)
+    sampler = make_worker(engine, parts(source, torch.bfloat16))._draft_sampler
+    assert sampler.head.packed is not None and sampler.head.codes is None and sampler.max_rows == 64
 
 
 def test_quantised_drafter_drafts_what_its_dequantised_weights_do(
@@ -983,6 +1039,34 @@ def test_draft_head_over_two_ranks(engine: types.ModuleType, rng: torch.Generato
         samplers[-1](hidden, None)
     rows = hidden.view(2, T, H)[:, 1:].reshape(-1, H)
     assert torch.equal(samplers[1].out, (rows @ weight.T).argmax(-1))
+
+
+def test_ranks_agree_on_the_codes(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch, fp8_products: None
+) -> None:
+    """Memory may suffice on one rank only: then none holds codes, and all have the same limit of rows."""
+
+    class Ranks:
+        world_size = 2
+
+        def all_gather_into_tensor(self, out: torch.Tensor, value: torch.Tensor) -> None:
+            out.copy_(torch.tensor([value.item(), other]))
+
+    stock = engine._DflashDraftSampler(
+        weight=torch.randn(V, H).to(torch.bfloat16),
+        block_size=T,
+        num_org=V,
+        org_vocab_start=0,
+        max_bs=4,
+        tp_group=Ranks(),
+    )
+    seam = make_worker(engine, parts(source, torch.bfloat16))._dflash_seams["head"]
+    for other, rows in ((1, 1024), (0, 64)):
+        sampler = seam.replace(stock)
+        assert sampler.max_rows == rows and (sampler.head.codes is not None) == bool(other)
+    other = 1
+    monkeypatch.setattr("dflash_kernels.lm_head.has_fp8_head", lambda *head: False)
+    assert seam.replace(stock).max_rows == 64
 
 
 def test_other_draft_samplers_are_declined(
@@ -1149,6 +1233,7 @@ def test_more_rows_of_fp8_multiply_the_codes(
         op = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, op=op, name=name, **k: (taken.append(name), op(*a, **k))[1])
     places = [code.codes.data_ptr() for code in worker._dflash_seams["forward"].codes]
+    assert "as codes for many rows as much again" in table(worker)["forward"]
     for _ in range(2):
         for batch in (2, 3):
             arguments = block(worker, batch, rng)
@@ -1163,6 +1248,21 @@ def test_more_rows_of_fp8_multiply_the_codes(
     can = False
     monkeypatch.setenv("DFLASH_KERNELS_ROWS", f"forward={3 * T}")
     assert make_worker(engine, parts(source, torch.bfloat16))._dflash_seams["forward"].codes is None
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_the_usual_limit_of_a_pass_is_wider_with_codes(
+    engine: types.ModuleType, source: Source, monkeypatch: pytest.MonkeyPatch, can: bool
+) -> None:
+    """1024 rows, but of no more requests than the engine has places for; without codes as in bf16."""
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
+    monkeypatch.setenv("DFLASH_KERNELS_WEIGHTS", "fp8")
+    monkeypatch.setattr("dflash_kernels.integrations.sglang.forward.has_fp8_chain", lambda matrices: can)
+    for places, rows in ((300, 1024 if can else 32), (10, 10 * T if can else 32), (4, 4 * T)):
+        given = parts(source, torch.bfloat16)
+        given["model_runner"].req_to_token_pool.req_to_token = torch.zeros(places, 40, dtype=torch.int32)
+        seam = make_worker(engine, given)._dflash_seams["forward"]
+        assert seam.out.shape[0] == rows and (seam.codes is not None) == (can and rows > 32)
 
 
 def test_packed_weights_follow_a_later_load(

@@ -10,9 +10,10 @@ table in the log says which and why.
 ``DFLASH_KERNELS_PACK``     ``auto`` (default): where a GPU has the memory, few rows read a second copy of the weights
                             as the streaming kernels do; ``0``: never; ``1``: without looking at the memory
 ``DFLASH_KERNELS_WEIGHTS``  ``bf16`` (default), ``fp8``, ``int4-g128``, ..: weights of the packed drafter and draft head
-                            are rounded to it at the start; acceptance may change, the text does not
+                            are rounded to it at the start; acceptance may change, the text does not. With ``fp8``, on
+                            GPUs that multiply it, the codes are held once more for rows that are too many to stream
 ``DFLASH_KERNELS_ROWS``     rows (requests times block size, or tokens of a prompt) up to which a seam is used: default
-                            ``inject=1024,forward=64,head=64``
+                            ``inject=1024,forward=32,head=64``, and 1024 of a seam that holds such codes
 ==========================  ==========================================================================================
 
 For comparisons within one engine, ``DFLASH_KERNELS_SEAMS_FILE`` names a file with a list of seams that is read whenever

@@ -124,11 +124,18 @@ class ForwardSeam(Seam):
         model = worker.draft_model
         first = model.layers[0].self_attn
         hidden, device = self.embed.shape[1], self.embed.device
-        # Requests of a pass, then of one that streams packed weights.
-        batch = max(1, self.settings.rows["forward"] // self.block_size)
         inner = self.weights["down"].shape[2]
+
+        def most(fp8_codes: bool) -> int:
+            """Requests of a pass."""
+            rows = self.settings.limit("forward", fp8_codes)
+            return min(max(1, rows // self.block_size), self.req_to_token.shape[0])
+
         self.packed, self.note = self._pack(first)
-        self.codes = self._chain_codes(batch * self.block_size)
+        self.codes = self._chain_codes(most(fp8_codes=True) * self.block_size)
+        if self.codes is not None:
+            self.note += ", as codes for many rows as much again"
+        batch = most(fp8_codes=self.codes is not None)
         needed = ops.draft_forward_workspace if self.codes is None else ops.draft_forward_fp8_workspace
         size = needed(batch, self.block_size, hidden, inner, first.num_heads, first.num_kv_heads, first.head_dim)
         if self.packed is not None:

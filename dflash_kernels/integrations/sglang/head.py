@@ -3,20 +3,18 @@
 Replaces the object that ``dflash_worker_v2.py`` DFlashWorkerV2._maybe_build_draft_sampler makes for a dense LM head
 (_DflashDraftSampler): called with the hidden rows at the end of the draft graph (``draft_worker_common.py``
 make_draft_sampler_capture_hook), it leaves the tokens of block positions 1.. in ``out``, where the worker reads them
-after a replay. Ties go to the smallest id, over all ranks, as there. The other samplers (DFlash2 selector, Domino,
-LiLiCorr) and a head that SGLang keeps eager (quantised, added vocabulary) stay stock.
+after a replay. Ties go to the smallest id, over all ranks, as there; over weights in fp8 or 4 bits the logits are those
+of the rounded weights, and of many rows in fp8 those of rounded rows, too. The other samplers (DFlash2 selector,
+Domino, LiLiCorr) and a head that SGLang keeps eager (quantised, added vocabulary) stay stock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dflash_kernels import tuning
-from dflash_kernels.draft_stream import MAX_TOKENS
-from dflash_kernels.head_stream import PackedHead, pack_head
+from dflash_kernels.formats import WeightFormat
 from dflash_kernels.integrations.sglang.seam import (
     WORKER_MODULE,
     Seam,
@@ -26,7 +24,7 @@ from dflash_kernels.integrations.sglang.seam import (
     may_pack,
     require,
 )
-from dflash_kernels.tiles import Weight, format_of
+from dflash_kernels.lm_head import LMHead
 
 
 class HeadSeam(Seam):
@@ -55,56 +53,60 @@ class HeadSeam(Seam):
         require(weight.dtype is torch.bfloat16 or (on_cpu and weight.dtype is torch.float32), f"head in {weight.dtype}")
         require(weight.is_contiguous() and weight.shape[1] % 8 == 0, f"head of shape {tuple(weight.shape)}")
         require(0 < stock.num_org <= 1 << 22, f"a vocabulary shard of {stock.num_org}")
-        sampler = DraftSampler(stock, self.settings.rows["head"])
-        allowed, self.note = may_pack(self.settings, [sampler.weight])
-        if allowed and sampler.weight.dtype is torch.bfloat16:
-            sampler.pack(lambda: for_packing(self.settings, sampler.weight))
-            follow_loading(self.model, sampler.repack)
+        sampler = DraftSampler(stock)
+        self._hold_more(sampler)
+        sampler.max_rows = self.settings.limit("head", fp8_codes=sampler.head.codes is not None)
         return sampler
+
+    def _hold_more(self, sampler: DraftSampler) -> None:
+        """The shard once more for the kernel that streams it for few rows, and in fp8, where that is asked for, again
+        for the one that multiplies many; one copy each for all batch sizes."""
+        head, settings = sampler.head, self.settings
+        allowed, self.note = may_pack(settings, [head.weight])
+        if allowed and head.weight.dtype is torch.bfloat16:
+            head.pack(for_packing(settings, head.weight))
+            follow_loading(self.model, lambda: head.load(for_packing(settings, head.weight)))
+            requests = settings.limit("head", fp8_codes=True) // sampler.block_size
+            rows = min(head.max_rows, requests * (sampler.block_size - 1))
+            if head.needs_codes(rows) and may_pack(settings, [head.weight])[0]:
+                head.hold_codes(rows)
+        if settings.weights == WeightFormat("fp8") and not sampler.on_all_ranks(head.codes is not None):
+            head.drop_codes()  # where one rank lacks the memory: more rows than `max_rows` take SGLang's collectives
+        if head.codes is not None:
+            self.note += ", as codes for many rows as much again"
 
 
 class DraftSampler:
     """Greedy tokens of one rank's LM head, merged over the ranks; all buffers at fixed addresses.
 
-    Batches of more than ``max_rows`` rows (requests times block size) go to SGLang's own sampler, which has the same
-    output. The values travel as float32: a bfloat16 logit is one exactly, so ranks compare what SGLang's ranks compare.
+    Batches of more than ``max_rows`` rows (requests times block size; None: no limit) go to SGLang's own sampler, which
+    has the same output. The values travel as float32: a bfloat16 logit is one exactly, so ranks compare what SGLang's
+    ranks compare.
     """
 
-    def __init__(self, stock: Any, max_rows: int | None = None) -> None:
-        from dflash_kernels.ops import lm_head_workspace
-
-        self.stock, self.max_rows = stock, max_rows
-        self.weight = stock.weight.detach()[: stock.num_org]
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+        self.max_rows: int | None = None
         self.block_size, self.vocab_start = int(stock.block_size), int(stock.org_vocab_start)
         self.tp_group = stock.tp_group
         self.out = stock.out
         rows, device = self.out.numel(), self.out.device
+        self.head = LMHead(stock.weight.detach()[: stock.num_org], rows)
         self.values = torch.empty(rows, dtype=torch.float32, device=device)
-        self.workspace = lm_head_workspace(rows, device)
-        self.packed: PackedHead | None = None
         if self.tp_group is not None:
             world = int(self.tp_group.world_size)
             self.ids = torch.empty(rows, dtype=torch.int64, device=device)
             self.all_ids = torch.empty(world * rows, dtype=torch.int64, device=device)
             self.all_values = torch.empty(world * rows, dtype=torch.float32, device=device)
 
-    def pack(self, weight: Callable[[], Weight]) -> None:
-        """Hold the shard once more, for the kernel that streams it for few rows; one copy for all batch sizes."""
-        from dflash_kernels.ops import lm_head_argmax_packed_workspace
-
-        def packed() -> PackedHead:
-            head = weight()
-            shape = tuning.head_shape(head.shape[0], head.shape[1], format_of(head))
-            return pack_head(head, blocks=tuning.stream_blocks("head", shape, self.out.device))
-
-        self._pack_again = packed
-        self.packed = self._pack_again()
-        self.packed_workspace = lm_head_argmax_packed_workspace(self.packed)
-
-    def repack(self) -> None:
-        """Weights that were loaded later, at the addresses that the graphs know."""
-        assert self.packed is not None
-        self.packed.weights.copy_(self._pack_again().weights)
+    def on_all_ranks(self, holds: bool) -> bool:
+        """Whether `holds` is true on every rank; all of them ask."""
+        if self.tp_group is None:
+            return holds
+        mine = torch.tensor([int(holds)], dtype=torch.int64, device=self.out.device)
+        every = mine.new_empty(int(self.tp_group.world_size))
+        self.tp_group.all_gather_into_tensor(every, mine)
+        return bool(every.all())
 
     def __call__(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> None:
         from dflash_kernels.ops import merge_vocab_shards
@@ -113,26 +115,16 @@ class DraftSampler:
         if self.max_rows is not None and hidden_states.numel() > self.max_rows * width:
             self.stock(hidden_states, input_ids)
             return
-        hidden = hidden_states.view(-1, self.block_size, width)[:, 1:].reshape(-1, width).to(self.weight.dtype)
+        hidden = hidden_states.view(-1, self.block_size, width)[:, 1:].reshape(-1, width).to(self.head.weight.dtype)
         rows = hidden.shape[0]
         out = (self.out[:rows], self.values[:rows])
         if self.tp_group is None:
-            self._best(hidden, out)
+            self.head.argmax(hidden, self.vocab_start, out=out)
             return
         ids, values = self.ids[:rows], self.values[:rows]
-        self._best(hidden, (ids, values))
+        self.head.argmax(hidden, self.vocab_start, out=(ids, values))
         world = int(self.tp_group.world_size)
         all_ids, all_values = self.all_ids[: world * rows], self.all_values[: world * rows]
         self.tp_group.all_gather_into_tensor(all_values, values)
         self.tp_group.all_gather_into_tensor(all_ids, ids)
         merge_vocab_shards(all_ids.view(world, rows), all_values.view(world, rows), out=out)
-
-    def _best(self, hidden: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Best token of this rank's shard for each row, and its logit."""
-        from dflash_kernels.ops import lm_head_argmax, lm_head_argmax_packed
-
-        if self.packed is not None and len(hidden) <= MAX_TOKENS:
-            workspace = self.packed_workspace
-            lm_head_argmax_packed(hidden, self.packed, self.vocab_start, out=out, workspace=workspace)
-            return
-        lm_head_argmax(hidden, self.weight, None, self.vocab_start, out=out, workspace=self.workspace)

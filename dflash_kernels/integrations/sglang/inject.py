@@ -65,7 +65,7 @@ class InjectSeam(Seam):
     def bind(self, worker: Any) -> None:
         from dflash_kernels.ops import inject_kv_plan, inject_kv_workspace
 
-        self.pool, self.max_rows = DraftPool(worker, self.dtype), self.settings.rows["inject"]
+        self.pool, self.max_rows = DraftPool(worker, self.dtype), self.settings.limit("inject")
         first = worker.draft_model.layers[0].self_attn
         allowed, note = may_pack(self.settings, (self.fc_weight, self.kv_weight))
         # One plan for the worker: its injections follow each other on one stream, captured or not.
