@@ -30,7 +30,7 @@ __all__ = [
 MAX_TOKENS, MAX_LAYERS, MAX_RANKS = 64, 64, 8
 SMALL_LAYER_BYTES = 64 << 20  # default_blocks
 DENSE_TOKENS = 32  # of bf16 weights; from there the chain's tensor-core GEMMs are as fast or faster (bench/NOTES.md)
-FP8_TOKENS = 32  # of fp8 weights where the chain multiplies their codes: a guess after DENSE_TOKENS, not yet measured
+FP8_TOKENS = 32  # of fp8 weights where the chain multiplies their codes: at 64 it is faster, between not measured
 FP8_COLUMNS = 32768  # that quantize_rows takes (csrc/smxx/quantize/params.h)
 GATE_ROWS = TILE_ROWS // 2  # gate rows of a row tile of gate_up; the up rows of the same features follow
 
