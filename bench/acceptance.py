@@ -1,7 +1,8 @@
 """`python -m bench.acceptance`: the demo pair on the held-out sets: acceptance, and equality with plain decoding.
 
 `--formats bf16 fp8 int4-g64 e2m1-g64` quantises the drafter on the way and measures each; a set's name then carries the
-format. The text is the target's in every one, so plain decoding runs once a set.
+format. `fp8-w8a8`: fp8 with activations in fp8, too, in all passes of more rows than are streamed; on the CPU in all.
+The text is the target's in every one, so plain decoding runs once a set.
 
 Acceptance length is tokens per decode step with the bonus counted, over all steps of a set. Every prompt's text must
 equal plain decoding of the same target token for token; with a bf16 target a tie within rounding may fall either way,
@@ -84,7 +85,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, tokenizer, drafter = load_demo_pair(dtype, device)
-    drafters = {name: drafter if name == "bf16" else load_quantized(name).bind(model) for name in args.formats}
+    drafters = {}
+    for name in args.formats:
+        drafters[name] = drafter if name == "bf16" else load_quantized(name.removesuffix(W8A8)).bind(model)
+        if name.endswith(W8A8):
+            drafters[name].multiply_codes()
     params = SamplingParams(max_new_tokens=args.max_new_tokens)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench.acceptance", *argv]),
@@ -132,6 +137,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return 1 if differing and args.dtype == "fp32" else 0
 
 
+W8A8 = "-w8a8"
+
+
 def load_quantized(name: str) -> Any:
     """The demo drafter in the format of that name, packed and loaded by way of files as a user would."""
     from dflash_kernels.cli import DEMO_DRAFTER
@@ -169,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=["bf16"],
         metavar="FORMAT",
-        help="of the drafter's weights: bf16 (default), fp8, int4-g64, e2m1-g64",
+        help="of the drafter's weights: bf16 (default), fp8, fp8-w8a8, int4-g64, e2m1-g64",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="sets from a JSON file")

@@ -256,8 +256,7 @@ def test_a_chain_of_fp8_takes_the_codes(bf16: Path, tmp_path: Path, rng: torch.G
         "v_caches": [cache[1] for cache in caches],
     }
     dense = drafter.forward(**arguments, slots=arguments["positions"]).clone()
-    drafter._fp8_chain = True
-    drafter._draft_buffers = type(drafter._draft_buffers)(drafter._new_draft_buffers)
+    drafter.multiply_codes()
     coded = drafter.forward(**arguments, slots=arguments["positions"])
     assert drafter.weights.quantized is not None
     w, codes = drafter.weights, drafter.weights.quantized
@@ -276,6 +275,14 @@ def test_a_chain_of_fp8_takes_the_codes(bf16: Path, tmp_path: Path, rng: torch.G
     )
     assert torch.equal(coded, want)
     assert 0 < (coded - dense).norm() < 0.25 * dense.norm()  # random weights of size 1: attention is all but an argmax
+
+
+def test_only_fp8_weights_multiply_as_codes(bf16: Path, tmp_path: Path) -> None:
+    quantize_drafter(bf16, tmp_path / "out", WeightFormat("int4", 64))
+    with pytest.raises(ValueError, match="fp8 weights .* got int4-g64"):
+        load_drafter(tmp_path / "out").multiply_codes()
+    with pytest.raises(ValueError, match="fp8 weights .* got bf16"):
+        load_drafter(bf16).multiply_codes()
 
 
 @pytest.mark.gpu

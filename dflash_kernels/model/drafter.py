@@ -136,6 +136,21 @@ class Drafter:
         self.lm_head_weight = self.embed_weight if tied else lm_head.detach().to(dtype)
         return self
 
+    def multiply_codes(self) -> Drafter:
+        """Round activations to fp8 wherever a pass is a chain of kernels, also on the CPU, which by itself dequantises.
+
+        To see what that does to drafts without a GPU; undone by :meth:`to`. Returns the drafter itself.
+
+        Raises:
+            ValueError: the layers' weights are not fp8.
+        """
+        weight_format = self.weights.weight_format
+        if weight_format is None or weight_format.kind != "fp8":
+            raise ValueError(f"drafter must have fp8 weights for activations in fp8, got {weight_format or 'bf16'}")
+        self._fp8_chain = True
+        self._draft_buffers = _Buckets(self._new_draft_buffers)
+        return self
+
     def reserve(self, batch: int, tokens: int) -> None:
         """Allocate what steps of up to ``batch`` blocks and injections of up to ``tokens`` rows need, once."""
         self._draft_buffers.reserve(batch)
