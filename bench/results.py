@@ -23,6 +23,7 @@ from bench.harness import HEADER, Row, geomean
 RESULTS = Path(__file__).resolve().parent / "results"
 OTHERS = (
     "acceptance",
+    "acceptance_w8a8",
     "drafter",
     "sglang_tokens",
     "verify_warps",
