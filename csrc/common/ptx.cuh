@@ -221,6 +221,23 @@ __device__ __forceinline__ void store_release_shared(uint32_t* word, uint32_t va
       : "memory");
 }
 
+// The same words in no order with anything else.
+__device__ __forceinline__ uint32_t load_relaxed_shared(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.relaxed.cta.shared::cta.u32 %0, [%1];\n"
+               : "=r"(value)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(word)))
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_relaxed_shared(uint32_t* word, uint32_t value) {
+  asm volatile(
+      "st.relaxed.cta.shared::cta.u32 [%0], %1;\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(word))),
+      "r"(value)
+      : "memory");
+}
+
 // Words that another block writes while this one looks: each of the four is whole, and nothing else is said about other
 // memory, so no fence is waited for.
 __device__ __forceinline__ uint4 load_relaxed(const uint4* from) {

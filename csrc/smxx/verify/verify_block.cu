@@ -146,7 +146,7 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
     job.forget();
     if (warp == kReaders) {
       __syncthreads();
-      const auto is_more = [&] { return unit_of(slices, *static_cast<volatile unsigned*>(&next)).row != kNone; };
+      const auto is_more = [&] { return unit_of(slices, load_relaxed_shared(&next)).row != kNone; };
       while (__ballot_sync(kFullWarp, is_more()) != 0) job.listen();
       return;
     }
@@ -412,7 +412,7 @@ struct ReadNeeded {
 
   __device__ __forceinline__ bool is_wanted(int n) const {
     const int j = position(n);
-    return *static_cast<volatile uint32_t*>(heard + request(n, j)) <= static_cast<uint32_t>(p.block_size - j);
+    return load_relaxed_shared(heard + request(n, j)) <= static_cast<uint32_t>(p.block_size - j);
   }
 
   __device__ __forceinline__ void forget() const {
@@ -422,7 +422,7 @@ struct ReadNeeded {
   // Called by a warp.
   __device__ __forceinline__ void listen() const {
     for (int b = threadIdx.x % 32; b < p.batch; b += 32) {
-      *static_cast<volatile uint32_t*>(heard + b) = load_relaxed(p.workspace.known_end(b));
+      store_relaxed_shared(heard + b, load_relaxed(p.workspace.known_end(b)));
     }
     pause(kListenPause);
   }

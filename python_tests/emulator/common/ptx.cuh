@@ -73,6 +73,8 @@ inline uint32_t load_acquire_shared(const uint32_t* word) {
   return *word;
 }
 inline void store_release_shared(uint32_t* word, uint32_t value) { *word = value; }
+inline uint32_t load_relaxed_shared(const uint32_t* word) { return *word; }
+inline void store_relaxed_shared(uint32_t* word, uint32_t value) { *word = value; }
 inline uint4 load_relaxed(const uint4* from) {
   emulator::spin();
   return *from;
