@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from bench.harness import Calls, Case
 from bench.shapes import DEMO, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape, random_codes
 from dflash_kernels import ops
-from dflash_kernels.draft_stream import MAX_TOKENS, default_blocks, has_fp8_chain, pack_draft, why_not_packed
+from dflash_kernels.draft_stream import FP8_TOKENS, default_blocks, has_fp8_chain, pack_draft, why_not_packed
 from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.tiles import Weight, tile_columns, tile_nbytes
 
@@ -187,8 +187,14 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
 
     weights = shape.L * shape.layer_weights
     # Of bf16's rate: an fp8 product takes the tensor cores half the time. Where rows are few, bytes decide.
-    rate = 2 if weight_format == WeightFormat("fp8") and rows > MAX_TOKENS else 1
-    weight_bytes = 2.0 if weight_format is None else tile_nbytes(weight_format) / (128 * tile_columns(weight_format))
+    fp8_chain = weight_format == WeightFormat("fp8") and rows > FP8_TOKENS
+    rate = 2 if fp8_chain else 1
+    if fp8_chain:
+        weight_bytes = 1.0
+    elif weight_format is None:
+        weight_bytes = 2.0
+    else:
+        weight_bytes = tile_nbytes(weight_format) / (128 * tile_columns(weight_format))
     return Case(
         suite=SUITE,
         op="draft_forward",

@@ -34,9 +34,15 @@ def _case(
     make: Callable[[torch.device], Calls],
     weight_format: WeightFormat | None = None,
 ) -> Case:
-    weight_bytes = 2.0 if weight_format is None else tile_nbytes(weight_format) / (128 * tile_columns(weight_format))
+    fp8_product = op == "lm_head_argmax" and weight_format is not None
     # Of bf16's rate: a product of two fp8 operands takes the tensor cores half the time.
-    rate = 2 if op == "lm_head_argmax" and weight_format is not None else 1
+    rate = 2 if fp8_product else 1
+    if fp8_product:
+        weight_bytes = 1.0
+    elif weight_format is None:
+        weight_bytes = 2.0
+    else:
+        weight_bytes = tile_nbytes(weight_format) / (128 * tile_columns(weight_format))
     return Case(
         suite=SUITE,
         op=op,

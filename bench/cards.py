@@ -66,13 +66,18 @@ CARDS: Mapping[str, Card] = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Attainable rates of a card: bytes/s, FLOP/s, SM-cycles/s; `origin` says where each comes from."""
+    """Attainable rates of a card: bytes/s, bf16's FLOP/s, SM-cycles/s; `origin` says where each comes from."""
 
     card: Card
     read_bw: float
     copy_bw: float
     flops: float
     origin: str
+
+    @property
+    def fp8_flops(self) -> float:
+        """FLOP/s of products of two fp8 operands: bf16's, times the datasheet's ratio."""
+        return self.flops * self.card.fp8 / self.card.bf16
 
     @property
     def sm_cycles(self) -> float:

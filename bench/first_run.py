@@ -436,7 +436,8 @@ def this_card(facts: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> tu
         base = rates(CARDS["h100"])
         ceilings = runs[0]["ceilings"]
         share = base.flops / CARDS["h100"].bf16
-        card = replace(card, read_bw=ceilings["read_bw"], bf16=ceilings["flop_rate"] / share)
+        bf16 = ceilings["flop_rate"] / share
+        card = replace(card, read_bw=ceilings["read_bw"], bf16=bf16, fp8=card.fp8 * bf16 / card.bf16)
         origin += " and the ceilings measured in this run"
     return card, origin
 

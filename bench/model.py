@@ -26,13 +26,16 @@ import numpy as np
 from bench.cards import Rates
 from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, QWEN35_397B_TP8, DrafterShape
 
-__all__ = ["FAMILIES", "Fit", "Need", "fit_all", "need_of", "not_modelled"]
+__all__ = ["FAMILIES", "Fit", "Need", "fit_all", "need_of", "not_modelled", "superseded"]
 
 SHAPES = {shape.name: shape for shape in (QWEN3_8B, QWEN35_397B_TP8, DEMO, DFLASH2_27B)}
 FEW_ROWS = 64  # up to here the streaming kernels run
 DENSE_ROWS = 32  # .. over a bf16 drafter
+FP8_ROWS = 32  # .. over an fp8 drafter
+FP8_CHAIN_SINCE = "2026-11-28T08:59:28+00:00"  # before, an fp8 drafter was streamed up to FEW_ROWS (commit bae66e3)
 ROW_TILE = 128  # of the GEMM for many rows
 CHAIN = 9  # kernels of a drafter's layer (csrc/smxx/draft), as the chain launches them
+QUANTISING = 2  # more of them in fp8: of what attention and the gated product write
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,11 @@ class Need:
         family: whose costs apply.
         serial: cost -> how many of it, one after the other.
         bytes, stream: moved at least, and by which ceiling ("read" or "copy").
-        flops: of the tensor cores (floor); padded_flops: with rows filled up to whole tiles, what is really done.
+        flops: of the tensor cores (floor); padded_flops: of the GEMMs, with rows filled up to whole tiles, what is
+            really done.
         attention: operations of attention kernels, after one another with the GEMMs.
         codes: weights that are dequantised.
+        fp8: the GEMMs multiply fp8 with fp8; attention stays bf16.
         skippable: bytes beside `bytes` that a call which reads no more than it needs leaves out.
     """
 
@@ -56,6 +61,7 @@ class Need:
     padded_flops: float = 0.0
     attention: float = 0.0
     codes: float = 0.0
+    fp8: bool = False
     stream: str = "read"
     skippable: float = 0.0
 
@@ -65,7 +71,12 @@ class Need:
 
     def floors_us(self, rates: Rates) -> tuple[float, float]:
         """Lower bounds by bytes and by operations, at full rates."""
-        return self.bytes / rates.bandwidth(self.stream) * 1e6, self.flops / rates.flops * 1e6
+        arithmetic = (self.flops - self.attention) / self.gemm_rate(rates) + self.attention / rates.flops
+        return self.bytes / rates.bandwidth(self.stream) * 1e6, arithmetic * 1e6
+
+    def gemm_rate(self, rates: Rates) -> float:
+        """FLOP/s that the GEMMs can reach."""
+        return rates.fp8_flops if self.fp8 else rates.flops
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ FAMILIES: Mapping[str, Family] = {
         {"fixed": 4.0, "handoff": 5.0, "handoff of 64 tokens": 1.0},
         arithmetic="sm",
     ),
-    "gemm": Family("LM head as one GEMM", arithmetic="tensor"),
+    "gemm": Family("LM head as one GEMM, in fp8 after its rows are quantised", {"quantise": 5.0}, arithmetic="tensor"),
     "chain": Family(
         "chains of GEMMs and small kernels (drafter beyond 32 or 64 rows, injection beyond 64, shards)",
         {"kernel": 5.0, "attend": 1 / 300.0},
@@ -139,9 +150,10 @@ REASONS = {
     "probe": "a launch of Triton's, fitted for comparison only",
     "stream": "hand-offs cost one figure, though those around attention cost more and grow with tokens and context, "
     "and stages that are long enough hide some; formats share one cost a code",
-    "gemm": "one efficiency of reads and one of arithmetic for all tiles",
+    "gemm": "one efficiency of reads and one of arithmetic for all tiles and both types",
     "chain": "one cost a kernel whatever its size, attention at one rate for all head counts, and the LM head's "
-    "efficiency for all GEMMs: tiles that leave SMs empty at few hundred rows, and the L2's rate, are not modelled",
+    "efficiency for all GEMMs, fp8's too: tiles that leave SMs empty at few hundred rows, and the L2's rate, are not "
+    "modelled",
 }
 
 
@@ -163,8 +175,16 @@ def not_modelled(row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def superseded(row: Mapping[str, Any]) -> bool:
+    """Whether the row was measured with another kernel than its call takes today; `date` is that of its run."""
+    if row["op"] != "draft_forward" or row["dtype"] != "fp8":
+        return False
+    rows = _number("B", row["shape"]) * _number("T", row["shape"])
+    return FP8_ROWS < rows <= FEW_ROWS and row.get("date", FP8_CHAIN_SINCE) < FP8_CHAIN_SINCE
+
+
 def need_of(row: Mapping[str, Any]) -> Need:
-    """The need of a bench row, from its op, shape, dtype, bytes and operations.
+    """The need of a bench row, from its op, shape, dtype, bytes and operations; of a filed one as it ran on its `date`.
 
     Raises:
         ValueError: an op that the model does not know, or a shape without what it needs.
@@ -194,14 +214,23 @@ def need_of(row: Mapping[str, Any]) -> Need:
         return _stream(1, rows, flops, codes, size)
     if op in ("lm_head_argmax", "verify_block_from_hidden", "lm_head_topk"):
         rows = int(_number("B", shape) * _number("T", shape))
-        return _gemm(0, rows, flops, size, family="gemm")
+        if dtype == "fp8":
+            drafter = _drafter(shape)
+            need = _gemm({"quantise": 1}, rows, 2.0 * rows * drafter.V * drafter.H, size, family="gemm")
+            return replace(need, fp8=True)
+        return _gemm({}, rows, flops, size, family="gemm")
     if op == "draft_forward":
         drafter, rows = _drafter(shape), int(_number("B", shape) * _number("T", shape))
-        few_rows = DENSE_ROWS if dtype == "bf16" else FEW_ROWS
+        few_rows = {"bf16": DENSE_ROWS, "fp8": FEW_ROWS if superseded(row) else FP8_ROWS}.get(dtype, FEW_ROWS)
         if rows > few_rows or drafter.D not in (64, 128):
             context = _number("ctx", shape) + _number("T", shape)
             attention = 4.0 * rows * drafter.Hq * drafter.D * context * drafter.L
-            return _gemm(CHAIN * drafter.L + 2, rows, flops - attention, size, attention)
+            kernels = CHAIN * drafter.L + 2
+            if dtype == "fp8":
+                kernels += QUANTISING * drafter.L
+                products = 2.0 * rows * drafter.L * drafter.layer_weights
+                return replace(_gemm({"kernel": kernels}, rows, products, size, attention), fp8=True)
+            return _gemm({"kernel": kernels}, rows, flops - attention, size, attention)
         codes = 0.0 if dtype == "bf16" else float(drafter.L * drafter.layer_weights)
         return _stream(draft_handoffs(drafter), rows, flops, codes, size)
     if op == "inject_kv":
@@ -211,7 +240,7 @@ def need_of(row: Mapping[str, Any]) -> Need:
         live = max(1, round(flops / (2 * drafter.inject_weights)))
         if rows <= FEW_ROWS and " fc 1/" not in shape:
             return _stream(inject_handoffs(drafter), live, flops, 0.0, size)
-        return _gemm(4, live, flops, size)
+        return _gemm({"kernel": 4}, live, flops, size)
     raise ValueError(f"predict: op must be one of the benches', got {op!r}")
 
 
@@ -255,10 +284,14 @@ def _stream(handoffs: int, rows: int, flops: float, codes: float, size: Mapping[
 
 
 def _gemm(
-    kernels: int, rows: int, flops: float, size: Mapping[str, Any], attention: float = 0.0, family: str = "chain"
+    serial: Mapping[str, float],
+    rows: int,
+    flops: float,
+    size: Mapping[str, Any],
+    attention: float = 0.0,
+    family: str = "chain",
 ) -> Need:
     padded = flops if rows <= FEW_ROWS else flops * (-(-rows // ROW_TILE) * ROW_TILE) / rows
-    serial = {"kernel": float(kernels)} if kernels else {}
     return Need(family, serial, flops=flops + attention, padded_flops=padded, attention=attention, **size)
 
 
@@ -320,7 +353,7 @@ class Fit:
         memory = {"read" if family.memory else "": memory_us}
         arithmetic: dict[str, float] = {}
         if family.arithmetic == "tensor":
-            arithmetic["tensor"] = need.padded_flops / rates.flops * 1e6
+            arithmetic["tensor"] = need.padded_flops / need.gemm_rate(rates) * 1e6
             if "attend" in family.costs:
                 serial["attend"] = need.attention / rates.sm_cycles * 1e6
         elif family.arithmetic == "sm":

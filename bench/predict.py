@@ -25,6 +25,9 @@ from bench.harness import Case
 from bench.model import (
     CHAIN,
     FAMILIES,
+    FP8_CHAIN_SINCE,
+    FP8_ROWS,
+    QUANTISING,
     REASONS,
     Fit,
     Need,
@@ -34,6 +37,7 @@ from bench.model import (
     middle_error,
     need_of,
     not_modelled,
+    superseded,
 )
 from bench.results import OTHERS, RESULTS, preferred_rows
 from bench.shapes import QWEN3_8B, QWEN35_397B_TP8, DrafterShape
@@ -76,8 +80,9 @@ class Predicted:
         return self.judged is not None and abs(self.judged - 1) > TOLERANCE
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return row["op"], row["shape"], row["dtype"]
+def _key(row: Mapping[str, Any]) -> tuple[str, str, str, bool]:
+    """What a row is found by; one of a kernel that its call no longer takes is another row."""
+    return row["op"], row["shape"], row["dtype"], superseded(row)
 
 
 def _as_row(case: Case) -> dict[str, Any]:
@@ -99,14 +104,14 @@ def bench_rows() -> list[dict[str, Any]]:
 
 
 def measured_rows(card: Card, root: Path = RESULTS) -> list[dict[str, Any]]:
-    """The filed rows of a card; of an op's two cache states the cold one."""
+    """The filed rows of a card, each with its run's date; of an op's two cache states the cold one."""
     found: list[dict[str, Any]] = []
     for path in sorted((root / card.folder).glob("*.json")) if card.folder else []:
         if path.stem in OTHERS:
             continue
         run = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(run, dict) and "suites" in run and "rows" in run:
-            found += preferred_rows(run["rows"])
+            found += [{**row, "date": run["date"]} for row in preferred_rows(run["rows"])]
     return found
 
 
@@ -175,6 +180,10 @@ class Predictor:
         fit = self.fits[need.family]
         expected = fit.us(need, here)
         note = "" if fit.rows and row["suite"] in self.suites else "no row of its kind was measured"
+        if superseded(row):
+            note = f"streamed, as such rows were before {FP8_CHAIN_SINCE[:16]}; the chain's row is its own"
+        elif need.fp8 and not any(known.fp8 and known.family == need.family for known, _ in self.data):
+            note = "fp8 products at the efficiency of bf16's: the H100 has no row of them"
         ratio = None if us is None else us / expected
         floor = max(need.floors_us(here))
         return Predicted(*head, need.family, floor, fit.bound(need, here), expected, us, ratio, unseen, note)
@@ -453,7 +462,13 @@ def report(card: Card, predictor: Predictor | None = None) -> dict[str, Any]:
     judged = [row.judged for row in rows if row.judged is not None]
     result: dict[str, Any] = {
         "card": asdict(card),
-        "rates": {"read_bw": here.read_bw, "copy_bw": here.copy_bw, "flops": here.flops, "sm_cycles": here.sm_cycles},
+        "rates": {
+            "read_bw": here.read_bw,
+            "copy_bw": here.copy_bw,
+            "flops": here.flops,
+            "fp8_flops": here.fp8_flops,
+            "sm_cycles": here.sm_cycles,
+        },
         "origin": here.origin,
         "fitted_on": {"card": predictor.base.name, "rows": len(predictor.rows), "parameters": predictor.parameters},
         "fits": {
@@ -482,15 +497,17 @@ def assumptions(card: Card, here: Rates, predictor: Predictor) -> list[str]:
         f"costs and efficiencies: {predictor.parameters} parameters, fitted to {len(predictor.rows)} rows measured on "
         f"an H100 (read {base.read_bw / 1e12:.2f} TB/s), each family's below; read from results/, none by hand",
         "expected = what follows one after the other + max(bytes, arithmetic) at the H100's efficiencies",
-        "quantised weights are turned into bf16 before they are multiplied, as the kernels do: the "
-        f"{card.fp8 / 1e12:.0f} TFLOP/s of fp8 count nowhere",
+        "streaming kernels turn quantised weights into bf16 before they multiply them; fp8 is multiplied with fp8 in "
+        f"drafts of more than {FP8_ROWS} rows ({QUANTISING} more kernels a layer quantise rows) and in the LM head's "
+        f"GEMM: at {here.fp8_flops / 1e12:.0f} TFLOP/s, bf16's times the datasheet's ratio, with bf16's efficiencies; "
+        "attention stays bf16",
     ]
     if card is not predictor.base:
         lines += [
             "a launch, a trip to memory, a barrier, a hand-off and a small kernel cost as many us as on the H100",
             "mma.sync and shared memory (streaming kernels, attention) go by SMs times clock: "
             f"{here.sm_cycles / base.sm_cycles:.2f} of the H100's; GEMMs of many rows by the bf16 rate: "
-            f"{here.flops / base.flops:.2f}",
+            f"{here.flops / base.flops:.2f}, or fp8's: {here.fp8_flops / base.fp8_flops:.2f}",
             "weights are cold: a larger L2 is given no credit",
         ]
     if card.key == "b200":
