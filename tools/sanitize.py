@@ -85,6 +85,17 @@ class Maker:
 
         return weight if name is None else quantize(weight.cpu(), WeightFormat.parse(name)).to(self.device)
 
+    def codes(self, matrix: Any) -> tuple[Any, Any]:
+        """Of fp8, and their scales."""
+        coded = self.quantized(matrix, "fp8")
+        return coded.codes, coded.scale
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        from dflash_kernels import ops
+
+        return self.device == "cpu" or ops.draft_forward_fp8_supported(self.device)
+
     def call(self, op: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         op(*args, **kwargs)
         self.calls += 1
@@ -217,6 +228,10 @@ def call_head(m: Maker) -> None:
             m.call(ops.lm_head_argmax, *args, extra, 1000)
         for k in (1, 16, 64):
             m.call(ops.lm_head_topk, *args, k, extra)
+        if hidden % 16 == 0 and m.multiplies_fp8:
+            coded = [part for x in args for part in m.codes(x)]
+            for _ in range(2):
+                m.call(ops.lm_head_argmax_fp8, *coded, extra, 1000)
         if rows <= 64:
             for name in STREAMED[: 4 if hidden == 64 else 2]:
                 weight = m.quantized(args[1], name)
@@ -276,6 +291,13 @@ def call_draft(m: Maker) -> None:
         if columns <= 8192:
             m.call(ops.rmsnorm_quantize_rows, x, m.normal(columns), 1e-6)
 
+    # a row, tiles that are not full, pairs of them
+    for rows, columns, k, gated in ((1, 64, 16, False), (130, 264, 80, False), (300, 512, 1040, True)):
+        if m.multiplies_fp8:
+            residual = None if gated else m.normal(rows, columns)
+            coded = (*m.codes(m.normal(rows, k)), *m.codes(m.normal(columns, k)))
+            m.call(ops.gemm_fp8, *coded, m.normal(columns), residual, gated)
+
     # every head size; keys cut into many parts, and (34 requests) not cut: several tiles in one block
     for prefixes, block, q_heads, kv_heads, dim, bias in (
         ([0, 5, 150], 8, 4, 2, 64, True),
@@ -315,12 +337,11 @@ def call_draft(m: Maker) -> None:
             1e-6,
         )
         m.call(ops.draft_forward, *args)
-        if ops.draft_forward_fp8_supported(m.device):
-            coded = list(args)
+        if m.multiplies_fp8:
+            coded_args = list(args)
             for i in (17, 16, 13, 9):
-                weight = m.quantized(args[i], "fp8")
-                coded[i : i + 1] = [weight.codes, weight.scale]
-            m.call(ops.draft_forward_fp8, *coded)
+                coded_args[i : i + 1] = m.codes(args[i])
+            m.call(ops.draft_forward_fp8, *coded_args)
         if dim in (64, 128):  # as one kernel
             for name in STREAMED[:2] if inner % 64 else STREAMED:
                 matrices = [m.quantized(args[i], name) for i in (9, 13, 16, 17)]

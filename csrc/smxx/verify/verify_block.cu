@@ -67,7 +67,7 @@ constexpr int kHeld = 14;                     // vectors of a lane
 constexpr int kSliceBytes = 32 * 16 * kHeld;  // at most
 
 // Bytes of logits from which rows are left out unasked: at B 8 of V 151936, 39 MB, that gains nothing; at B 32 it takes
-// two thirds of the time, and a tenth more if all tokens are committed (H200, bench/NOTES.md).
+// two thirds of the time, and a twentieth more if all tokens are committed (H200, bench/NOTES.md).
 constexpr int64_t kLazyBytes = int64_t{64} << 20;
 
 constexpr int kMostHeard = 8192;        // requests of which a lazy block has a word each in shared memory
