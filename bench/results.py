@@ -24,6 +24,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 OTHERS = (
     "acceptance",
     "acceptance_w8a8",
+    "acceptance_nvfp4",
     "drafter",
     "sglang_tokens",
     "verify_warps",
