@@ -134,6 +134,7 @@ CHECKS = [
         *({"dtype": dtype, "lazy": lazy} for dtype in (FP16, FP32) for lazy in (0, 1)),
     ),
     *calls(test_verify.test_rows_of_millions, {"lazy": 0}),
+    *calls(test_verify.test_as_many_requests_as_a_lazy_block_hears_of_and_more, {"batch": 8192}, {"batch": 8193}),
     *calls(test_verify.test_empty_batch),
     *calls(test_verify.test_many_units_match_reference, *({"dtype": t, "lazy": 1} for t in (BF16, FP32))),
     *calls(

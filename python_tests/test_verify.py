@@ -201,6 +201,18 @@ def test_every_place_to_stop(device: str, rng: torch.Generator, block_size: int,
         assert not workspace.any()
 
 
+@pytest.mark.parametrize("batch", [8192, 8193])
+def test_as_many_requests_as_a_lazy_block_hears_of_and_more(device: str, rng: torch.Generator, batch: int) -> None:
+    logits = torch.randn(batch, 2, 16, generator=rng).to(torch.bfloat16)
+    candidates = agreeing_candidates(reference.argmax(logits), rng)
+    prefix = torch.arange(batch)
+    out, workspace = poisoned(batch, 2, device), ops.verify_workspace(batch, 2, device)
+    arguments = (candidates.to(device), logits.to(device), prefix.to(device))
+    ops.verify_block(*arguments, lazy=1, out=out, workspace=workspace)
+    assert_same(out, reference.verify_block(candidates, logits, prefix))
+    assert not workspace.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lazy", [0, 1])
 def test_workspace_serves_any_order_of_calls(rng: torch.Generator, lazy: int) -> None:
