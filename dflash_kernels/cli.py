@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     pack.add_argument("drafter", type=Path, metavar="DRAFTER", help="DFlash drafter directory, unquantised")
     pack.add_argument("out", type=Path, metavar="OUT", help="directory to write, new or empty")
-    pack.add_argument("--format", choices=("fp8", "w4"), required=True, help="e4m3 a channel, or 4 bits in groups")
+    pack.add_argument(
+        "--format", choices=("fp8", "w4", "nvfp4"), required=True, help="e4m3 a channel, 4 bits in groups, or NVFP4"
+    )
     pack.add_argument("--group-size", type=int, choices=(64, 128), help="w4: weights that share a scale; default: 128")
     pack.add_argument("--codes", choices=("int4", "e2m1"), help="w4: what 4 bits mean; default: int4")
     pack.set_defaults(run=_pack)
@@ -136,15 +138,18 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    if args.format == "fp8" and (args.group_size or args.codes):
-        raise UsageError("--group-size and --codes belong to --format w4: fp8 has one scale for each output channel")
+    if args.format != "w4" and (args.group_size or args.codes):
+        why = {"fp8": "has one scale for each output channel", "nvfp4": "is e2m1 in groups of 16"}[args.format]
+        raise UsageError(f"--group-size and --codes belong to --format w4: {args.format} {why}")
     if dflash_kernels.load_error is not None:
         raise UsageError(str(dflash_kernels.load_error))
     from dflash_kernels.formats import WeightFormat
     from dflash_kernels.model.quantize import quantize_drafter
 
-    fp8 = args.format == "fp8"
-    wanted = WeightFormat("fp8") if fp8 else WeightFormat(args.codes or "int4", args.group_size or 128)
+    if args.format == "w4":
+        wanted = WeightFormat(args.codes or "int4", args.group_size or 128)
+    else:
+        wanted = WeightFormat.parse(args.format)
     try:
         report = quantize_drafter(args.drafter, args.out, wanted)
     except (ValueError, OSError) as error:

@@ -218,6 +218,8 @@ def why_not_packed(
     """Why a pass is not to run as one streaming kernel, or None. `tokens` is B * T, `dtype` that of dense weights."""
     if tokens > streamed_tokens(weight_format, fp8_chain):
         return f"{tokens} rows are more than {streamed_tokens(weight_format, fp8_chain)}"
+    if weight_format is not None and not weight_format.streams:
+        return f"weights are {weight_format}, which no kernel streams"
     if num_layers > MAX_LAYERS:
         return f"{num_layers} layers are more than {MAX_LAYERS}"
     if head_dim not in (64, 128):
@@ -297,7 +299,9 @@ def pack_draft(
     if len(formats) > 1:
         raise ValueError(f"pack_draft: weights must have one format, got {', '.join(sorted(formats))}")
     dtype = qkv_weight.dtype if isinstance(qkv_weight, torch.Tensor) else torch.bfloat16
-    if reason := why_not_packed(tokens=0, num_layers=layers, head_dim=head_dim, dtype=dtype):
+    if reason := why_not_packed(
+        tokens=0, num_layers=layers, head_dim=head_dim, dtype=dtype, weight_format=format_of(qkv_weight)
+    ):
         raise ValueError(f"pack_draft: {reason}")
 
     def gate_up(rows: torch.Tensor) -> torch.Tensor:

@@ -7,34 +7,48 @@ rows than stream (32), a GPU multiplies fp8 codes with activations in fp8, which
 (`draft_forward_fp8`; for more than 64 rows of an LM head, `lm_head_argmax_fp8`): these are rounded on the way, so a
 draft may differ from that of few rows.
 
+nvfp4 is e2m1 in groups of 16 whose scales are e4m3, with one float32 a tensor behind them: ``code * scale /
+global_scale``. Only the tensor cores of compute capability 10.x multiply it, with activations in the same format
+(`gemm_nvfp4`); no kernel streams it, and elsewhere it runs dequantised. In memory and on disk its scales are plain;
+:func:`scale_blocks` makes the order that the tensor cores read.
+
 On disk the layout is that of the package `compressed-tensors`, whose ``quantization_config`` SGLang and vLLM read:
 
-=====  =====================================  ==============================  =================
-kind   codes                                  scales                          format
-=====  =====================================  ==============================  =================
-fp8    ``weight`` F8_E4M3 [N, K]              ``weight_scale`` [N, 1]         float-quantized
-int4   ``weight_packed`` I32 [N, K / 8]       ``weight_scale`` [N, K / G]     pack-quantized
-e2m1   ``weight_packed`` U8 [N, K / 2]        ``weight_scale`` [N, K / G]     fp4-pack-quantized
-=====  =====================================  ==============================  =================
+=====  =====================================  =======================================  ====================
+kind   codes                                  scales                                   format
+=====  =====================================  =======================================  ====================
+fp8    ``weight`` F8_E4M3 [N, K]              ``weight_scale`` [N, 1]                  float-quantized
+int4   ``weight_packed`` I32 [N, K / 8]       ``weight_scale`` [N, K / G]              pack-quantized
+e2m1   ``weight_packed`` U8 [N, K / 2]        ``weight_scale`` [N, K / G]              fp4-pack-quantized
+nvfp4  ``weight_packed`` U8 [N, K / 2]        ``weight_scale`` F8_E4M3 [N, K / 16],    nvfp4-pack-quantized
+                                              ``weight_global_scale`` F32 [1]
+=====  =====================================  =======================================  ====================
 
 4-bit codes lie from the low bits up; int4 is stored with 8 added, and has its shape in ``weight_shape`` I64 [2].
-The last format's name is this package's: what is published for e2m1 (nvfp4, mxfp4) has groups of 16 and 32.
+fp4-pack-quantized is this package's name: what is published for e2m1 (nvfp4, mxfp4) has groups of 16 and 32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
-Kind = Literal["fp8", "int4", "e2m1"]
+Kind = Literal["fp8", "int4", "e2m1", "nvfp4"]
 GROUP_SIZES = (64, 128)
+NVFP4_GROUP = 16
 # fp8 is torch's float8_e4m3fn. int4 holds value + 8; e2m1 a sign, two bits of exponent and one of mantissa.
 INT4_VALUES = tuple(float(code - 8) for code in range(16))
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0) + (-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_STORED_AS: dict[Kind, str] = {"fp8": "float-quantized", "int4": "pack-quantized", "e2m1": "fp4-pack-quantized"}
+_STORED_AS: dict[Kind, str] = {
+    "fp8": "float-quantized",
+    "int4": "pack-quantized",
+    "e2m1": "fp4-pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,9 @@ class WeightFormat:
     """What codes mean and how many share a scale.
 
     Attributes:
-        kind: "fp8" (e4m3), "int4" (-8..7) or "e2m1".
-        group_size: 64 or 128 along K for 4-bit codes; None for fp8, which has a scale for each output channel.
+        kind: "fp8" (e4m3), "int4" (-8..7), "e2m1" or "nvfp4".
+        group_size: 64 or 128 along K for int4 and e2m1, 16 for nvfp4; None for fp8, which has a scale for each output
+            channel.
     """
 
     kind: Kind
@@ -54,11 +69,13 @@ class WeightFormat:
             raise ValueError(f"weight format must be one of {', '.join(_STORED_AS)}, got {self.kind}")
         if self.kind == "fp8" and self.group_size is not None:
             raise ValueError(f"fp8 has a scale for each output channel: group_size must be None, got {self.group_size}")
-        if self.kind != "fp8" and self.group_size not in GROUP_SIZES:
+        if self.kind == "nvfp4" and self.group_size != NVFP4_GROUP:
+            raise ValueError(f"nvfp4: group_size must be {NVFP4_GROUP}, got {self.group_size}")
+        if self.kind in ("int4", "e2m1") and self.group_size not in GROUP_SIZES:
             raise ValueError(f"{self.kind}: group_size must be 64 or 128, got {self.group_size}")
 
     def __str__(self) -> str:
-        return self.kind if self.group_size is None else f"{self.kind}-g{self.group_size}"
+        return f"{self.kind}-g{self.group_size}" if self.kind in ("int4", "e2m1") else self.kind
 
     @property
     def bits(self) -> int:
@@ -67,8 +84,13 @@ class WeightFormat:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """dtype of the scales in memory: float32 an output channel, bf16 a group."""
-        return torch.float32 if self.kind == "fp8" else torch.bfloat16
+        """dtype of the scales in memory: float32 an output channel, bf16 a group, e4m3 a group of nvfp4."""
+        return {"fp8": torch.float32, "nvfp4": torch.float8_e4m3fn}.get(self.kind, torch.bfloat16)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the kernels that stream weights for few rows read it."""
+        return self.kind != "nvfp4"
 
     def code_columns(self, columns: int) -> int:
         """Bytes of codes in a row of ``columns`` weights."""
@@ -81,7 +103,7 @@ class WeightFormat:
     def check_columns(self, columns: int, what: str) -> None:
         """Raises ValueError if groups do not divide ``columns``."""
         if self.group_size is not None and columns % self.group_size:
-            fitting = [size for size in GROUP_SIZES if columns % size == 0]
+            fitting = [size for size in GROUP_SIZES if columns % size == 0 and self.kind != "nvfp4"]
             hint = f" (groups of {fitting[0]} fit)" if fitting else ""
             raise ValueError(
                 f"{what}: columns must be a multiple of the group size {self.group_size}, got {columns}{hint}"
@@ -89,11 +111,13 @@ class WeightFormat:
 
     @classmethod
     def parse(cls, name: str) -> WeightFormat:
-        """The format that ``str`` gives: "fp8", "int4-g64", "int4-g128", "e2m1-g64" or "e2m1-g128"."""
+        """The format that ``str`` gives: "fp8", "int4-g64", "int4-g128", "e2m1-g64", "e2m1-g128" or "nvfp4"."""
         kind, _, group = name.partition("-g")
         if kind not in _STORED_AS or (group and not group.isdecimal()):
-            names = ", ".join(["fp8", *(f"{kind}-g{size}" for kind in ("int4", "e2m1") for size in GROUP_SIZES)])
-            raise ValueError(f"weight format must be one of {names}, got {name}")
+            grouped = [f"{kind}-g{size}" for kind in ("int4", "e2m1") for size in GROUP_SIZES]
+            raise ValueError(f"weight format must be one of {', '.join(['fp8', *grouped, 'nvfp4'])}, got {name}")
+        if name == "nvfp4":
+            return cls("nvfp4", NVFP4_GROUP)
         return cls(kind, int(group) if group else None)  # type: ignore[arg-type]
 
 
@@ -103,12 +127,15 @@ class QuantizedWeight:
 
     Attributes:
         codes: uint8 [..., N, K], or [..., N, K / 2] with two 4-bit codes a byte, the even column's in the low half.
-        scale: fp8: float32 [..., N, 1]; 4 bits: bf16 [..., N, K / group_size].
+        scale: fp8: float32 [..., N, 1]; 4 bits: bf16 [..., N, K / group_size]; nvfp4: float8_e4m3fn [..., N, K / 16].
+        global_scale: nvfp4: float32 [..., N, 1], what the tensor's scales are divided by, for each of its rows, so that
+            tensors one under the other keep theirs; else None.
     """
 
     format: WeightFormat
     codes: torch.Tensor
     scale: torch.Tensor
+    global_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         f = self.format
@@ -121,6 +148,19 @@ class QuantizedWeight:
         expected = [*self.codes.shape[:-1], f.scale_columns(columns)]
         if list(self.scale.shape) != expected:
             raise ValueError(f"{f}: scale must have shape {expected}, got {list(self.scale.shape)}")
+        if (self.global_scale is None) == (f.kind == "nvfp4"):
+            raise ValueError(f"{f}: global_scale must be {'a tensor' if f.kind == 'nvfp4' else 'None'}")
+        if self.global_scale is not None:
+            got, expected = self.global_scale, [*self.codes.shape[:-1], 1]
+            if got.dtype != torch.float32 or list(got.shape) != expected:
+                raise ValueError(
+                    f"{f}: global_scale must be float32 {expected}, got {_name(got.dtype)} {list(got.shape)}"
+                )
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedWeight:
+        """The same done to codes and scales."""
+        shared = None if self.global_scale is None else change(self.global_scale)
+        return replace(self, codes=change(self.codes), scale=change(self.scale), global_scale=shared)
 
     @property
     def shape(self) -> torch.Size:
@@ -130,7 +170,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scale.nbytes
+        return sum(t.nbytes for t in (self.codes, self.scale, self.global_scale) if t is not None)
 
     def values(self) -> torch.Tensor:
         """What the codes stand for, without scales: float32 ``[..., N, K]``; exact in bf16 as well."""
@@ -143,20 +183,22 @@ class QuantizedWeight:
         """``code * scale``, computed in float32 and rounded to ``dtype``; contiguous."""
         values = self.values()
         groups = values.view(*self.scale.shape, -1)
-        return (groups * self.scale.float()[..., None]).view(values.shape).to(dtype)
+        scale = self.scale.float()
+        if self.global_scale is not None:
+            scale = scale / self.global_scale
+        return (groups * scale[..., None]).view(values.shape).to(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight elsewhere."""
-        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
+        return self._map(lambda t: t.to(device))
 
-    def __getitem__(self, layer: int) -> QuantizedWeight:
-        """One of a stack."""
-        return replace(self, codes=self.codes[layer], scale=self.scale[layer])
+    def __getitem__(self, at: int | torch.Tensor) -> QuantizedWeight:
+        """One of a stack, or rows of a single weight."""
+        return self._map(lambda t: t[at])
 
     def rows(self, *parts: slice) -> QuantizedWeight:
         """The output channels of the slices, one after the other."""
-        codes = torch.cat([self.codes[..., part, :] for part in parts], dim=-2)
-        return replace(self, codes=codes, scale=torch.cat([self.scale[..., part, :] for part in parts], dim=-2))
+        return self._map(lambda t: torch.cat([t[..., part, :] for part in parts], dim=-2))
 
     def columns(self, start: int, stop: int) -> QuantizedWeight:
         """Columns ``start`` to ``stop``.
@@ -182,20 +224,28 @@ class QuantizedWeight:
         if self.format.kind == "int4":
             packed["weight_packed"] = self.codes.view(torch.int32)
             packed["weight_shape"] = torch.tensor(list(self.shape), dtype=torch.int64)
+        if self.global_scale is not None:
+            packed["weight_global_scale"] = self.global_scale[0].clone()
         return packed
 
 
 def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Equal weights of L layers as one, L in front."""
-    first = weights[0]
-    return replace(first, codes=torch.stack([w.codes for w in weights]), scale=torch.stack([w.scale for w in weights]))
+    return _joined(weights, torch.stack)
 
 
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Weights with the same columns, one under the other."""
-    first = weights[0]
+    return _joined(weights, lambda parts: torch.cat(parts, -2))
+
+
+def _joined(weights: Sequence[QuantizedWeight], join: Callable[[list[torch.Tensor]], torch.Tensor]) -> QuantizedWeight:
+    shared = [w.global_scale for w in weights if w.global_scale is not None]
     return replace(
-        first, codes=torch.cat([w.codes for w in weights], -2), scale=torch.cat([w.scale for w in weights], -2)
+        weights[0],
+        codes=join([w.codes for w in weights]),
+        scale=join([w.scale for w in weights]),
+        global_scale=join(shared) if shared else None,
     )
 
 
@@ -210,6 +260,30 @@ def join_nibbles(codes: torch.Tensor) -> torch.Tensor:
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
+def scale_blocks(scale: torch.Tensor, gated: bool = False) -> torch.Tensor:
+    """Scales of nvfp4 in the order that tcgen05 reads (``.scale_vec::4X``), as `gemm_nvfp4` takes them.
+
+    Each block of 128 rows and 4 scales along K is 512 bytes, and the scale of its row r and group g byte
+    ``16 * (r % 32) + 4 * (r // 32) + g``; edges are filled up with zeros. cuBLAS, torch and vLLM have the same layout.
+
+    Args:
+        scale: float8_e4m3fn or uint8 ``[..., N, K / 16]``.
+        gated: of a gate and, below it, an up projection of as many rows: a block is 64 rows of the first and then the
+            same 64 of the second, as a tile of `gemm_nvfp4` with ``gated`` has them.
+
+    Returns:
+        uint8 ``[..., ceil(N / 128), ceil(K / 64), 512]``; gated: ``[..., ceil(N / 2 / 64), ceil(K / 64), 512]``.
+    """
+    codes = scale.view(torch.uint8)
+    halves = codes.unflatten(-2, (2, -1)) if gated else codes[..., None, :, :]
+    unit = 128 // halves.shape[-3]
+    rows, groups = halves.shape[-2:]
+    padded = F.pad(halves, (0, -groups % 4, 0, -rows % unit))
+    blocks = padded.unflatten(-1, (-1, 4)).unflatten(-3, (-1, unit))  # [..., halves, block, unit, K / 64, 4]
+    blocks = blocks.movedim(-5, -4).flatten(-4, -3)  # [..., block, 128, K / 64, 4]
+    return blocks.unflatten(-3, (4, 32)).movedim(-2, -4).transpose(-3, -2).flatten(-3).contiguous()
+
+
 # -- the config -----------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +293,7 @@ def quantization_config(weight_format: WeightFormat, ignore: Sequence[str]) -> d
     weights = {
         "num_bits": f.bits,
         "type": "int" if f.kind == "int4" else "float",
-        "strategy": "channel" if f.group_size is None else "group",
+        "strategy": {"fp8": "channel", "nvfp4": "tensor_group"}.get(f.kind, "group"),
         "group_size": f.group_size,
         "symmetric": True,
         "dynamic": False,
@@ -240,7 +314,7 @@ def parse_quantization_config(config: Any) -> WeightFormat:
     Activations that were to be quantised as they come are left as they are: this can only be more exact.
 
     Raises:
-        ValueError: anything else than the three formats, naming the first key that does not fit.
+        ValueError: anything else than the four formats, naming the first key that does not fit.
     """
     if not isinstance(config, dict):
         raise ValueError(f"quantization_config must be an object, got {config!r}")
@@ -260,7 +334,7 @@ def parse_quantization_config(config: Any) -> WeightFormat:
         raise ValueError("sparse weights")
     for key in ("input_activations", "output_activations"):
         scheme = group.get(key)
-        if scheme and not (isinstance(scheme, dict) and scheme.get("dynamic") is True):
+        if scheme and not (isinstance(scheme, dict) and scheme.get("dynamic") in (True, "local")):
             raise ValueError(f"{key} with scales of their own")
     for key, expected in (("symmetric", True), ("dynamic", False)):
         if weights.get(key, expected) is not expected:
@@ -272,12 +346,15 @@ def parse_quantization_config(config: Any) -> WeightFormat:
         (8, "float", "channel"): "fp8",
         (4, "int", "group"): "int4",
         (4, "float", "group"): "e2m1",
+        (4, "float", "tensor_group"): "nvfp4",
     }
     kind = kinds.get(described[:3])
-    if kind is None or (kind != "fp8" and described[3] not in GROUP_SIZES):
+    sizes = (NVFP4_GROUP,) if kind == "nvfp4" else GROUP_SIZES
+    if kind is None or (kind != "fp8" and described[3] not in sizes):
         raise ValueError(
-            "weights must be 8-bit float with a scale a channel, or 4-bit int or float in groups of 64 or 128, got "
-            f"num_bits {described[0]}, type {described[1]}, strategy {described[2]}, group_size {described[3]}"
+            "weights must be 8-bit float with a scale a channel, 4-bit int or float in groups of 64 or 128, or 4-bit "
+            f"float with strategy tensor_group in groups of 16, got num_bits {described[0]}, type {described[1]}, "
+            f"strategy {described[2]}, group_size {described[3]}"
         )
     stored_as = config.get("format", _STORED_AS[kind])
     if stored_as != _STORED_AS[kind]:
@@ -290,6 +367,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def is_finite(weight: QuantizedWeight) -> bool:
-    """Whether no code is NaN and every scale is finite."""
+    """Whether no code is NaN, every scale is finite, and what scales are divided by is finite and positive."""
     nan = weight.format.kind == "fp8" and bool(((weight.codes & 0x7F) == 0x7F).any())
-    return not nan and bool(torch.isfinite(weight.scale).all())
+    shared = weight.global_scale
+    divides = shared is None or bool((torch.isfinite(shared) & (shared > 0)).all())
+    return not nan and divides and bool(torch.isfinite(weight.scale.float()).all())

@@ -119,10 +119,7 @@ def pack_head(
             raise ValueError(f"pack_head: token_ids must be different rows of the {vocab} there are, got others")
         token_ids, vocab = ids, ids.numel()
         bias = None if bias is None else bias[ids]
-        if isinstance(weight, QuantizedWeight):
-            weight = QuantizedWeight(weight.format, weight.codes[ids], weight.scale[ids])
-        else:
-            weight = weight[ids]
+        weight = weight[ids]
     weights, weight_format = pack_weight(weight).flatten(0, 1), format_of(weight)
     schedule = head_schedule(vocab, hidden, blocks, weight_format)
     device = weights.device

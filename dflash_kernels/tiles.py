@@ -67,10 +67,12 @@ def pack_quantized_tiles(weight: QuantizedWeight) -> torch.Tensor:
     """uint8 ``[row tiles, K tiles, tile_nbytes]`` of a weight ``[N, K]``; edges are zeros with scale 0.
 
     Raises:
-        ValueError: a weight that is not two-dimensional.
+        ValueError: a weight that is not two-dimensional, or in a format that no kernel streams.
     """
     if weight.codes.dim() != 2:
         raise ValueError(f"pack_quantized_tiles: weight must have 2 dimensions, got {list(weight.shape)}")
+    if not weight.format.streams:
+        raise ValueError(f"pack_quantized_tiles: weight must have a format that streams, got {weight.format}")
     f, (rows, columns) = weight.format, weight.shape
     width, row_tiles = tile_columns(f), -(-rows // TILE_ROWS)
     k_tiles, steps = -(-columns // width), width // TILE_K

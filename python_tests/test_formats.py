@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from dflash_kernels.formats import (
     INT4_VALUES,
     QuantizedWeight,
     WeightFormat,
+    concatenate,
     join_nibbles,
     quantization_config,
+    scale_blocks,
     split_nibbles,
 )
 from dflash_kernels.model.checkpoint import load_weights
@@ -29,8 +32,9 @@ from dflash_kernels.model.drafter import Drafter, load_drafter
 from dflash_kernels.model.quantize import quantize, quantize_drafter
 from dflash_kernels.model.weights import shard_weights
 from dflash_kernels.reference import formats as reference
+from dflash_kernels.tiles import pack_weight
 
-ALL = ["fp8", "int4-g64", "int4-g128", "e2m1-g64", "e2m1-g128"]
+ALL = ["fp8", "int4-g64", "int4-g128", "e2m1-g64", "e2m1-g128", "nvfp4"]
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
@@ -48,6 +52,11 @@ def wide_tensors(generator: torch.Generator, prefix: str = "") -> dict[str, torc
         shapes |= {f"{a}{p}_norm.weight": (D,) for p in "qk"}
         shapes |= {f"layers.{i}.{p}_layernorm.weight": (hidden,) for p in ("input", "post_attention")}
     return {prefix + n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
+
+
+def real_scale(weight: QuantizedWeight) -> torch.Tensor:
+    """What codes are multiplied by, float32 ``[.., N, groups]``."""
+    return weight.scale.float() if weight.global_scale is None else weight.scale.float() / weight.global_scale
 
 
 @pytest.fixture
@@ -93,9 +102,9 @@ def test_rounding_is_to_the_nearest_code(name: str, seed: int, spread: int) -> N
     f = WeightFormat.parse(name)
     weight = (torch.randn(4, 256, generator=torch.Generator().manual_seed(seed)) * 2.0**spread).bfloat16()
     made = quantize(weight, f)
-    decode = {"fp8": reference.decode_e4m3, "int4": reference.decode_int4, "e2m1": reference.decode_e2m1}[f.kind]
+    decode = {"fp8": reference.decode_e4m3, "int4": reference.decode_int4}.get(f.kind, reference.decode_e2m1)
     table = torch.tensor([decode(code) for code in range(1 << f.bits)]).nan_to_num(0.0)
-    scale = made.scale.float().repeat_interleave(256 // made.scale.shape[-1], dim=-1)
+    scale = real_scale(made).repeat_interleave(256 // made.scale.shape[-1], dim=-1)
     error = (made.dequantize() - weight.float()).abs()
     best = (table * scale[..., None] - weight.float()[..., None]).abs().amin(-1)
     assert (error <= best * (1 + 1e-5) + 1e-6 * scale).all()
@@ -127,9 +136,52 @@ def test_dequantised_products_are_those_of_the_oracle(name: str) -> None:
     made = quantize(torch.randn(32, 256, generator=generator), f)
     x = torch.randn(5, 256, generator=generator).bfloat16()
     codes = made.codes if f.kind == "fp8" else split_nibbles(made.codes)
-    want = reference.linear(x, codes, made.scale, f.kind)
+    want = reference.linear(x, codes, real_scale(made), f.kind)
     torch.testing.assert_close(x.float() @ made.dequantize().T, want, rtol=1e-5, atol=1e-4)
     assert torch.equal(made.values(), made.values().bfloat16().float())  # codes are exact in bf16
+
+
+def test_nvfp4_scales_are_a_part_in_e4m3_and_one_a_tensor() -> None:
+    """The tensor's takes the largest weight to the largest scale, and rows of another tensor keep theirs."""
+    f, generator = WeightFormat.parse("nvfp4"), torch.Generator().manual_seed(5)
+    one, two = (torch.randn(8, 64, generator=generator) * size for size in (1.0, 1e-4))
+    made = quantize(one, f)
+    assert made.global_scale is not None and (made.global_scale == 2688 / one.abs().max()).all()
+    assert made.scale.float().max() >= 0.7 * 448  # the best of seven
+    assert made.nbytes == 8 * (32 + 4 + 4)
+    both = concatenate([made, quantize(two, f)])
+    assert torch.equal(both.dequantize()[8:], quantize(two, f).dequantize())
+    for weight in (one, two):
+        error = (quantize(weight, f).dequantize() - weight).norm() / weight.norm()
+        assert 0.05 < error < 0.1
+    with pytest.raises(ValueError, match="nvfp4: global_scale must be a tensor"):
+        QuantizedWeight(f, made.codes, made.scale)
+    with pytest.raises(ValueError, match=r"nvfp4: global_scale must be float32 \[8, 1\], got float32 \[1, 1\]"):
+        replace(made, global_scale=made.global_scale[:1])
+    with pytest.raises(ValueError, match="fp8: global_scale must be None"):
+        replace(quantize(one, WeightFormat("fp8")), global_scale=made.global_scale)
+    with pytest.raises(ValueError, match="nvfp4: group_size must be 16, got 32"):
+        WeightFormat("nvfp4", 32)
+    with pytest.raises(ValueError, match="must have a format that streams, got nvfp4"):
+        pack_weight(made)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 64), (300, 160), (8, 16)])
+def test_scale_blocks_are_in_the_order_of_the_tensor_cores(rows: int, columns: int) -> None:
+    scale = torch.randint(1, 255, (2, rows, columns // 16), dtype=torch.uint8)
+    for gated in (False, True):
+        blocks = scale_blocks(scale, gated)
+        unit = 64 if gated else 128
+        assert list(blocks.shape) == [2, -(-rows // (2 if gated else 1) // unit), -(-columns // 64), 512]
+        left = blocks.clone()
+        for r in range(rows):
+            at, second = (r % (rows // 2), r // (rows // 2)) if gated else (r, 0)
+            block, row = at // unit, at % unit + second * 64
+            for g in range(columns // 16):
+                place = (slice(None), block, g // 4, 16 * (row % 32) + 4 * (row // 32) + g % 4)
+                assert torch.equal(left[place], scale[:, r, g])
+                left[place] = 0
+        assert (left == 0).all()
 
 
 def test_nibbles_lie_from_the_low_half_up() -> None:
@@ -185,8 +237,11 @@ def test_a_packed_drafter_is_read_back_exactly(tmp_path: Path, name: str, layout
     plain = load_weights(tmp_path / "in", load_config(tmp_path / "in"), torch.float32)
     assert weights.quantized and weights.weight_format == f and plain.weight_format is plain.quantized is None
     for field in ("qkv_weight", "o_weight", "gate_up_weight", "down_weight"):
-        want, got = quantize(getattr(plain, field), f), weights.quantized[field]
+        rows = {"qkv_weight": [8 * D, 2 * D, 2 * D], "gate_up_weight": [256, 256]}.get(field, [128])
+        want = concatenate([quantize(part, f) for part in getattr(plain, field).split(rows, 1)])
+        got = weights.quantized[field]
         assert torch.equal(want.codes, got.codes) and torch.equal(want.scale, got.scale)
+        assert f.kind != "nvfp4" or torch.equal(want.global_scale, got.global_scale)
         assert torch.equal(getattr(weights, field), want.dequantize())
     assert torch.equal(weights.kv_weight, weights.qkv_weight[:, 8 * D :])
     for field in ("fc_weight", "hidden_norm", "input_norm", "q_norm", "k_norm", "post_norm", "final_norm"):
@@ -201,6 +256,10 @@ def test_names_and_dtypes_in_the_file(bf16: Path, tmp_path: Path) -> None:
             "_packed": (torch.int32, [128, 32]), "_scale": (torch.bfloat16, [128, 4]), "_shape": (torch.int64, [2])
         },
         "e2m1-g128": {"_packed": (torch.uint8, [128, 128]), "_scale": (torch.bfloat16, [128, 2])},
+        "nvfp4": {
+            "_packed": (torch.uint8, [128, 128]), "_scale": (torch.float8_e4m3fn, [128, 16]),
+            "_global_scale": (torch.float32, [1]),
+        },
     }  # fmt: skip
     for name, ends in expected.items():
         quantize_drafter(bf16, tmp_path / name, WeightFormat.parse(name))
@@ -332,7 +391,7 @@ def test_few_rows_read_the_codes_on_cuda(tmp_path: Path, name: str, rng: torch.G
     assert 0 < of_codes < 0.05 and of_codes < 1.5 * of_chain
 
 
-@pytest.mark.parametrize("name", ["fp8", "int4-g64", "e2m1-g64"])
+@pytest.mark.parametrize("name", ["fp8", "int4-g64", "e2m1-g64", "nvfp4"])
 def test_shards_are_parts_of_codes_and_scales(bf16: Path, tmp_path: Path, name: str) -> None:
     quantize_drafter(bf16, tmp_path / "out", WeightFormat.parse(name))
     config = load_config(tmp_path / "out")
@@ -434,6 +493,7 @@ def test_codes_without_a_config_are_refused(bf16: Path, tmp_path: Path) -> None:
         (["--format", "fp8"], "fp8"),
         (["--format", "w4"], "int4-g128"),
         (["--format", "w4", "--group-size", "64", "--codes", "e2m1"], "e2m1-g64"),
+        (["--format", "nvfp4"], "nvfp4"),
     ],
 )
 def test_pack(bf16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], name: str) -> None:
@@ -458,7 +518,8 @@ def test_pack_says_what_is_wrong(bf16: Path, tmp_path: Path, capsys: pytest.Capt
     (pickle / "config.json").write_text(json.dumps(z_lab()))
     (pickle / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     for argv, message in (
-        ([str(bf16), out, "--format", "fp8", "--codes", "int4"], "belong to --format w4"),
+        ([str(bf16), out, "--format", "fp8", "--codes", "int4"], "belong to --format w4: fp8 has one scale"),
+        ([str(bf16), out, "--format", "nvfp4", "--group-size", "64"], "belong to --format w4: nvfp4 is e2m1"),
         (
             [str(small), out, "--format", "w4"],
             "columns must be a multiple of the group size 128, got 64 (groups of 64 fit)",
@@ -472,7 +533,7 @@ def test_pack_says_what_is_wrong(bf16: Path, tmp_path: Path, capsys: pytest.Capt
         assert not Path(out).exists()
 
 
-@pytest.mark.parametrize("name", ["fp8", "e2m1-g64"])
+@pytest.mark.parametrize("name", ["fp8", "e2m1-g64", "nvfp4"])
 def test_the_text_is_the_targets_in_any_format(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
     from dflash_kernels.engine import Engine, SamplingParams

@@ -18,7 +18,8 @@ from dflash_kernels.model.weights import DrafterWeights
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_CODE_DTYPES = {"fp8": "F8_E4M3", "int4": "I32", "e2m1": "U8"}
+_CODE_DTYPES = {"fp8": "F8_E4M3", "int4": "I32", "e2m1": "U8", "nvfp4": "U8"}
+_SCALE_DTYPES = {"fp8": set(_DTYPES), "int4": {"BF16"}, "e2m1": {"BF16"}, "nvfp4": {"F8_E4M3"}}
 # Other names under which the tensors are published.
 _ALIASES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
 # Copies of the target's weights and of its vocabulary map, which speculators files may carry.
@@ -131,9 +132,11 @@ class Files:
         codes_name = name if f.kind == "fp8" else name + "_packed"
         columns = f.code_columns(shape[1]) // (4 if f.kind == "int4" else 1)
         codes = self._read_checked(codes_name, (shape[0], columns), {_CODE_DTYPES[f.kind]}, f)
-        floats = set(_DTYPES) if f.kind == "fp8" else {"BF16"}
-        scale = self._read_checked(name + "_scale", (shape[0], f.scale_columns(shape[1])), floats, f)
-        quantized = QuantizedWeight(f, codes.view(torch.uint8), scale.to(f.scale_dtype))
+        scale = self._read_checked(name + "_scale", (shape[0], f.scale_columns(shape[1])), _SCALE_DTYPES[f.kind], f)
+        shared = None
+        if f.kind == "nvfp4":
+            shared = self._read_checked(name + "_global_scale", (1,), {"F32"}, f).expand(shape[0], 1).contiguous()
+        quantized = QuantizedWeight(f, codes.view(torch.uint8), scale.to(f.scale_dtype), shared)
         if not is_finite(quantized):
             raise ValueError(f"{self.folder}: tensor {name} must have finite codes and scales, got inf or nan")
         if f.kind == "int4" and name + "_shape" in self:
@@ -251,7 +254,8 @@ class _Packer:
 
     def _read_quantized(self, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
         assert self.config.weight_format is not None
-        self.used |= {name, name + "_packed", name + "_scale", name + "_shape"}
+        self.used |= {name, name + "_packed", name + "_scale", name + "_shape", name + "_global_scale"}
+        self.used.add(name.removesuffix("weight") + "input_global_scale")  # activations get their scales as they come
         return self.files.read_quantized(name, shape, self.config.weight_format)
 
     def _single(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

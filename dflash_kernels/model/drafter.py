@@ -460,7 +460,13 @@ def _for_device(config: DrafterConfig, weights: DrafterWeights) -> DrafterWeight
     """The weights as the kernels of their device read them."""
     if weights.weight_format is None or weights.device.type == "cpu":
         return weights
-    reason = why_not_packed(tokens=0, num_layers=config.num_layers, head_dim=config.head_dim, dtype=weights.dtype)
+    reason = why_not_packed(
+        tokens=0,
+        num_layers=config.num_layers,
+        head_dim=config.head_dim,
+        dtype=weights.dtype,
+        weight_format=weights.weight_format,
+    )
     if reason is None:
         return weights
     warnings.warn(

@@ -30,7 +30,7 @@ from dflash_kernels.model.config import load_config
 _QUANTIZED = re.compile(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 _E4M3_MAX = 448.0
 # Largest code by which a group's largest weight is divided.
-_TOP = {"int4": 7.0, "e2m1": 6.0}
+_TOP = {"int4": 7.0, "e2m1": 6.0, "nvfp4": 6.0}
 # A smaller scale clips the largest weight of a group and is finer for all others: each group takes the best of these.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _E2M1_EDGES = tuple((a + b) / 2 for a, b in zip(E2M1_VALUES[:7], E2M1_VALUES[1:8], strict=True))
@@ -41,6 +41,7 @@ def quantize(weight: torch.Tensor, weight_format: WeightFormat) -> QuantizedWeig
 
     fp8: the scale takes a channel's largest weight to 448, codes are rounded to nearest even. 4 bits: of seven scales
     a group gets the one with the smallest sum of squared errors; the largest code is 7 (int4, which also has -8) or 6.
+    nvfp4: ``global_scale`` takes the largest weight of ``[N, K]`` to 6 * 448, and scales are rounded to e4m3.
 
     Raises:
         ValueError: no float tensor of two or more dimensions, K no multiple of the group size, or a value that is not
@@ -61,18 +62,30 @@ def quantize(weight: torch.Tensor, weight_format: WeightFormat) -> QuantizedWeig
         return QuantizedWeight(weight_format, codes.view(torch.uint8), scale)
     groups = wide.unflatten(-1, (-1, weight_format.group_size or 0))
     largest = _nonzero(groups.abs().amax(-1, keepdim=True) / _TOP[weight_format.kind])
+    shared = None
+    if weight_format.kind == "nvfp4":
+        top = _TOP["nvfp4"] * _E4M3_MAX
+        most = wide.abs().amax((-2, -1), keepdim=True)
+        shared = top / torch.where(most < 2.0**-88, top, most)
     best = torch.full_like(largest, torch.inf)
-    best_scale = torch.ones_like(largest, dtype=torch.bfloat16)
+    best_scale = torch.ones_like(largest, dtype=weight_format.scale_dtype)
     best_codes = torch.zeros_like(groups, dtype=torch.uint8)
     for shrink in _SHRINK:
-        scale = (largest * shrink).bfloat16()
-        codes, values = _round_4_bit(groups / scale.float(), weight_format)
-        error = ((values * scale.float() - groups) / largest).square().sum(-1, keepdim=True)
+        if shared is None:
+            scale = (largest * shrink).bfloat16()
+            step = scale.float()
+        else:
+            scale = (largest * shrink * shared[..., None]).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn)
+            step = scale.float() / shared[..., None]
+        codes, values = _round_4_bit(groups / torch.where(step == 0.0, torch.inf, step), weight_format)
+        error = ((values * step - groups) / largest).square().sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
         best_codes = torch.where(better, codes, best_codes)
-    return QuantizedWeight(weight_format, join_nibbles(best_codes.flatten(-2)), best_scale.squeeze(-1))
+    if shared is not None:
+        shared = shared.expand(*wide.shape[:-1], 1).contiguous()
+    return QuantizedWeight(weight_format, join_nibbles(best_codes.flatten(-2)), best_scale.squeeze(-1), shared)
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:

@@ -33,9 +33,9 @@ def linear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, kind: str)
     Activations are rounded to bf16. Each group's products with the bare codes are summed in float32 and scaled once.
 
     Args:
-        codes: uint8 [N, K], one code each; scale: [N, groups], any float dtype; kind: "fp8", "int4" or "e2m1".
+        codes: uint8 [N, K], one code each; scale: [N, groups], any float dtype; kind: "fp8", "int4", "e2m1" or "nvfp4".
     """
-    decode = {"fp8": decode_e4m3, "int4": decode_int4, "e2m1": decode_e2m1}[kind]
+    decode = {"fp8": decode_e4m3, "int4": decode_int4, "e2m1": decode_e2m1, "nvfp4": decode_e2m1}[kind]
     table = torch.tensor([decode(code) for code in range(256 if kind == "fp8" else 16)], device=codes.device)
     values = table[codes.long()]
     width = codes.shape[1] // scale.shape[1]

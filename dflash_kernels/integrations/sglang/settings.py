@@ -81,4 +81,6 @@ def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.envi
         weights = None if named == "bf16" else WeightFormat.parse(named)
     except ValueError as error:
         raise ValueError(f"{WEIGHTS_VARIABLE} must be bf16 or a weight format: {error}") from error
+    if weights is not None and not weights.streams:
+        raise ValueError(f"{WEIGHTS_VARIABLE} must be bf16 or a format that kernels stream, got {named}")
     return Settings(seams, strict == "1", pack, environment.get(SWITCH_VARIABLE, "").strip(), rows, weights)
