@@ -276,12 +276,21 @@ def scale_blocks(scale: torch.Tensor, gated: bool = False) -> torch.Tensor:
     """
     codes = scale.view(torch.uint8)
     halves = codes.unflatten(-2, (2, -1)) if gated else codes[..., None, :, :]
-    unit = 128 // halves.shape[-3]
+    unit = 64 if gated else 128
     rows, groups = halves.shape[-2:]
     padded = F.pad(halves, (0, -groups % 4, 0, -rows % unit))
-    blocks = padded.unflatten(-1, (-1, 4)).unflatten(-3, (-1, unit))  # [..., halves, block, unit, K / 64, 4]
-    blocks = blocks.movedim(-5, -4).flatten(-4, -3)  # [..., block, 128, K / 64, 4]
-    return blocks.unflatten(-3, (4, 32)).movedim(-2, -4).transpose(-3, -2).flatten(-3).contiguous()
+    blocks = padded.unflatten(-1, (-1, 4)).unflatten(-3, (-1, unit)).transpose(-5, -4).flatten(-4, -3)
+    #      [..., block, 128, K / 64, 4]       quarter, row of 32, K / 64 -> K / 64, row of 32, quarter
+    return blocks.unflatten(-3, (4, 32)).transpose(-4, -2).flatten(-3).contiguous()
+
+
+def plain_scales(blocks: torch.Tensor, rows: int, groups: int, gated: bool = False) -> torch.Tensor:
+    """The inverse of :func:`scale_blocks`: uint8 ``[..., rows, groups]``."""
+    whole = blocks.unflatten(-1, (32, 4, 4)).transpose(-4, -2).flatten(-4, -3).flatten(-2)
+    if not gated:
+        return whole.flatten(-3, -2)[..., :rows, :groups].contiguous()
+    halves = whole.unflatten(-2, (2, 64)).transpose(-4, -3).flatten(-3, -2)
+    return halves[..., : rows // 2, :groups].flatten(-3, -2).contiguous()
 
 
 # -- the config -----------------------------------------------------------------------------------------------------

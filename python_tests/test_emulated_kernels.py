@@ -29,6 +29,7 @@ import test_draft_layer
 import test_draft_packed
 import test_draft_sharded
 import test_gemm_fp8
+import test_gemm_nvfp4
 import test_head
 import test_head_fp8
 import test_head_packed
@@ -317,6 +318,12 @@ CHECKS = [
         test_quantize.test_norm_that_quantises_is_norm_then_quantise,
         *({"shape": shape} for shape in ((5, 64), (2, 4104))),
     ),
+    *calls(
+        test_quantize.test_nvfp4_is_the_nearest,
+        *({"shape": shape} for shape in ((3, 96), (130, 64), (2, 2080), (1, 6176))),
+    ),
+    *calls(test_quantize.test_nvfp4_ties_go_to_even),
+    *calls(test_quantize.test_nvfp4_zeros_tiny_rows_nan_and_infinities),
 ]
 
 
@@ -418,6 +425,52 @@ def test_kernels_of_many_rows_pass(
         run(function, arguments, {"device": "cpu", "rng": rng})
         # mma.sync still does what has few rows, and attention.
         assert emulated.multipliers() - {MULTIPLIERS[12]} == {MULTIPLIERS[major]}
+
+
+# In nvfp4, from one row on, on 10.x only.
+NVFP4 = [
+    *calls(
+        test_gemm_nvfp4.test_exact_where_sums_are,
+        *(gemms(*shape, bias=i % 2 == 0, residual=i % 3 == 0) for i, shape in enumerate(test_gemm_nvfp4.SHAPES)),
+        gemms(300, 512, 4384, bias=True, residual=True),  # clusters of four
+    ),
+    *calls(
+        test_gemm_nvfp4.test_matches_reference,
+        gemms(33, 192, 2880, bias=1, residual=0, gated=1),
+        gemms(130, 576, 576, bias=1, residual=1, gated=0),
+        gemms(130, 1168, 576, bias=1, residual=0, gated=1),
+        gemms(520, 256, 288, bias=0, residual=0, gated=1),
+    ),
+    *calls(test_gemm_nvfp4.test_every_code_and_every_scale),
+    *calls(test_gemm_nvfp4.test_scales_belong_to_their_rows),
+    *calls(test_gemm_nvfp4.test_nan_scales_spoil_their_row_only),
+    *calls(test_gemm_nvfp4.test_rows_do_not_depend_on_their_company),
+    *calls(test_gemm_nvfp4.test_strided_rows),
+    *calls(test_gemm_nvfp4.test_out_may_be_the_residual),
+    *calls(test_gemm_nvfp4.test_a_quantised_layer),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments"), NVFP4)
+def test_nvfp4_passes(
+    function: Callable[..., None], arguments: dict[str, Any], emulated: Emulator, rng: torch.Generator
+) -> None:
+    for multiprocessors in (4, None):
+        emulated.configure(10, multiprocessors)
+        run(function, arguments, {"device": "cpu", "rng": rng})
+        assert emulated.multipliers() == {MULTIPLIERS[10]}
+
+
+def test_nvfp4_needs_its_tensor_cores(emulated: Emulator, rng: torch.Generator) -> None:
+    """9.x and 12.x have no kernel, which is said; 10.x launches nothing for no rows."""
+    inputs = test_gemm_nvfp4.random_inputs(rng, "cpu", 33, 64, 160)
+    for major in (9, 12):
+        emulated.configure(major)
+        with pytest.raises(ValueError, match="gemm_nvfp4: a must be on a device whose .*of compute capability 10.x"):
+            test_gemm_nvfp4.run(inputs)
+    emulated.configure(10)
+    test_gemm_nvfp4.test_no_rows(160, True, "cpu", rng)
+    assert emulated.multipliers() == set()
 
 
 # Few rows and many, gated, with biases and residuals; norms that quantise, and one of rows too wide for that.
@@ -762,6 +815,34 @@ MUTATIONS += [
         id="up is scaled as gate is",
     ),
     pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "    if constexpr (C::kBlockScaled) copy_scales(pipe, state.stage, memory);\n",
+        "    if constexpr (C::kBlockScaled) copy_scales(pipe, 0, memory);\n",
+        "nvfp4 and gemm_nvfp4-exact",
+        id="products of all stages but the first find no scales",
+    ),
+    pytest.param(
+        "sm100/gemm/mainloop.cuh",
+        "w + step * many_rows::kScaleBlock / 16);",
+        "w);",
+        "nvfp4 and gemm_nvfp4-exact",
+        id="all products of a stage take the scales of the first in W",
+    ),
+    pytest.param(
+        "smxx/many_rows/kernel.cuh",
+        "static_cast<int>(row0 / C::BM), full, pair);",
+        "0, full, pair);",
+        "nvfp4 and gemm_nvfp4-exact",
+        id="all row tiles have the scales of the first",
+    ),
+    pytest.param(
+        "smxx/quantize/quantize_rows_nvfp4.cu",
+        "lane / 2 % 4 * 8;",
+        "lane / 2 % 4 * 4;",
+        "quantize-nvfp4_is",
+        id="scales of neighbouring groups overlap",
+    ),
+    pytest.param(
         "smxx/head/many_rows.cuh",
         "p.gemm.w_scale[column0 + column]",
         "p.gemm.w_scale[column]",
@@ -771,11 +852,14 @@ MUTATIONS += [
 ]
 
 
+MUTATED = ("test_kernels_pass", "test_kernels_of_many_rows_pass", "test_nvfp4_passes")
+
+
 @pytest.mark.parametrize(("file", "text", "replacement", "checks"), MUTATIONS)
 def test_mutations_are_found(file: str, text: str, replacement: str, checks: str) -> None:
     library = build(FOLDER, {file: (text, replacement)})
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", checks]
-    command += [f"{Path(__file__)}::{name}" for name in ("test_kernels_pass", "test_kernels_of_many_rows_pass")]
+    command += [f"{Path(__file__)}::{name}" for name in MUTATED]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, LIBRARY: str(library)}, capture_output=True, text=True, timeout=300
     )

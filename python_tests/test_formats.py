@@ -22,6 +22,7 @@ from dflash_kernels.formats import (
     WeightFormat,
     concatenate,
     join_nibbles,
+    plain_scales,
     quantization_config,
     scale_blocks,
     split_nibbles,
@@ -173,6 +174,7 @@ def test_scale_blocks_are_in_the_order_of_the_tensor_cores(rows: int, columns: i
         blocks = scale_blocks(scale, gated)
         unit = 64 if gated else 128
         assert list(blocks.shape) == [2, -(-rows // (2 if gated else 1) // unit), -(-columns // 64), 512]
+        assert torch.equal(plain_scales(blocks, rows, columns // 16, gated), scale)
         left = blocks.clone()
         for r in range(rows):
             at, second = (r % (rows // 2), r // (rows // 2)) if gated else (r, 0)

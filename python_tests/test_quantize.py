@@ -6,8 +6,15 @@ import pytest
 import torch
 from test_draft import Case, make_inputs
 
-from dflash_kernels.formats import QuantizedWeight, WeightFormat
-from dflash_kernels.ops import draft_forward, quantize_rows, rmsnorm_quantize_rows
+from dflash_kernels.formats import (
+    E2M1_VALUES,
+    QuantizedWeight,
+    WeightFormat,
+    plain_scales,
+    scale_blocks,
+    split_nibbles,
+)
+from dflash_kernels.ops import draft_forward, quantize_rows, quantize_rows_nvfp4, rmsnorm_quantize_rows
 from dflash_kernels.reference import quantize as reference
 
 
@@ -167,3 +174,108 @@ def test_errors_name_the_argument(device: str) -> None:
     ]:
         with pytest.raises(ValueError, match=f"^dflash::rmsnorm_quantize_rows: {match}"):
             rmsnorm_quantize_rows(x, norm, eps)
+
+
+# -- nvfp4 ----------------------------------------------------------------------------------------------------------
+
+Nvfp4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def poisoned_nvfp4(x: torch.Tensor) -> Nvfp4:
+    rows, columns = x.shape
+    codes = torch.full((rows, columns // 2), 255, dtype=torch.uint8, device=x.device)
+    blocks = torch.full((-(-rows // 128), -(-columns // 64), 512), 255, dtype=torch.uint8, device=x.device)
+    return codes, blocks, torch.full((rows, 1), float("nan"), device=x.device)
+
+
+def check_nvfp4(x: torch.Tensor) -> Nvfp4:
+    """Against the oracle, bit for bit, with zeros wherever a block has no row or group."""
+    got = quantize_rows_nvfp4(x, out=poisoned_nvfp4(x))
+    codes, groups, scale = reference.quantize_rows_nvfp4(x)
+    assert torch.equal(split_nibbles(got[0]), codes)
+    assert torch.equal(got[1], scale_blocks(groups))
+    assert torch.equal(got[2], scale)
+    assert all(torch.equal(a, b) for a, b in zip(quantize_rows_nvfp4(x), got, strict=True))
+    return got
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 96), (130, 64), (2, 2080), (2, 6176), (1, 16416)], ids=str)
+def test_nvfp4_is_the_nearest(shape: tuple[int, int], device: str, rng: torch.Generator) -> None:
+    """Rows of all magnitudes, each with elements over many binades, so that scales of 0 come up."""
+    x = torch.randn(shape, generator=rng) * torch.logspace(-30, 30, shape[0])[:, None]
+    check_nvfp4((x * torch.randn(shape, generator=rng).exp() ** 3).to(device, torch.bfloat16))
+
+
+def test_nvfp4_ties_go_to_even(device: str) -> None:
+    """A group whose largest is 6, so that its scale is 448 with the row's 1/448: every half step of e2m1."""
+    halves = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    x = torch.cat((halves, torch.tensor([6.0]), -halves, torch.tensor([-0.0]), torch.zeros(16)))[None] * 448
+    codes, _, scale = check_nvfp4(x.to(device, torch.bfloat16))
+    even = [0, 2, 2, 4, 4, 6, 6, 7]
+    assert scale == 1 and split_nibbles(codes)[0, :16].tolist() == even + [8 + code for code in even[:7]] + [8]
+
+
+def test_nvfp4_zeros_tiny_rows_nan_and_infinities(device: str) -> None:
+    x = torch.zeros(7, 2112)
+    x[1, 7] = 1e-38  # far below what a scale can hold
+    x[2, 5], x[2, 6] = 1e-30, -1e-31
+    x[3, 2111], x[3, 0] = float("nan"), 2.0
+    x[4] = float("nan")
+    x[5, 9], x[5, 40] = float("inf"), 1.0
+    x[6, 2000] = -3.0
+    x = x.to(device, torch.bfloat16)
+    codes, blocks, scale = check_nvfp4(x)
+    groups = plain_scales(blocks, 7, 132)
+    assert (codes[0] == 0).all() and (groups[0] == 0).all() and scale[0] > 0
+    assert groups[3, 131] == 0x7F and groups[3, 0] == 0x7E  # the others of the row are as without the NaN
+    assert (groups[4] == 0x7F).all() and groups[5, 0] == 0x7F and groups[5, 2] == 0 and scale[5].isinf()
+    assert groups[6, 125] == 0x7E and split_nibbles(codes)[6, 2000] == 15
+
+
+def test_nvfp4_stands_for_the_rows(device: str, rng: torch.Generator) -> None:
+    """Half the widest step of e2m1, 4 to 6, off, and what rounding the scale of the group moves and cuts."""
+    x = torch.randn(12, 512, generator=rng).to(device, torch.bfloat16)
+    codes, blocks, scale = quantize_rows_nvfp4(x)
+    groups = plain_scales(blocks, 12, 32).view(torch.float8_e4m3fn).float()
+    values = torch.tensor(E2M1_VALUES, device=x.device)[split_nibbles(codes).int()].unflatten(1, (32, 16))
+    back = (values * (groups * scale)[..., None]).flatten(1)
+    largest = x.float().unflatten(1, (32, 16)).abs().amax(-1, keepdim=True).expand(-1, -1, 16).flatten(1)
+    assert ((back - x.float()).abs() <= largest * (1 / 6 + 1 / 16)).all()
+    assert 0.05 < (back - x.float()).norm() / x.float().norm() < 0.12
+
+
+def test_nvfp4_no_rows_and_float32(device: str, rng: torch.Generator) -> None:
+    x = torch.empty(0, 64, dtype=torch.bfloat16, device=device)
+    assert [list(part.shape) for part in quantize_rows_nvfp4(x)] == [[0, 32], [0, 1, 512], [0, 1]]
+    if device == "cpu":
+        check_nvfp4(torch.randn(3, 96, generator=rng))
+
+
+def test_nvfp4_opcheck(device: str, rng: torch.Generator) -> None:
+    x = torch.randn(5, 96, generator=rng).to(device, torch.bfloat16)
+    codes, blocks, scale = poisoned_nvfp4(x)
+    torch.library.opcheck(torch.ops.dflash.quantize_rows_nvfp4.default, (x,))
+    outputs = {"codes": codes, "blocks": blocks, "scale": scale}
+    torch.library.opcheck(torch.ops.dflash.quantize_rows_nvfp4.out, (x,), outputs)
+
+
+def test_nvfp4_errors_name_the_argument(device: str) -> None:
+    x = torch.zeros(4, 64, dtype=torch.bfloat16, device=device)
+    codes, blocks, scale = poisoned_nvfp4(x)
+    for bad, match in [
+        (x[0], r"x must have shape \[\*, \*\]"),
+        (x.half(), "x must have dtype bfloat16"),
+        (x[:, :48].contiguous(), r"x.size\(1\) must be a multiple of 32 in 32..32768, got 48"),
+        (x[:, :32], "x must be contiguous"),
+    ]:
+        with pytest.raises(ValueError, match=f"^dflash::quantize_rows_nvfp4: {match}"):
+            quantize_rows_nvfp4(bad)
+    outputs: list[tuple[Nvfp4, str]] = [
+        ((codes[1:], blocks, scale), r"codes must have shape \[4, 32\], got \[3, 32\]"),
+        ((codes, blocks[:, 0], scale), r"blocks must have shape \[1, 1, 512\], got \[1, 512\]"),
+        ((codes, blocks.char(), scale), "blocks must have dtype uint8, got int8"),
+        ((codes, blocks, scale.double()), "scale must have dtype float32"),
+    ]
+    for out, match in outputs:
+        with pytest.raises(ValueError, match=f"^dflash::quantize_rows_nvfp4: {match}"):
+            quantize_rows_nvfp4(x, out=out)

@@ -1,5 +1,7 @@
-// quantize_rows, rmsnorm_quantize_rows: schemas, checks, dispatch. The CPU implementation of the second is registered
-// from Python (dflash_kernels/ops/quantize.py) and has its arguments checked here, by _rmsnorm_quantize_rows_check.
+// quantize_rows, rmsnorm_quantize_rows, quantize_rows_nvfp4: schemas, checks, dispatch. The CPU implementations of the
+// last two are registered from Python (dflash_kernels/ops/quantize.py) and have their arguments checked here, by
+// _rmsnorm_quantize_rows_check and _quantize_rows_nvfp4_check.
+#include <array>
 #include <tuple>
 
 #include "api/check.h"
@@ -19,6 +21,7 @@ using api::Tensor;
 
 constexpr const char* kQuantize = "quantize_rows";
 constexpr const char* kNorm = "rmsnorm_quantize_rows";
+constexpr const char* kNvfp4 = "quantize_rows_nvfp4";
 
 void check_aligned(const char* op, const char* argument, const Tensor& tensor) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
@@ -26,7 +29,7 @@ void check_aligned(const char* op, const char* argument, const Tensor& tensor) {
 }
 
 // x [M, N]: bfloat16, float32 on the CPU only.
-void check_rows(const char* op, const Tensor& x, int64_t max_columns) {
+void check_rows(const char* op, const Tensor& x, int64_t max_columns, int64_t unit = 8) {
   api::check_shape(op, "x", x, {-1, -1});
   if (x.is_cpu()) {
     api::check_dtype(op, "x", x, {ScalarType::BFloat16, ScalarType::Float});
@@ -34,23 +37,27 @@ void check_rows(const char* op, const Tensor& x, int64_t max_columns) {
     api::check_dtype(op, "x", x, {ScalarType::BFloat16});
   }
   const int64_t columns = x.size(1);
-  DFLASH_CHECK(op, columns >= 8 && columns % 8 == 0 && columns <= max_columns, "x.size(1)",
-               "be a multiple of 8 in 8.." + std::to_string(max_columns), columns);
+  DFLASH_CHECK(
+      op, columns >= unit && columns % unit == 0 && columns <= max_columns, "x.size(1)",
+      "be a multiple of " + std::to_string(unit) + " in " + std::to_string(unit) + ".." + std::to_string(max_columns),
+      columns);
   api::check_contiguous(op, "x", x);
   check_aligned(op, "x", x);
 }
 
-void check_outputs(const char* op, const Tensor& x, const Tensor& codes, const Tensor& scale) {
-  api::check_shape(op, "codes", codes, {x.size(0), x.size(1)});
+void check_output(const char* op, const char* name, const Tensor& tensor, ScalarType type, const Tensor& x) {
+  api::check_dtype(op, name, tensor, {type});
+  api::check_same_device(op, name, tensor, x);
+  api::check_contiguous(op, name, tensor);
+  check_aligned(op, name, tensor);
+}
+
+void check_outputs(const char* op, const Tensor& x, const Tensor& codes, const Tensor& scale,
+                   int64_t codes_a_byte = 1) {
+  api::check_shape(op, "codes", codes, {x.size(0), x.size(1) / codes_a_byte});
   api::check_shape(op, "scale", scale, {x.size(0), 1});
-  api::check_dtype(op, "codes", codes, {ScalarType::Byte});
-  api::check_dtype(op, "scale", scale, {ScalarType::Float});
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor*>{"codes", &codes},
-                                     std::pair<const char*, const Tensor*>{"scale", &scale}}) {
-    api::check_same_device(op, name, *tensor, x);
-    api::check_contiguous(op, name, *tensor);
-    check_aligned(op, name, *tensor);
-  }
+  check_output(op, "codes", codes, ScalarType::Byte, x);
+  check_output(op, "scale", scale, ScalarType::Float, x);
 }
 
 std::tuple<Tensor, Tensor> new_outputs(const Tensor& x) {
@@ -91,7 +98,48 @@ void rmsnorm_quantize_rows_check(Tensor x, Tensor weight, double eps, std::optio
   if (codes && scale) check_outputs(kNorm, x, *codes, *scale);
 }
 
+std::array<int64_t, 3> blocks_shape(const Tensor& x) { return {(x.size(0) + 127) / 128, (x.size(1) + 63) / 64, 512}; }
+
+void check_nvfp4(const Tensor& x) { check_rows(kNvfp4, x, kMaxColumns, 32); }
+
+void check_nvfp4_outputs(const Tensor& x, const Tensor& codes, const Tensor& blocks, const Tensor& scale) {
+  check_outputs(kNvfp4, x, codes, scale, 2);
+  const auto [rows, columns, bytes] = blocks_shape(x);
+  api::check_shape(kNvfp4, "blocks", blocks, {rows, columns, bytes});
+  check_output(kNvfp4, "blocks", blocks, ScalarType::Byte, x);
+}
+
+void quantize_rows_nvfp4_check(Tensor x, std::optional<Tensor> codes, std::optional<Tensor> blocks,
+                               std::optional<Tensor> scale) {
+  check_nvfp4(x);
+  if (codes && blocks && scale) check_nvfp4_outputs(x, *codes, *blocks, *scale);
+}
+
 #if DFLASH_WITH_CUDA
+void quantize_rows_nvfp4_out_cuda(Tensor x, Tensor codes, Tensor blocks, Tensor scale) {
+  check_nvfp4(x);
+  check_nvfp4_outputs(x, codes, blocks, scale);
+  QuantizeParams p;
+  p.x = x.data_ptr();
+  p.codes = static_cast<uint8_t*>(codes.data_ptr());
+  p.blocks = static_cast<uint8_t*>(blocks.data_ptr());
+  p.scale = static_cast<float*>(scale.data_ptr());
+  p.m = x.size(0);
+  p.n = x.size(1);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  launch_quantize_rows_nvfp4(p, api::current_stream(kNvfp4, x));
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_rows_nvfp4_cuda(Tensor x) {
+  check_nvfp4(x);
+  const auto [rows, columns, bytes] = blocks_shape(x);
+  const Tensor codes = api::new_empty(x, {x.size(0), x.size(1) / 2}, ScalarType::Byte);
+  const Tensor blocks = api::new_empty(x, {rows, columns, bytes}, ScalarType::Byte);
+  const Tensor scale = api::new_empty(x, {x.size(0), 1}, ScalarType::Float);
+  quantize_rows_nvfp4_out_cuda(x, codes, blocks, scale);
+  return {codes, blocks, scale};
+}
+
 void quantize_rows_out_cuda(Tensor x, Tensor codes, Tensor scale) {
   const QuantizeParams p = quantize_params(x, codes, scale);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -139,6 +187,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
   m.def(
       "rmsnorm_quantize_rows.out(Tensor x, Tensor weight, float eps, *, Tensor(a!) codes, Tensor(b!) scale) "
       "-> ()");
+  m.def("quantize_rows_nvfp4(Tensor x) -> (Tensor codes, Tensor blocks, Tensor scale)");
+  m.def("quantize_rows_nvfp4.out(Tensor x, *, Tensor(a!) codes, Tensor(b!) blocks, Tensor(c!) scale) -> ()");
+  m.def("_quantize_rows_nvfp4_check(Tensor x, *, Tensor? codes=None, Tensor? blocks=None, Tensor? scale=None) -> ()");
   m.def(
       "_rmsnorm_quantize_rows_check(Tensor x, Tensor weight, float eps, *, Tensor? codes=None, Tensor? scale=None) "
       "-> ()");
@@ -148,12 +199,15 @@ STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&dflash::quantize::quantize_rows<&dflash::quantize::quantize_rows_out_cpu>));
   m.impl("quantize_rows.out", TORCH_BOX(&dflash::quantize::quantize_rows_out_cpu));
   m.impl("_rmsnorm_quantize_rows_check", TORCH_BOX(&dflash::quantize::rmsnorm_quantize_rows_check));
+  m.impl("_quantize_rows_nvfp4_check", TORCH_BOX(&dflash::quantize::quantize_rows_nvfp4_check));
 }
 
 #if DFLASH_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) {
   m.impl("quantize_rows", TORCH_BOX(&dflash::quantize::quantize_rows<&dflash::quantize::quantize_rows_out_cuda>));
   m.impl("quantize_rows.out", TORCH_BOX(&dflash::quantize::quantize_rows_out_cuda));
+  m.impl("quantize_rows_nvfp4", TORCH_BOX(&dflash::quantize::quantize_rows_nvfp4_cuda));
+  m.impl("quantize_rows_nvfp4.out", TORCH_BOX(&dflash::quantize::quantize_rows_nvfp4_out_cuda));
   m.impl("rmsnorm_quantize_rows", TORCH_BOX(&dflash::quantize::rmsnorm_quantize_rows_cuda));
   m.impl("rmsnorm_quantize_rows.out", TORCH_BOX(&dflash::quantize::rmsnorm_quantize_rows_out_cuda));
 }

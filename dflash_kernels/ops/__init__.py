@@ -22,7 +22,7 @@ from dflash_kernels.ops.draft_packed import (
     draft_forward_packed_workspace,
     draft_forward_sharded,
 )
-from dflash_kernels.ops.gemm import gemm_fp8
+from dflash_kernels.ops.gemm import gemm_fp8, gemm_nvfp4, gemm_nvfp4_supported
 from dflash_kernels.ops.head import (
     lm_head_argmax,
     lm_head_topk,
@@ -41,7 +41,7 @@ from dflash_kernels.ops.inject import (
     inject_kv_sharded,
     inject_kv_workspace,
 )
-from dflash_kernels.ops.quantize import quantize_rows, rmsnorm_quantize_rows
+from dflash_kernels.ops.quantize import quantize_rows, quantize_rows_nvfp4, rmsnorm_quantize_rows
 from dflash_kernels.ops.verify import (
     Verified,
     argmax_logits,
@@ -67,6 +67,8 @@ __all__ = [
     "draft_forward_workspace",
     "draft_mlp",
     "gemm_fp8",
+    "gemm_nvfp4",
+    "gemm_nvfp4_supported",
     "grouped_conv",
     "init_free_pages",
     "inject_kv",
@@ -88,6 +90,7 @@ __all__ = [
     "merge_vocab_shards",
     "prepare_block",
     "quantize_rows",
+    "quantize_rows_nvfp4",
     "release_kv_slots",
     "reserve_and_prepare_block",
     "reserve_kv_slots",

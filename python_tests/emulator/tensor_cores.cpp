@@ -75,11 +75,13 @@ static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 // ---- operands of tensor cores --------------------------------------------------------------------------------------
 
 constexpr unsigned kProductBytes = 32;  // of a row, that an instruction takes
-using Row = std::array<float, 32>;      // 16 or 32 elements
+constexpr unsigned kMostElements = 64;
+using Row = std::array<float, kMostElements>;  // of which 16, 32 or 64 are there
+constexpr float kE2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
-// A K-major matrix in shared memory, of bf16 (2 bytes) or e4m3 (1).
+// A K-major matrix in shared memory, of bf16 (16 bits), e4m3 (8) or e2m1 (4, the first in the low half of a byte).
 struct Operand {
-  int element_bytes;
+  int element_bits;
   const unsigned char* memory;  // address 0, were there such a place
   uint32_t start, leading, stride;
   unsigned swizzle;  // bytes; 0: none
@@ -93,16 +95,21 @@ struct Operand {
     float* to = values.data();
     for (unsigned k = 0; k < kProductBytes; k += 16) {
       const unsigned char* from = sixteen(row, k);
-      for (int i = 0; i < 16; i += element_bytes) {
-        *to++ = element_bytes == 1 ? kE4m3[from[i]] : bf16(*reinterpret_cast<const uint16_t*>(from + i));
+      for (int i = 0; i < 16; i += element_bits == 16 ? 2 : 1) {
+        if (element_bits == 4) {
+          *to++ = kE2m1[from[i] & 15];
+          *to++ = kE2m1[from[i] >> 4];
+        } else {
+          *to++ = element_bits == 8 ? kE4m3[from[i]] : bf16(*reinterpret_cast<const uint16_t*>(from + i));
+        }
       }
     }
   }
 };
 
-Operand operand_of(int element_bytes, uint64_t descriptor, unsigned swizzle, unsigned rank) {
+Operand operand_of(int element_bits, uint64_t descriptor, unsigned swizzle, unsigned rank) {
   Operand operand;
-  operand.element_bytes = element_bytes;
+  operand.element_bits = element_bits;
   constexpr uint32_t kSomewhere = 4096;  // any address of shared memory
   operand.memory = shared_place(kSomewhere, rank) - kSomewhere;
   operand.start = static_cast<uint32_t>(field(descriptor, 0, 13)) << 4;
@@ -117,17 +124,17 @@ Operand wgmma_operand(int element_bytes, uint64_t descriptor) {
   constexpr unsigned kSwizzles[] = {0, 128, 64, 32};
   if (field(descriptor, 14, 15) | field(descriptor, 30, 31) | field(descriptor, 46, 48) | field(descriptor, 52, 61))
     fail("a matrix descriptor of wgmma with bits that have no meaning");
-  return operand_of(element_bytes, descriptor, kSwizzles[field(descriptor, 62, 63)], cluster_rank());
+  return operand_of(8 * element_bytes, descriptor, kSwizzles[field(descriptor, 62, 63)], cluster_rank());
 }
 
-Operand tcgen05_operand(int element_bytes, uint64_t descriptor, unsigned rank) {
+Operand tcgen05_operand(int element_bits, uint64_t descriptor, unsigned rank) {
   const auto mode = field(descriptor, 61, 63);
   if (field(descriptor, 46, 48) != 0b001) fail("a matrix descriptor of tcgen05 without its constant");
   if (field(descriptor, 14, 15) | field(descriptor, 30, 31) | field(descriptor, 53, 60))
     fail("a matrix descriptor of tcgen05 with bits that have no meaning");
   if (field(descriptor, 52, 52) != 0) fail("a leading dimension that is an address");
   if (mode != 0 && mode != 2 && mode != 4 && mode != 6) fail("a swizzle that is not emulated");
-  return operand_of(element_bytes, descriptor, mode == 0 ? 0 : 256u >> (mode / 2), rank);
+  return operand_of(element_bits, descriptor, mode == 0 ? 0 : 256u >> (mode / 2), rank);
 }
 
 float dot(const Row& a, const Row& b, unsigned count) {
@@ -166,11 +173,12 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
   const bool known = rank == 2 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == 0 && steps[0] == 1 &&
                      steps[1] == 1 &&
-                     (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_UINT8);
+                     (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ||
+                      type == CU_TENSOR_MAP_DATA_TYPE_UINT64);
   if (!known) return CUDA_ERROR_NOT_SUPPORTED;  // here
   Map made = {};
   made.base = static_cast<const unsigned char*>(base);
-  made.element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+  made.element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_UINT64 ? 8 : 2;
   made.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0 : 16u << swizzle;  // 32, 64, 128
   made.stride = strides[0];
   const uint64_t inner = box[0] * made.element;
@@ -314,20 +322,55 @@ void tmem_wait_loads() {
   tensor_state().loads.clear();
 }
 
+void tmem_copy_32x128b(int group, uint32_t address, uint64_t descriptor) {
+  same_group(group);
+  tensor_state().before_tcgen05();
+  const unsigned first = cluster_rank(), column = address & 0xffff;
+  if (address >> 16 != 0) fail("tcgen05.cp of 32 lanes for each warp that does not begin at lane 0");
+  if (group == 2 && first % 2 != 0) fail("the second CTA of a pair copies to tensor memory");
+  Operand from[2];
+  TensorMemory* memories[2] = {};
+  for (int i = 0; i < group; ++i) {
+    from[i] = tcgen05_operand(8, descriptor, first + i);
+    if (from[i].swizzle != 0) fail("a block of scales that is swizzled");
+    memories[i] = &tensor_memory(first + i);
+    cell(*memories[i], 0, column), cell(*memories[i], 0, column + 3);
+  }
+  start({}, memories[0], [=] {
+    for (int i = 0; i < group; ++i) {
+      for (unsigned lane = 0; lane < kLanes; ++lane) {
+        std::memcpy(&memories[i]->cells[lane * kColumns + column], from[i].sixteen(lane % 32, 0), 16);
+      }
+    }
+  });
+}
+
+namespace {
+
+// A scale for each 16 elements of row `row` of a CTA, from the words at column `column`: all four parts of 32 lanes
+// have them. The sign is no part of them, and NaN is what memory that was never written gives.
+std::array<float, 4> scales_of(const TensorMemory& memory, unsigned column, unsigned row) {
+  std::array<float, 4> scales;
+  const uint32_t* const words = &memory.cells[row % 32 * kColumns + column + row / 32];
+  for (unsigned part = 1; part < 4; ++part) {
+    if (words[part * 32 * kColumns] != *words) fail("scales that are not there for all parts of tensor memory");
+  }
+  for (unsigned g = 0; g < 4; ++g) scales[g] = kE4m3[*words >> (8 * g) & 0x7f];
+  return scales;
+}
+
+struct Scales {
+  uint32_t a, b;  // columns of tensor memory
+};
+
 // One CTA: D [128, N] of A [128, K] and B [N, K], all its own. Two, issued by the one of even rank: M = 256; each has
-// half of A's and D's rows and half of B's, at the same addresses.
-void multiply(int element_bytes, int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
+// half of A's and D's rows and half of B's, at the same addresses, and with scales those of its rows of A and all of
+// B's.
+void multiply(int element_bits, int group, uint32_t d, uint64_t a, uint64_t b, unsigned m, unsigned n,
+              const Scales* scales, bool accumulate) {
   count_product(Product::kTcgen05);
   same_group(group);
   tensor_state().before_tcgen05();
-  const auto m = static_cast<unsigned>(field(instruction, 24, 28)) << 4;
-  const auto n = static_cast<unsigned>(field(instruction, 17, 22)) << 3;
-  if (field(instruction, 0, 3) != 0 || field(instruction, 13, 16) != 0) fail("products that are not emulated");
-  if (field(instruction, 6, 6) | field(instruction, 23, 23) | field(instruction, 29, 31))
-    fail("an instruction descriptor with bits that have no meaning");
-  if (field(instruction, 4, 5) != 1) fail("accumulators that are not emulated");
-  const uint64_t type = element_bytes == 2 ? 1 : 0;  // .kind::f16: bf16; .kind::f8f6f4: e4m3
-  if (field(instruction, 7, 9) != type || field(instruction, 10, 12) != type) fail("operands that are not emulated");
   if (m != kLanes * group || n % (16 * group) != 0 || n == 0 || n > 256) fail("a shape that tcgen05.mma has not");
   if (d >> 16 != 0) fail("an accumulator of 128 lanes that does not begin at lane 0");
   const unsigned first = cluster_rank();
@@ -335,30 +378,73 @@ void multiply(int element_bytes, int group, uint32_t d, uint64_t a, uint64_t b, 
   Operand x[2], y[2];
   TensorMemory* memories[2] = {};
   for (int i = 0; i < group; ++i) {
-    x[i] = tcgen05_operand(element_bytes, a, first + i);
-    y[i] = tcgen05_operand(element_bytes, b, first + i);
+    x[i] = tcgen05_operand(element_bits, a, first + i);
+    y[i] = tcgen05_operand(element_bits, b, first + i);
     memories[i] = &tensor_memory(first + i);
     cell(*memories[i], 0, d), cell(*memories[i], 0, d + n - 1);
+    if (scales == nullptr) continue;
+    if (scales->a >> 16 != 0 || scales->b >> 16 != 0) fail("scales that do not begin at lane 0");
+    cell(*memories[i], 0, scales->a), cell(*memories[i], 0, scales->a + kLanes / 32 - 1);
+    cell(*memories[i], 0, scales->b), cell(*memories[i], 0, scales->b + (n - 1) / 32);
   }
+  const bool scaled = scales != nullptr;
+  const Scales at = scaled ? *scales : Scales{};
   start({}, memories[0], [=] {
-    const unsigned depth = kProductBytes / element_bytes;
-    std::vector<float> columns(depth * n), sums(n);  // columns [k][n], so that the inner loop runs along n
+    const unsigned depth = kProductBytes * 8 / element_bits;
+    std::vector<float> columns(depth * n), sums(n);   // columns [k][n], so that the inner loop runs along n
+    std::vector<std::array<float, 4>> of_columns[2];  // for the rows of each CTA, whose own scales of B they take
     for (unsigned j = 0; j < n; ++j) {
       Row column;
       y[j / (n / group)].row(j % (n / group), column);
       for (unsigned k = 0; k < depth; ++k) columns[k * n + j] = column[k];
+      for (int i = 0; scaled && i < group; ++i) of_columns[i].push_back(scales_of(*memories[i], at.b, j));
     }
     for (unsigned i = 0; i < m; ++i) {
       Row row;
       x[i / kLanes].row(i % kLanes, row);
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      for (unsigned k = 0; k < depth; ++k) {
-        for (unsigned j = 0; j < n; ++j) sums[j] += row[k] * columns[k * n + j];
-      }
       auto* to = reinterpret_cast<float*>(&memories[i / kLanes]->cells[i % kLanes * kColumns + d]);
-      for (unsigned j = 0; j < n; ++j) to[j] = accumulate ? to[j] + sums[j] : sums[j];
+      for (unsigned j = 0; !accumulate && j < n; ++j) to[j] = 0.0f;
+      const unsigned part = scaled ? 16 : depth;  // elements that are added up before they are scaled
+      std::array<float, 4> of_row = {};
+      if (scaled) of_row = scales_of(*memories[i / kLanes], at.a, i % kLanes);
+      for (unsigned k0 = 0; k0 < depth; k0 += part) {
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (unsigned k = k0; k < k0 + part; ++k) {
+          for (unsigned j = 0; j < n; ++j) sums[j] += row[k] * columns[k * n + j];
+        }
+        for (unsigned j = 0; j < n; ++j) {
+          to[j] += scaled ? sums[j] * of_row[k0 / 16] * of_columns[i / kLanes][j][k0 / 16] : sums[j];
+        }
+      }
     }
   });
+}
+
+}  // namespace
+
+void multiply(int element_bytes, int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
+  if (field(instruction, 0, 3) != 0 || field(instruction, 13, 16) != 0) fail("products that are not emulated");
+  if (field(instruction, 6, 6) | field(instruction, 23, 23) | field(instruction, 29, 31))
+    fail("an instruction descriptor with bits that have no meaning");
+  if (field(instruction, 4, 5) != 1) fail("accumulators that are not emulated");
+  const uint64_t type = element_bytes == 2 ? 1 : 0;  // .kind::f16: bf16; .kind::f8f6f4: e4m3
+  if (field(instruction, 7, 9) != type || field(instruction, 10, 12) != type) fail("operands that are not emulated");
+  multiply(8 * element_bytes, group, d, a, b, static_cast<unsigned>(field(instruction, 24, 28)) << 4,
+           static_cast<unsigned>(field(instruction, 17, 22)) << 3, nullptr, accumulate);
+}
+
+void multiply_nvfp4(int group, uint32_t d, uint64_t a, uint64_t b, uint32_t a_scales, uint32_t b_scales,
+                    uint32_t instruction, bool accumulate) {
+  if (field(instruction, 0, 3) != 0 || field(instruction, 13, 16) != 0) fail("products that are not emulated");
+  if (field(instruction, 6, 6) | field(instruction, 24, 26))
+    fail("an instruction descriptor with bits that have no meaning");
+  if (field(instruction, 4, 5) | field(instruction, 29, 30)) fail("four scales that do not begin with a word");
+  if (field(instruction, 7, 9) != 1 || field(instruction, 10, 12) != 1) fail("operands that are not e2m1");
+  if (field(instruction, 23, 23) != 0) fail("scales that are not emulated");
+  if (field(instruction, 31, 31) != 0) fail("K that is not 64");
+  const Scales scales{a_scales, b_scales};
+  multiply(4, group, d, a, b, static_cast<unsigned>(field(instruction, 27, 28)) << 7,
+           static_cast<unsigned>(field(instruction, 17, 22)) << 3, &scales, accumulate);
 }
 
 void commit(int group, uint32_t barrier, unsigned mask) {

@@ -76,6 +76,11 @@ void tmem_load_16x256b(float* to, uint32_t address, int repeats);
 void tmem_wait_loads();
 // element_bytes: 2, .kind::f16 of bf16, or 1, .kind::f8f6f4 of e4m3.
 void multiply(int element_bytes, int group, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate);
+// tcgen05.cp.32x128b.warpx4: 32 rows of 16 bytes to four columns of each part of 32 lanes, in each CTA of the group.
+void tmem_copy_32x128b(int group, uint32_t address, uint64_t descriptor);
+// .kind::mxf4nvf4.block16: e2m1 with scales in ue4m3, which are applied to fp32 sums of 16 here.
+void multiply_nvfp4(int group, uint32_t d, uint64_t a, uint64_t b, uint32_t a_scales, uint32_t b_scales,
+                    uint32_t instruction, bool accumulate);
 void commit(int group, uint32_t barrier, unsigned mask);  // 0: this CTA's
 
 // ---- wgmma: m64, K = 16 of bf16 or 32 of e4m3, whose sums are fp32 here ---------------------------------------------

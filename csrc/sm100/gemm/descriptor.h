@@ -1,5 +1,5 @@
 // How tcgen05.mma is told where its operands are and what they are (PTX ISA 9.0, 9.7.16.4: matrix descriptor and
-// instruction descriptor of .kind::f16 and .kind::f8f6f4).
+// instruction descriptor of .kind::f16, .kind::f8f6f4 and .kind::mxf4nvf4).
 //
 // Operand in shared memory, 64 bits:
 //    0..13  address >> 4
@@ -18,6 +18,12 @@
 //   13, 14  negate A, B           15, 16  A, B transposed: 0, K-major
 //   17..22  N >> 3                24..28  M >> 4
 //   30..31  shift (.ws only)
+//
+// of .kind::mxf4nvf4 (D is f32, operands are K-major), where it differs:
+//    4..5   byte of B's scales in their word, 29..30 of A's: 0 where a product has four (.scale_vec::4X)
+//    7..9   type of A, 10..12 of B: 1 e2m1
+//   23      type of scales: 0 ue4m3, 1 ue8m0
+//   31      K: 0 64, 1 96
 #pragma once
 
 #include <cstdint>
@@ -40,6 +46,14 @@ DFLASH_HOST_DEVICE constexpr uint64_t operand_descriptor(uint32_t address) {
   return kFixed | (address & 0x3ffffu) >> 4;
 }
 
+// A block of scales for tcgen05.cp: 32 rows of 16 bytes behind each other, not swizzled. Address 16-aligned; 512 bytes
+// further: + 32.
+DFLASH_HOST_DEVICE constexpr uint64_t scale_descriptor(uint32_t address) {
+  constexpr uint64_t kFixed =
+      static_cast<uint64_t>(Swizzle::kNone) << 61 | uint64_t{1} << 46 | uint64_t{8 * 16 >> 4} << 32;
+  return kFixed | (address & 0x3ffffu) >> 4;
+}
+
 // a and b: F16Type of .kind::f16, F8Type of .kind::f8f6f4.
 template <typename Type>
 DFLASH_HOST_DEVICE constexpr uint32_t instruction_descriptor(AccumulatorType d, Type a, Type b, uint32_t m,
@@ -57,6 +71,15 @@ DFLASH_HOST_DEVICE constexpr uint32_t instruction() {
   static_assert(N % (M / 8) == 0 && N <= 256, "a shape that .kind::f16 and .kind::f8f6f4 have");
   return kElementBytes == 2 ? instruction_descriptor(AccumulatorType::kF32, F16Type::kBf16, F16Type::kBf16, M, N)
                             : instruction_descriptor(AccumulatorType::kF32, F8Type::kE4m3, F8Type::kE4m3, M, N);
+}
+
+// .kind::mxf4nvf4: e2m1 with scales in ue4m3. M and N as above.
+template <int M, int N>
+DFLASH_HOST_DEVICE constexpr uint32_t nvfp4_instruction() {
+  static_assert(M == 128 || M == 256, "one block or two");
+  static_assert(N % (M / 16) == 0 && N <= 256, "a shape that .kind::mxf4nvf4 has");
+  constexpr uint32_t kE2m1 = 1;
+  return kE2m1 << 7 | kE2m1 << 10 | N >> 3 << 17 | M >> 4 << 24;
 }
 
 // The fields one by one, against the tables above.
@@ -80,5 +103,15 @@ static_assert(field(instruction<2, 256, 160>(), 24, 28) == 256 / 16);
 static_assert(field(instruction<1, 256, 192>(), 0, 3) == 0 && field(instruction<1, 256, 192>(), 4, 5) == 1);
 static_assert(field(instruction<1, 256, 192>(), 6, 16) == 0 && field(instruction<1, 256, 192>(), 17, 22) == 192 / 8);
 static_assert(field(instruction<1, 256, 192>(), 24, 28) == 256 / 16);
+
+static_assert(field(scale_descriptor(0x2fc40), 0, 13) == 0x2fc4 && field(scale_descriptor(0), 14, 31) == 0);
+static_assert(field(scale_descriptor(0), 32, 45) * 16 == 8 * 16 && field(scale_descriptor(0), 46, 63) == 1);
+static_assert(scale_descriptor(1024 + 512) == scale_descriptor(1024) + 32, "the next block");
+static_assert(field(nvfp4_instruction<256, 128>(), 0, 6) == 0 && field(nvfp4_instruction<256, 128>(), 7, 9) == 1);
+static_assert(field(nvfp4_instruction<256, 128>(), 10, 12) == 1 && field(nvfp4_instruction<256, 128>(), 13, 16) == 0);
+static_assert(field(nvfp4_instruction<256, 128>(), 17, 22) == 128 / 8 &&
+              field(nvfp4_instruction<256, 128>(), 23, 23) == 0);
+static_assert(field(nvfp4_instruction<256, 128>(), 24, 28) == 256 / 16);
+static_assert(field(nvfp4_instruction<128, 128>(), 24, 31) == 128 / 16);
 
 }  // namespace dflash::sm100

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 struct Launcher {
-  static constexpr int kNarrowest = 128;  // columns of a tile
+  static constexpr int kNarrowest = 128, kWidest = 256;  // columns of a tile
   const GemmParams& p;
   int num_sms;
   cudaStream_t stream;

@@ -14,4 +14,7 @@ bool launch_gemm_bf16(const dflash::gemm::GemmParams& params, int num_sms, cudaS
 // The same in e4m3, as of dflash::gemm::launch_gemm_fp8.
 bool launch_gemm_fp8(const dflash::gemm::GemmParams& params, int num_sms, cudaStream_t stream);
 
+// The same in nvfp4, as of dflash::gemm::launch_gemm_nvfp4.
+bool launch_gemm_nvfp4(const dflash::gemm::GemmParams& params, int num_sms, cudaStream_t stream);
+
 }  // namespace dflash::sm100::gemm

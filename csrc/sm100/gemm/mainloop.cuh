@@ -1,9 +1,11 @@
-// Tiles [128, BN] of A [M, K] * W [N, K]^T by tcgen05, bf16 or e4m3 in, fp32 in tensor memory, from the ring of
+// Tiles [128, BN] of A [M, K] * W [N, K]^T by tcgen05, bf16, e4m3 or nvfp4 in, fp32 in tensor memory, from the ring of
 // smxx/many_rows. Never run on the hardware: compiled, disassembled, and executed by the emulator of python_tests.
 //
 // Block: warps 0 .. 7 finish tiles, warp 8 issues the loads, warp 9 allocates tensor memory and one thread of it issues
 // the products; warps 10 and 11 are there because registers change hands by warpgroup. Tensor memory: two accumulators
-// [128 lanes, BN columns], so that the products of a tile go on while the one before is finished.
+// [128 lanes, BN columns], so that the products of a tile go on while the one before is finished. Block-scaled: behind
+// them 32 columns for each stage of the ring, the scales of its A and W, which the thread that issues the products has
+// copied there before them (tcgen05.cp; it and the products are done in their order); they are free when the stage is.
 //
 // A pair of blocks multiplies together (cta_group::2): products of M = 256, issued by one thread of the first block,
 // read each block's A and half of W, and write each block's accumulator. So a block keeps half of W, and a step of K of
@@ -36,6 +38,7 @@ constexpr int kLoadWarp = 8, kMultiplyWarp = 9;
 // Of 168 registers at the start, the last warpgroup's go to those who hold accumulators: 2 * 224 + 56 = 3 * 168.
 constexpr int kFewRegisters = 56, kManyRegisters = 224;
 constexpr int kAccumulators = 2;
+constexpr uint32_t kBlockColumns = 4;   // of tensor memory, for a block of scales
 constexpr uint32_t kTmemColumns = 512;  // all of an SM: a second block has no room in shared memory either
 
 // How the operands of two blocks that multiply together get into their rings.
@@ -55,12 +58,12 @@ struct PairLoader {
   }
 };
 
-template <int BN, int kElementBytes = 2>
+template <int BN, int kElementBytes = 2, bool kBlockScaled = false>
 using PairTiles = many_rows::Ring<BN,
                                   BN == 256   ? 6
                                   : BN == 192 ? 7
                                               : 8,
-                                  kElementBytes, PairLoader>;
+                                  kElementBytes, PairLoader, kBlockScaled>;
 
 // Blocks that multiply together.
 template <typename C>
@@ -103,13 +106,19 @@ __device__ __forceinline__ void leave_together(const uint32_t* tmem) {
 // The accumulators of a block, and the one whose turn it is.
 template <typename C>
 class TensorMemory {
-  static_assert(kAccumulators * C::BN <= kTmemColumns, "tensor memory of an SM");
+  static constexpr uint32_t kProducts = many_rows::kRowBytes / many_rows::kProductBytes;  // of a stage
+  static constexpr uint32_t kScaleColumns = C::kBlockScaled ? kProducts * 2 * kBlockColumns : 0;
+  static_assert(kAccumulators * C::BN + C::kStages * kScaleColumns <= kTmemColumns, "tensor memory of an SM");
   static_assert((C::kStages - 1) * C::kStageBytes >= 64 * 1024, "bytes under way");
 
  public:
   __device__ __forceinline__ TensorMemory(const uint64_t* barriers, const uint32_t* tmem)
       : address_(*tmem), barriers_(shared_address(barriers + 2 * C::kStages)) {}
   __device__ __forceinline__ uint32_t at() const { return address_ + index_ * C::BN; }
+  // Scales of A for a product of a stage, and kBlockColumns further those of W.
+  __device__ __forceinline__ uint32_t scales(uint32_t stage, int product) const {
+    return address_ + kAccumulators * C::BN + stage * kScaleColumns + product * 2 * kBlockColumns;
+  }
   __device__ __forceinline__ uint32_t full() const { return barriers_ + index_ * 8; }
   __device__ __forceinline__ uint32_t empty() const { return barriers_ + (kAccumulators + index_) * 8; }
   __device__ __forceinline__ uint32_t parity() const { return parity_; }
@@ -136,20 +145,39 @@ __device__ __forceinline__ void commit(uint32_t barrier, const Pair& pair) {
   }
 }
 
+// The scales of a stage from shared to tensor memory, of each block that multiplies.
+template <typename C>
+__device__ __forceinline__ void copy_scales(const Pipeline<C>& pipe, uint32_t stage, const TensorMemory<C>& memory) {
+  const uint64_t a = scale_descriptor(pipe.scales_a(stage)), w = scale_descriptor(pipe.scales_w(stage));
+#pragma unroll
+  for (int step = 0; step < many_rows::kRowBytes / many_rows::kProductBytes; ++step) {
+    tmem_copy_scales<kGroup<C>>(memory.scales(stage, step), a + step * many_rows::kScaleBlock / 16);
+    tmem_copy_scales<kGroup<C>>(memory.scales(stage, step) + kBlockColumns, w + step * many_rows::kScaleBlock / 16);
+  }
+}
+
 // One thread, always the same, of the first block of those that multiply together: the products of a tile.
 template <typename C>
 __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineState<C>& state,
                                               const TensorMemory<C>& memory, int k_steps, const Pair& pair) {
-  constexpr uint32_t kInstruction = instruction<C::kElementBytes, kGroup<C> * C::BM, C::BN>();
+  constexpr uint32_t kInstruction = C::kBlockScaled ? nvfp4_instruction<kGroup<C> * C::BM, C::BN>()
+                                                    : instruction<C::kElementBytes, kGroup<C> * C::BM, C::BN>();
   barrier_wait(memory.empty(), memory.parity() ^ 1);
 #pragma unroll 1  // four products keep the tensor cores busy for 2 * BN cycles
   for (int k = 0; k < k_steps; ++k) {
     barrier_wait(pipe.full(state.stage), state.parity);
     tcgen05_fence_after_wait();
     const uint64_t a = operand_descriptor(pipe.a(state.stage)), w = operand_descriptor(pipe.w(state.stage));
+    if constexpr (C::kBlockScaled) copy_scales(pipe, state.stage, memory);
 #pragma unroll
     for (int step = 0; step < many_rows::kRowBytes / many_rows::kProductBytes; ++step) {
-      multiply<C::kElementBytes, kGroup<C>>(memory.at(), a + 2 * step, w + 2 * step, kInstruction, k > 0 || step > 0);
+      if constexpr (C::kBlockScaled) {
+        const uint32_t scales = memory.scales(state.stage, step);
+        multiply_nvfp4<kGroup<C>>(memory.at(), a + 2 * step, w + 2 * step, scales, scales + kBlockColumns, kInstruction,
+                                  k > 0 || step > 0);
+      } else {
+        multiply<C::kElementBytes, kGroup<C>>(memory.at(), a + 2 * step, w + 2 * step, kInstruction, k > 0 || step > 0);
+      }
     }
     commit<C>(pipe.empty(state.stage), pair);
     state.advance();
@@ -190,8 +218,9 @@ using many_rows::Schedule;
 using many_rows::SourceMaps;
 using many_rows::Work;
 
-template <int BN, bool kPair, int kElementBytes = 2>
-using Tiles = std::conditional_t<kPair, PairTiles<BN, kElementBytes>, many_rows::Tiles<BN, kElementBytes>>;
+template <int BN, bool kPair, int kElementBytes = 2, bool kBlockScaled = false>
+using Tiles = std::conditional_t<kPair, PairTiles<BN, kElementBytes, kBlockScaled>,
+                                 many_rows::Tiles<BN, kElementBytes, kBlockScaled>>;
 
 // What a kernel of this kind does; the kernel itself only names its launch bounds and its epilogue.
 template <typename C, typename Epilogue>

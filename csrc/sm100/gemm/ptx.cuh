@@ -94,6 +94,32 @@ __device__ __forceinline__ void multiply(uint32_t d, uint64_t a, uint64_t b, uin
 #undef DFLASH_MMA
 }
 
+// A block of scales (512 bytes, by scale_descriptor) from shared memory to four columns of tensor memory, once for each
+// 32 lanes: row r's four scales become the word in column r / 32 of lanes r % 32 + 0, 32, 64, 96. Two blocks: in both,
+// each from its own shared memory. Products that this thread issues afterwards see it.
+template <int kGroup>
+__device__ __forceinline__ void tmem_copy_scales(uint32_t address, uint64_t block) {
+  asm volatile("tcgen05.cp.cta_group::%2.32x128b.warpx4 [%0], %1;\n" ::"r"(address), "l"(block), "n"(kGroup)
+               : "memory");
+}
+
+// As multiply, for nvfp4 (.block16, the same as .scale_vec::4X, is the spelling that sm_100f has): K is 32 bytes, 64
+// codes of e2m1, and each 16 of a row have an e4m3 scale in tensor memory. Of two blocks each has the scales of its
+// rows of a and of all rows of b.
+template <int kGroup>
+__device__ __forceinline__ void multiply_nvfp4(uint32_t d, uint64_t a, uint64_t b, uint32_t a_scales, uint32_t b_scales,
+                                               uint32_t instruction, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %6, 0;\n"
+      "tcgen05.mma.cta_group::%7.kind::mxf4nvf4.block_scale.block16 [%0], %1, %2, %3, [%4], [%5], accumulate;\n"
+      "}\n" ::"r"(d),
+      "l"(a), "l"(b), "r"(instruction), "r"(a_scales), "r"(b_scales), "r"(static_cast<uint32_t>(accumulate)),
+      "n"(kGroup)
+      : "memory");
+}
+
 // One arrival at the barrier at this place in each block of `mask` when all that this thread has issued is done; its
 // operands have been read by then. Takes the place of tcgen05_fence_before_signal.
 __device__ __forceinline__ void tcgen05_commit_pair(uint32_t barrier, uint16_t mask) {

@@ -14,4 +14,8 @@ void launch_gemm_bf16(const GemmParams& params, cudaStream_t stream);
 bool is_fp8_supported(int device);
 void launch_gemm_fp8(const GemmParams& params, cudaStream_t stream);
 
+// A and W in nvfp4, otherwise the same; only where is_nvfp4_supported.
+bool is_nvfp4_supported(int device);
+void launch_gemm_nvfp4(const GemmParams& params, cudaStream_t stream);
+
 }  // namespace dflash::gemm

@@ -8,6 +8,10 @@
 //
 //   C[m, n] = bf16( a_scale[m] * w_scale[n] * sum_k A[m, k] * W[n, k] + bias[n] )     then as above
 //
+// In nvfp4 (launch_gemm_nvfp4) codes are e2m1, two a byte, and 16 neighbours along K also share an e4m3 scale s:
+//
+//   C[m, n] = bf16( a_scale[m] * w_scale[n] * sum_g sA[m, g] * sW[n, g] * sum_{k in g} A[m, k] * W[n, k] + bias[n] )
+//
 // bf16 data is passed as uint16_t, so that no CUDA header is needed here.
 #pragma once
 
@@ -26,8 +30,12 @@ struct GemmParams {
   int num_sources = 1;
   const uint16_t* w = nullptr;  // [N, K], contiguous
   // fp8: `a` and `w` point to bytes, one source, a_stride in bytes and K multiples of 16; else nullptr.
-  const float* a_scale = nullptr;      // [M]
-  const float* w_scale = nullptr;      // [N]
+  const float* a_scale = nullptr;  // [M]
+  const float* w_scale = nullptr;  // [N]
+  // nvfp4: as fp8 with two codes a byte, so that K and strides count bytes; 16-byte aligned blocks of scales as of
+  // gemm_nvfp4 in dflash_kernels/ops/gemm.py. Else nullptr.
+  const uint8_t* a_blocks = nullptr;
+  const uint8_t* w_blocks = nullptr;
   const uint16_t* bias = nullptr;      // [N]; nullptr: none
   const uint16_t* residual = nullptr;  // [M, N]; may be c itself; nullptr: none
   int64_t residual_stride = 0;         // elements between rows

@@ -53,6 +53,9 @@ constexpr int kAheadSteps = 8;  // of W that go to L2 before the wait
 struct SourceMaps {
   CUtensorMap map[kMaxSources];
 };
+// Block-scaled operands have one source; the maps of their scales are in the places of others.
+constexpr int kScalesOfA = 1, kScalesOfW = 2;
+constexpr int kScaleWords = 4 * kScaleBlock / 8;  // of such a map along K that a step takes
 
 struct Schedule {
   int expected_pairs;  // live row tiles, or pairs of them, likely
@@ -129,12 +132,16 @@ struct Position {
 
 template <typename C, bool kGated>
 __device__ __forceinline__ void load_w_step(const GemmParams& p, const Pipeline<C>& pipe, uint32_t stage,
-                                            const CUtensorMap* w_map, int64_t source_k, const Position& at,
-                                            int column_tile, const Pair& pair) {
+                                            const SourceMaps& a_maps, const CUtensorMap* w_map, int64_t source_k,
+                                            const Position& at, int column_tile, const Pair& pair) {
   const int half = C::BN / 2;
   const int row0 = column_tile * (kGated ? half : C::BN);
   const int row1 = kGated ? row0 + static_cast<int>(p.n / 2) : row0 + half;
   load_w(pipe, stage, w_map, static_cast<int>(at.source * source_k) + at.step * C::BK, row0, row1, pair);
+  if constexpr (C::kBlockScaled) {  // each block of a pair has those of both halves
+    C::Loader::load(pipe.scales_w(stage), &a_maps.map[kScalesOfW], at.step * kScaleWords, column_tile, pipe.full(stage),
+                    pair);
+  }
 }
 
 // W of a tile's first steps into L2.
@@ -181,7 +188,10 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
     const int64_t rows = min(work.live_rows - row0, int64_t{C::BM});
     return rows <= 0 ? 0 : static_cast<int>((rows + schedule.box_rows - 1) / schedule.box_rows);
   };
-  const auto bytes_of = [&](int64_t row0) { return C::kBytesW + static_cast<uint32_t>(boxes_of(row0)) * box_bytes; };
+  const auto bytes_of = [&](int64_t row0) {
+    const auto boxes = static_cast<uint32_t>(boxes_of(row0));
+    return C::kBytesW + C::kScaleBytes + boxes * box_bytes + (boxes > 0 ? C::kScaleBytes : 0);
+  };
   const auto row_of = [&](int tile) {
     return (static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM;
   };
@@ -192,7 +202,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
       Position at(work.first_step, schedule.steps_per_source);
       for (int s = 0; s < ahead; ++s) {  // a fresh stage is empty
         C::Loader::announce(pipe.full(s), bytes_of(row_of(place.cluster)), pair);
-        load_w_step<C, kGated>(p, pipe, s, w_map, source_k, at, place.cluster / work.pairs, pair);
+        load_w_step<C, kGated>(p, pipe, s, a_maps, w_map, source_k, at, place.cluster / work.pairs, pair);
         at.advance();
       }
     }
@@ -212,11 +222,17 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
         } else {
           barrier_wait(pipe.empty(state.stage), state.parity ^ 1);
           C::Loader::announce(full, bytes, pair);
-          load_w_step<C, kGated>(p, pipe, state.stage, w_map, source_k, at, tile / work.pairs, pair);
+          load_w_step<C, kGated>(p, pipe, state.stage, a_maps, w_map, source_k, at, tile / work.pairs, pair);
         }
         for (int i = 0; i < boxes; ++i) {
           C::Loader::load(pipe.a(state.stage) + i * box_bytes, &a_maps.map[at.source], at.step * C::BK,
                           static_cast<int>(row0) + i * schedule.box_rows, full, pair);
+        }
+        if constexpr (C::kBlockScaled) {
+          if (boxes > 0) {
+            C::Loader::load(pipe.scales_a(state.stage), &a_maps.map[kScalesOfA], at.step * kScaleWords,
+                            static_cast<int>(row0 / C::BM), full, pair);
+          }
         }
         at.advance();
         state.advance();
@@ -304,22 +320,30 @@ void launch(Kernel kernel, int threads, const GemmParams& p, const Operands& of,
                      of.w_map, schedule, more...);
 }
 
-// The interface has no type of A and W: e4m3 comes with scales.
+// The interface has no type of A and W: e4m3 comes with scales, as do bytes of nvfp4.
 inline int element_bytes(const GemmParams& p) { return p.a_scale == nullptr ? 2 : 1; }
 
 // Plan and tensor maps; groups of `granule` columns stay in one tile. False where the operands do not fit them, or the
 // live rows are not the first ones.
 inline bool prepare(Operands* operands, const GemmParams& p, int granule, int num_sms, const Rates& rates,
-                    int narrowest) {
+                    int narrowest, int widest = 256) {
   const int64_t source_k = p.k / p.num_sources;
   if (p.k == 0 || (p.live.commit_lens.data != nullptr && p.live.rows_per_request < p.m)) return false;
   const int64_t rows = p.expected_live > 0 ? p.expected_live : p.m;
   const int bytes = element_bytes(p);
   const int64_t k_steps = (source_k * bytes + kRowBytes - 1) / kRowBytes * p.num_sources;
-  operands->plan = choose_plan(rows, p.n, k_steps, granule, num_sms, rates, narrowest);
+  operands->plan = choose_plan(rows, p.n, k_steps, granule, num_sms, rates, narrowest, widest);
   for (int s = 0; s < p.num_sources; ++s) {
     if (p.a_stride[s] < source_k ||
         !make_tensor_map(&operands->a_maps.map[s], p.a[s], bytes, p.m, source_k, p.a_stride[s], box_rows_of(p))) {
+      return false;
+    }
+  }
+  if (p.a_blocks != nullptr) {
+    const int64_t k_blocks = (p.k + kProductBytes - 1) / kProductBytes;
+    const int64_t w_blocks = p.gated ? (p.n / 2 + 63) / 64 : (p.n + 127) / 128;
+    if (!make_scale_map(&operands->a_maps.map[kScalesOfA], p.a_blocks, (p.m + 127) / 128, k_blocks) ||
+        !make_scale_map(&operands->a_maps.map[kScalesOfW], p.w_blocks, w_blocks, k_blocks)) {
       return false;
     }
   }

@@ -1,5 +1,5 @@
 // How a GEMM of many rows is cut into tiles: a score for each candidate, the lowest wins. A step of K is 128 bytes, 64
-// of bf16 or 128 of e4m3, and the tensor cores take as many cycles for either.
+// of bf16, 128 of e4m3 or 256 of e2m1, and the tensor cores take as many cycles for any.
 #pragma once
 
 #include <algorithm>
@@ -52,12 +52,12 @@ inline double estimate(const Plan& plan, int64_t rows, int64_t n, int64_t k_step
   return std::max(compute, stream) + kUnhidden * std::min(compute, stream);
 }
 
-// Tiles hold whole groups of `granule` columns, which divides 256, and at least `narrowest`.
+// Tiles hold whole groups of `granule` columns, which divides 256, and `narrowest` to `widest`.
 inline Plan choose_plan(int64_t rows, int64_t n, int64_t k_steps, int granule, int num_sms, const Rates& rates,
-                        int narrowest) {
+                        int narrowest, int widest = 256) {
   Plan best;
   for (int columns : kColumnChoices) {
-    if (columns < narrowest || columns % granule != 0) continue;
+    if (columns < narrowest || columns > widest || columns % granule != 0) continue;
     for (int pair = 1; pair <= (rows > 128 ? 2 : 1); ++pair) {
       for (int splits = 1; splits <= 4; splits *= 2) {
         Plan plan{columns, pair, splits};

@@ -1,6 +1,9 @@
 // What wgmma and tcgen05 multiply from: a ring of stages in shared memory, filled by TMA. Each holds a step of K, BK
 // elements or 128 bytes (64 in bf16, 128 in e4m3), of a tile [128, BN] of A [M, K] * W [N, K]^T: A [128, BK], then W
 // [BN, BK], rows of 128 bytes swizzled by 128 bytes. An instruction multiplies 32 bytes of a row, of either type.
+// Block-scaled operands (nvfp4) are pairs of codes, so that K and BK count bytes as in e4m3; behind W come the scales
+// of A's and of W's rows, 2 KB each, one for 8 bytes: four times (one an instruction) a block of 512 bytes in the order
+// that tcgen05.cp takes (formats.py, scale_blocks).
 //
 // A pair of blocks of one cluster takes two row tiles (128 rows each) of the same BN columns. Each block has a producer
 // of which one thread issues TMA loads. Blocks may be persistent: the producer runs ahead into the next tile while the
@@ -54,25 +57,31 @@ struct Multicast {
 constexpr int kRowBytes = 128;     // of a step of K
 constexpr int kProductBytes = 32;  // of those that an instruction takes
 
-// kElementBytes: 2, bf16, or 1, e4m3.
-template <int BN_, int STAGES_, int kElementBytes_, typename Loader_ = Multicast>
+constexpr int kScaleBlock = 512;  // bytes: four scales along K of 128 rows
+
+// kElementBytes: 2, bf16, or 1, e4m3 or, block-scaled, two of e2m1.
+template <int BN_, int STAGES_, int kElementBytes_, typename Loader_ = Multicast, bool kBlockScaled_ = false>
 struct Ring {
   using Loader = Loader_;
   static constexpr int kElementBytes = kElementBytes_;
+  static constexpr bool kBlockScaled = kBlockScaled_;
   static constexpr int BM = 128, BN = BN_, BK = kRowBytes / kElementBytes;
   static constexpr int kStages = STAGES_;
   static constexpr int kConsumers = 256;  // threads that end up with the accumulators: 8 warps, 16 rows each
   static constexpr uint32_t kBytesA = BM * kRowBytes, kBytesW = BN / Loader::kParts * kRowBytes;
-  static constexpr uint32_t kStageBytes = kBytesA + kBytesW;
+  static constexpr uint32_t kScaleBytes = kBlockScaled ? kRowBytes / kProductBytes * kScaleBlock : 0;  // of A, and of W
+  static constexpr uint32_t kStageBytes = kBytesA + kBytesW + 2 * kScaleBytes;
   static constexpr int kAlignment = 1024;  // of swizzled tiles
   static constexpr int kSharedBytes = kStages * static_cast<int>(kStageBytes) + kAlignment;
   static_assert(kSharedBytes + 1024 <= 232448, "shared memory of an SM");
+  static_assert(!kBlockScaled || (kElementBytes == 1 && BN == 128), "a tile has the rows of one block of scales");
   static_assert(BN % 32 == 0, "both halves of W consist of whole swizzle patterns (8 rows)");
 };
 
 // As many stages as fit.
-template <int BN, int kElementBytes = 2>
-using Tiles = Ring<BN, (232448 - 1024 - 1024) / ((128 + BN) * kRowBytes), kElementBytes>;
+template <int BN, int kElementBytes = 2, bool kBlockScaled = false>
+using Tiles = Ring<BN, (232448 - 1024 - 1024) / ((128 + BN) * (kRowBytes + (kBlockScaled ? 16 : 0))), kElementBytes,
+                   Multicast, kBlockScaled>;
 
 // Stage and phase parity, kept alike by all who take part.
 template <typename C>
@@ -92,6 +101,8 @@ struct Pipeline {
   uint32_t barriers;  // shared address of full[kStages], then empty[kStages]
   __device__ __forceinline__ uint32_t a(uint32_t stage) const { return tiles + stage * C::kStageBytes; }
   __device__ __forceinline__ uint32_t w(uint32_t stage) const { return a(stage) + C::kBytesA; }
+  __device__ __forceinline__ uint32_t scales_a(uint32_t stage) const { return w(stage) + C::kBytesW; }
+  __device__ __forceinline__ uint32_t scales_w(uint32_t stage) const { return scales_a(stage) + C::kScaleBytes; }
   __device__ __forceinline__ uint32_t full(uint32_t stage) const { return barriers + stage * 8; }
   __device__ __forceinline__ uint32_t empty(uint32_t stage) const { return barriers + (C::kStages + stage) * 8; }
 };

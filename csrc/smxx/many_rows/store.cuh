@@ -128,7 +128,8 @@ bool launch_store(const GemmParams& p, int num_sms, const Rates& rates, const La
   if (width % 8 != 0 || !is_aligned(p.c, p.c_stride)) return false;
   if (p.residual != nullptr && !is_aligned(p.residual, p.residual_stride)) return false;
   Operands of;
-  if (!prepare(&of, p, p.gated ? 64 : 32, num_sms, rates, Launcher::kNarrowest)) return false;
+  constexpr int kWidest = Launcher::kWidest;
+  if (!prepare(&of, p, p.gated ? 64 : 32, num_sms, rates, Launcher::kNarrowest, kWidest)) return false;
   switch (of.plan.columns) {
     case 64:
       if constexpr (Launcher::kNarrowest <= 64) {
@@ -142,13 +143,17 @@ bool launch_store(const GemmParams& p, int num_sms, const Rates& rates, const La
       p.gated ? launcher.template launch<128, true>(of) : launcher.template launch<128, false>(of);
       break;
     case 192:
-      p.gated ? launcher.template launch<192, true>(of) : launcher.template launch<192, false>(of);
+      if constexpr (kWidest >= 192) {
+        p.gated ? launcher.template launch<192, true>(of) : launcher.template launch<192, false>(of);
+      }
       break;
     case 256:
-      p.gated ? launcher.template launch<256, true>(of) : launcher.template launch<256, false>(of);
+      if constexpr (kWidest >= 256) {
+        p.gated ? launcher.template launch<256, true>(of) : launcher.template launch<256, false>(of);
+      }
       break;
     default:
-      launcher.template launch<160, false>(of);
+      if constexpr (kWidest >= 160) launcher.template launch<160, false>(of);
   }
   return true;
 }

@@ -30,6 +30,15 @@ template <int kElementBytes, int kGroup>
 void multiply(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, bool accumulate) {
   emulator::multiply(kElementBytes, kGroup, d, a, b, instruction, accumulate);
 }
+template <int kGroup>
+void tmem_copy_scales(uint32_t address, uint64_t block) {
+  emulator::tmem_copy_32x128b(kGroup, address, block);
+}
+template <int kGroup>
+void multiply_nvfp4(uint32_t d, uint64_t a, uint64_t b, uint32_t a_scales, uint32_t b_scales, uint32_t instruction,
+                    bool accumulate) {
+  emulator::multiply_nvfp4(kGroup, d, a, b, a_scales, b_scales, instruction, accumulate);
+}
 inline void tcgen05_commit_pair(uint32_t barrier, uint16_t mask) { emulator::commit(2, barrier, mask); }
 inline void tcgen05_commit(uint32_t barrier) { emulator::commit(1, barrier, 0); }
 
