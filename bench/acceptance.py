@@ -2,8 +2,7 @@
 
 `--formats bf16 fp8 int4-g64 e2m1-g64` quantises the drafter on the way and measures each; a set's name then carries the
 format. `fp8-w8a8`: fp8 with activations in fp8, too, in all passes of more rows than are streamed; on the CPU in all.
-`nvfp4` and `nvfp4-w4a4` only simulate, on the CPU, a format that no kernel here has: weights, or weights and
-activations, rounded to e2m1 in groups of 16 with a scale in e4m3. The text is the target's in every one, so plain
+`nvfp4-w4a4`: the same of NVFP4. The text is the target's in every one, so plain
 decoding runs once a set.
 
 Acceptance length is tokens per decode step with the bonus counted, over all steps of a set. Every prompt's text must
@@ -24,8 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,17 +84,15 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     from dflash_kernels.engine import Engine, SamplingParams
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type != "cpu" and any(name.startswith("nvfp4") for name in args.formats):
-        raise ValueError(f"--formats: nvfp4 is simulated on the CPU alone, got --device {device.type}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, tokenizer, drafter = load_demo_pair(dtype, device)
     drafters = {}
     for name in args.formats:
-        if name.startswith("nvfp4"):
-            drafters[name] = simulated_nvfp4(name).bind(model)
-            continue
-        drafters[name] = drafter if name == "bf16" else load_quantized(name.removesuffix(W8A8)).bind(model)
-        if name.endswith(W8A8):
+        weights, _, activations = name.partition("-w")
+        if activations not in CODED_ACTIVATIONS.get(weights, ("",)):
+            raise ValueError(f"--formats: activations as codes come as fp8-w8a8 and nvfp4-w4a4, got {name}")
+        drafters[name] = drafter if name == "bf16" else load_quantized(weights).bind(model)
+        if activations:
             drafters[name].multiply_codes()
     params = SamplingParams(max_new_tokens=args.max_new_tokens)
     report: dict[str, Any] = {
@@ -122,8 +118,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
                 model, packed, tokenizer, max_batch=args.batch, max_len=longest + args.max_new_tokens, device=device
             )
             try:
-                with rounded_activations(weight_format == "nvfp4-w4a4"):
-                    ours, seconds = _timed(engine, ids, params, "dflash")
+                ours, seconds = _timed(engine, ids, params, "dflash")
                 if plain is None and not args.no_compare:
                     plain, plain_seconds = _timed(engine, ids, params, "plain")
             finally:
@@ -146,7 +141,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return 1 if differing and args.dtype == "fp32" else 0
 
 
-W8A8 = "-w8a8"
+CODED_ACTIVATIONS = {"fp8": ("", "8a8"), "nvfp4": ("", "4a4")}  # what may follow "-w"
 
 
 def load_quantized(name: str) -> Any:
@@ -157,53 +152,6 @@ def load_quantized(name: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         quantize_drafter(DEMO_DRAFTER, Path(folder) / name, WeightFormat.parse(name))
         return load_drafter(Path(folder) / name)
-
-
-def round_nvfp4(x: torch.Tensor) -> torch.Tensor:
-    """``x [.., K]`` as NVFP4 holds it, K a multiple of 16: e2m1, a scale in e4m3 for 16 neighbours, and one in float32
-    a row, which puts the largest of the former at 448."""
-    from dflash_kernels.formats import E2M1_VALUES
-
-    values = torch.tensor(E2M1_VALUES[:8], device=x.device)
-    groups = x.float().unflatten(-1, (-1, 16))
-    largest = groups.abs().amax(-1, keepdim=True)
-    row_scale = (largest.amax(-2, keepdim=True) / (6.0 * 448.0)).clamp_min(1e-30)
-    scale = (largest / 6.0 / row_scale).to(torch.float8_e4m3fn).float() * row_scale
-    wanted = groups.abs() / scale.clamp_min(1e-30)
-    code = torch.bucketize(wanted, (values[1:] + values[:-1]) / 2)
-    return (values[code] * groups.sign() * scale).flatten(-2).to(x.dtype)
-
-
-def simulated_nvfp4(name: str) -> Any:
-    """The demo drafter with the weights of its layers rounded.
-
-    Raises:
-        ValueError: a name that is none of the simulated formats.
-    """
-    from dflash_kernels.cli import DEMO_DRAFTER
-    from dflash_kernels.model import load_drafter
-
-    if name not in ("nvfp4", "nvfp4-w4a4"):
-        raise ValueError(f"--formats: nvfp4 or nvfp4-w4a4 can be simulated, got {name}")
-    drafter = load_drafter(DEMO_DRAFTER, dtype=torch.float32)
-    for field in ("qkv_weight", "kv_weight", "o_weight", "gate_up_weight", "down_weight"):
-        weight = getattr(drafter.weights, field)
-        weight.copy_(round_nvfp4(weight))
-    return drafter
-
-
-@contextmanager
-def rounded_activations(on: bool) -> Iterator[None]:
-    """Inside, the CPU's draft_forward rounds what its linear layers read."""
-    from dflash_kernels.ops import draft
-
-    linear = draft._linear
-    if on:
-        draft._linear = lambda x, weight, bias=None: linear(round_nvfp4(x), weight, bias)
-    try:
-        yield
-    finally:
-        draft._linear = linear
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

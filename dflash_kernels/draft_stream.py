@@ -23,6 +23,7 @@ __all__ = [
     "pack_draft",
     "default_blocks",
     "has_fp8_chain",
+    "has_nvfp4_chain",
     "streamed_tokens",
     "why_not_packed",
 ]
@@ -180,6 +181,18 @@ def has_fp8_chain(matrices: Sequence[Weight]) -> bool:
         return False
     device = coded[0].codes.device
     return device.type == "cuda" and draft_forward_fp8_supported(device)
+
+
+def has_nvfp4_chain(matrices: Sequence[Weight]) -> bool:
+    """Whether `draft_forward_nvfp4` is the chain of kernels of a drafter's stacked `matrices`: nvfp4 of sizes that fit,
+    on CUDA devices whose tensor cores multiply it."""
+    from dflash_kernels.ops.gemm import gemm_nvfp4_supported
+
+    coded = [weight for weight in matrices if isinstance(weight, QuantizedWeight) and weight.format.kind == "nvfp4"]
+    if len(coded) < len(matrices) or any(w.shape[-1] % 32 or w.shape[-1] > FP8_COLUMNS for w in coded):
+        return False
+    device = coded[0].codes.device
+    return device.type == "cuda" and gemm_nvfp4_supported(device)
 
 
 def streamed_tokens(weight_format: WeightFormat | None, fp8_chain: bool = False) -> int:

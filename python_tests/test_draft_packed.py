@@ -16,6 +16,7 @@ from dflash_kernels.draft_stream import (
     default_blocks,
     draft_schedule,
     has_fp8_chain,
+    has_nvfp4_chain,
     pack_draft,
     why_not_packed,
 )
@@ -264,16 +265,29 @@ def test_reasons() -> None:
     assert why_not_packed(**four_bits) is None
 
 
+def coded(columns: int, device: str = "cuda", name: str = "fp8") -> Weight:
+    """Of a device that may not be there."""
+    weight = quantize(torch.ones(1, 16, columns), WeightFormat.parse(name))
+    codes: Any = SimpleNamespace(dtype=torch.uint8, shape=weight.codes.shape, device=torch.device(device))
+    return replace(weight, codes=codes)
+
+
+def test_which_weights_have_an_nvfp4_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of nvfp4, which no kernel streams."""
+    monkeypatch.setattr("dflash_kernels.ops.gemm.gemm_nvfp4_supported", lambda device: True)
+    assert has_nvfp4_chain([coded(64, name="nvfp4")] * 4)
+    assert not has_nvfp4_chain([coded(64, "cpu", "nvfp4")] * 4)
+    for other in (coded(48, name="nvfp4"), coded(32800, name="nvfp4"), coded(64), torch.ones(1, 16, 64)):
+        assert not has_nvfp4_chain([coded(64, name="nvfp4")] * 3 + [other])
+    monkeypatch.setattr("dflash_kernels.ops.gemm.gemm_nvfp4_supported", lambda device: False)
+    assert not has_nvfp4_chain([coded(64, name="nvfp4")] * 4)
+    sizes: dict[str, Any] = {"tokens": 1, "num_layers": 1, "head_dim": 64, "dtype": torch.bfloat16}
+    reason = why_not_packed(**sizes, weight_format=WeightFormat.parse("nvfp4"))
+    assert reason == "weights are nvfp4, which no kernel streams"
+
+
 def test_which_weights_have_an_fp8_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes of fp8 alone, of columns that its products take, on a GPU that has them; never on the CPU."""
-
-    def coded(columns: int, device: str = "cuda", name: str = "fp8") -> Weight:
-        weight = quantize(torch.ones(1, 16, columns), WeightFormat.parse(name))
-        codes: Any = SimpleNamespace(
-            dtype=torch.uint8, shape=weight.codes.shape, device=torch.device(device)
-        )  # there may be no such device here
-        return replace(weight, codes=codes)
-
     monkeypatch.setattr("dflash_kernels.ops.draft.draft_forward_fp8_supported", lambda device: True)
     assert has_fp8_chain([coded(64)] * 4) and has_fp8_chain([coded(64)] * 3 + [coded(32768)])
     assert not has_fp8_chain([coded(64, "cpu")] * 4)

@@ -26,6 +26,7 @@ import test_dflash2
 import test_draft
 import test_draft_fp8
 import test_draft_layer
+import test_draft_nvfp4
 import test_draft_packed
 import test_draft_sharded
 import test_gemm_fp8
@@ -449,6 +450,14 @@ NVFP4 = [
     *calls(test_gemm_nvfp4.test_out_may_be_the_residual),
     *calls(test_gemm_nvfp4.test_a_quantised_layer),
 ]
+NVFP4_CHAIN = [
+    *calls(
+        test_draft_nvfp4.test_matches_reference,
+        drafts(5, T=7, layers=2),
+        drafts(*(b % 5 for b in range(18)), T=8, H=96, I=96, heads=(2, 1), D=128, biases=True, qk_norm=False),
+    ),
+    *calls(test_draft_nvfp4.test_empty_batch),
+]
 
 
 @pytest.mark.parametrize(("function", "arguments"), NVFP4)
@@ -459,6 +468,14 @@ def test_nvfp4_passes(
         emulated.configure(10, multiprocessors)
         run(function, arguments, {"device": "cpu", "rng": rng})
         assert emulated.multipliers() == {MULTIPLIERS[10]}
+
+
+@pytest.mark.parametrize(("function", "arguments"), NVFP4_CHAIN)
+def test_chain_of_nvfp4_passes(
+    function: Callable[..., None], arguments: dict[str, Any], emulated: Emulator, rng: torch.Generator
+) -> None:
+    emulated.configure(10)
+    run(function, arguments, {"device": "cpu", "rng": rng})
 
 
 def test_nvfp4_needs_its_tensor_cores(emulated: Emulator, rng: torch.Generator) -> None:

@@ -90,6 +90,19 @@ class Maker:
         coded = self.quantized(matrix, "fp8")
         return coded.codes, coded.scale
 
+    def nvfp4(self, matrix: Any, gated: bool = False) -> tuple[Any, Any, Any]:
+        """Of nvfp4: codes, scales of groups in blocks, and of rows."""
+        from dflash_kernels.formats import scale_blocks
+
+        coded = self.quantized(matrix, "nvfp4")
+        return coded.codes, scale_blocks(coded.scale, gated), 1 / coded.global_scale
+
+    @property
+    def multiplies_nvfp4(self) -> bool:
+        from dflash_kernels import ops
+
+        return ops.gemm_nvfp4_supported(self.device)
+
     @property
     def multiplies_fp8(self) -> bool:
         from dflash_kernels import ops
@@ -290,6 +303,8 @@ def call_draft(m: Maker) -> None:
         m.call(ops.quantize_rows, x)
         if columns <= 8192:
             m.call(ops.rmsnorm_quantize_rows, x, m.normal(columns), 1e-6)
+    for rows, columns in ((3, 32), (130, 96), (2, 2080), (1, 8192), (1, 32768)):
+        m.call(ops.quantize_rows_nvfp4, m.normal(rows, columns))
 
     # a row, tiles that are not full, pairs of them
     for rows, columns, k, gated in ((1, 64, 16, False), (130, 264, 80, False), (300, 512, 1040, True)):
@@ -297,6 +312,10 @@ def call_draft(m: Maker) -> None:
             residual = None if gated else m.normal(rows, columns)
             coded = (*m.codes(m.normal(rows, k)), *m.codes(m.normal(columns, k)))
             m.call(ops.gemm_fp8, *coded, m.normal(columns), residual, gated)
+        if m.multiplies_nvfp4:
+            residual = None if gated else m.normal(rows, columns)
+            coded = (*m.nvfp4(m.normal(rows, 2 * k)), *m.nvfp4(m.normal(columns, 2 * k), gated))
+            m.call(ops.gemm_nvfp4, *coded, m.normal(columns), residual, gated)
 
     # every head size; keys cut into many parts, and (34 requests) not cut: several tiles in one block
     for prefixes, block, q_heads, kv_heads, dim, bias in (
@@ -342,6 +361,13 @@ def call_draft(m: Maker) -> None:
             for i in (17, 16, 13, 9):
                 coded_args[i : i + 1] = m.codes(args[i])
             m.call(ops.draft_forward_fp8, *coded_args)
+        if m.multiplies_nvfp4:
+            coded_args, blocks = list(args), []
+            for i in (17, 16, 13, 9):
+                codes, of_groups, of_rows = m.nvfp4(args[i], gated=i == 16)
+                coded_args[i : i + 1] = [codes, of_rows]
+                blocks.insert(0, of_groups)
+            m.call(ops.draft_forward_nvfp4, *coded_args, blocks=blocks)
         if dim in (64, 128):  # as one kernel
             for name in STREAMED[:2] if inner % 64 else STREAMED:
                 matrices = [m.quantized(args[i], name) for i in (9, 13, 16, 17)]

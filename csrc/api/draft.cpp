@@ -39,9 +39,10 @@ struct Ranks {
   int64_t vocab_start, vocab;
 };
 
-// Of fp8 weights, a scale for each row.
+// Of weights in fp8 and nvfp4, a scale for each row; nvfp4: also those of groups, in blocks.
 struct Scales {
   Tensor qkv, o, gate_up, down;
+  std::vector<Tensor> blocks = {};  // in the same order
 };
 
 struct Inputs {
@@ -58,7 +59,8 @@ struct Inputs {
   std::optional<double> softmax_scale;
   std::optional<Packed> packed;  // or the four weights
   std::optional<Ranks> ranks = {};
-  std::optional<Scales> scales = {};  // the four weights are e4m3
+  std::optional<Scales> scales = {};  // the four weights are codes
+  Products products = Products::kBf16;
 };
 
 const uint16_t* bf16_data(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.data_ptr()); }
@@ -140,8 +142,10 @@ DraftSizes check_sizes(const Inputs& in) {
   DFLASH_CHECK(in.op, s.kv_heads >= 1, "k_caches[0].size(1)", "be at least 1", s.kv_heads);
   DFLASH_CHECK(in.op, attention::is_head_dim_supported(s.head_dim), "k_caches[0].size(2)",
                "be a head size of 32, 64, 96, 128 or 256", s.head_dim);
-  s.fp8 = in.scales.has_value();
-  const int64_t unit = s.fp8 ? 16 : 8;  // elements of a row that a product reads at once
+  s.products = in.products;
+  // Elements of a row that a product reads at once, and that lie in one of the weight's.
+  const int64_t unit = s.products == Products::kBf16 ? 8 : s.products == Products::kFp8 ? 16 : 32;
+  const int64_t pack = s.products == Products::kNvfp4 ? 2 : 1;
   const std::string multiple = "be a multiple of " + std::to_string(unit);
   DFLASH_CHECK(in.op, s.hidden >= unit && s.hidden % unit == 0, "embed_weight.size(1)", multiple, s.hidden);
   if (in.packed) {
@@ -153,7 +157,7 @@ DraftSizes check_sizes(const Inputs& in) {
                  s.intermediate);
     return s;
   }
-  api::check_shape(in.op, "qkv_weight", *in.qkv_weight, {in.input_norm.size(0), -1, s.hidden});
+  api::check_shape(in.op, "qkv_weight", *in.qkv_weight, {in.input_norm.size(0), -1, s.hidden / pack});
   const int64_t heads = in.qkv_weight->size(1) / s.head_dim;
   s.q_heads = heads - 2 * s.kv_heads;
   DFLASH_CHECK(in.op,
@@ -163,10 +167,10 @@ DraftSizes check_sizes(const Inputs& in) {
                    " and D = " + std::to_string(s.head_dim),
                in.qkv_weight->size(1));
   api::check_shape(in.op, "down_weight", *in.down_weight, {in.input_norm.size(0), s.hidden, -1});
-  s.intermediate = in.down_weight->size(2);
-  DFLASH_CHECK(in.op, s.intermediate >= unit && s.intermediate % unit == 0, "down_weight.size(2)", multiple,
-               s.intermediate);
-  if (!s.fp8) return s;
+  s.intermediate = in.down_weight->size(2) * pack;
+  DFLASH_CHECK(in.op, s.intermediate >= unit && s.intermediate % unit == 0, "down_weight.size(2)",
+               "be a multiple of " + std::to_string(unit / pack), s.intermediate / pack);
+  if (s.products == Products::kBf16) return s;
   const std::pair<const char*, int64_t> columns[] = {{"embed_weight.size(1)", s.hidden},
                                                      {"o_weight.size(2)", s.q_heads * s.head_dim},
                                                      {"down_weight.size(2)", s.intermediate}};
@@ -189,25 +193,39 @@ DraftParams draft_params(const Inputs& in) {
   }
   check_matrix("embed_weight", in.embed_weight, in, {-1, s.hidden});
   check_matrix("input_norm", in.input_norm, in, {layers, s.hidden});
-  const std::optional<ScalarType> coded = s.fp8 ? std::optional(ScalarType::Byte) : std::nullopt;
+  const std::optional<ScalarType> coded = in.scales ? std::optional(ScalarType::Byte) : std::nullopt;
+  const int64_t pack = s.products == Products::kNvfp4 ? 2 : 1;  // codes a byte
   const auto check_scale = [&](const char* name, Tensor Scales::* scale, int64_t rows) {
     if (in.scales) check_matrix(name, (*in.scales).*scale, in, {layers, rows, 1}, ScalarType::Float);
   };
-  if (in.qkv_weight) check_matrix("qkv_weight", *in.qkv_weight, in, {layers, qkv_width, s.hidden}, coded);
+  if (in.qkv_weight) check_matrix("qkv_weight", *in.qkv_weight, in, {layers, qkv_width, s.hidden / pack}, coded);
   check_scale("qkv_scale", &Scales::qkv, qkv_width);
   if (in.qkv_bias) check_matrix("qkv_bias", *in.qkv_bias, in, {layers, qkv_width});
   if (in.q_norm) check_matrix("q_norm", *in.q_norm, in, {layers, s.head_dim});
   if (in.k_norm) check_matrix("k_norm", *in.k_norm, in, {layers, s.head_dim});
-  if (in.o_weight) check_matrix("o_weight", *in.o_weight, in, {layers, s.hidden, s.q_heads * s.head_dim}, coded);
+  if (in.o_weight) check_matrix("o_weight", *in.o_weight, in, {layers, s.hidden, s.q_heads * s.head_dim / pack}, coded);
   check_scale("o_scale", &Scales::o, s.hidden);
   if (in.o_bias) check_matrix("o_bias", *in.o_bias, in, {layers, s.hidden});
   check_matrix("post_norm", in.post_norm, in, {layers, s.hidden});
   if (in.gate_up_weight) {
-    check_matrix("gate_up_weight", *in.gate_up_weight, in, {layers, 2 * s.intermediate, s.hidden}, coded);
+    check_matrix("gate_up_weight", *in.gate_up_weight, in, {layers, 2 * s.intermediate, s.hidden / pack}, coded);
   }
   check_scale("gate_up_scale", &Scales::gate_up, 2 * s.intermediate);
-  if (in.down_weight) check_matrix("down_weight", *in.down_weight, in, {layers, s.hidden, s.intermediate}, coded);
+  if (in.down_weight)
+    check_matrix("down_weight", *in.down_weight, in, {layers, s.hidden, s.intermediate / pack}, coded);
   check_scale("down_scale", &Scales::down, s.hidden);
+  if (s.products == Products::kNvfp4) {
+    const std::vector<Tensor>& blocks = in.scales->blocks;
+    DFLASH_CHECK(in.op, blocks.size() == 4, "blocks", "have one entry a weight (4)", blocks.size());
+    const auto check_blocks = [&](size_t i, int64_t rows, int64_t columns) {
+      check_matrix("blocks[" + std::to_string(i) + "]", blocks[i], in, {layers, rows, (columns + 63) / 64, 512},
+                   ScalarType::Byte);
+    };
+    check_blocks(0, (qkv_width + 127) / 128, s.hidden);
+    check_blocks(1, (s.hidden + 127) / 128, s.q_heads * s.head_dim);
+    check_blocks(2, (s.intermediate + 63) / 64, s.hidden);
+    check_blocks(3, (s.hidden + 127) / 128, s.intermediate);
+  }
   check_matrix("final_norm", in.final_norm, in, {s.hidden});
   api::check_shape(in.op, "cos_sin", in.cos_sin, {-1, -1});
   api::check_dtype(in.op, "cos_sin", in.cos_sin, {ScalarType::Float});
@@ -267,6 +285,10 @@ DraftParams draft_params(const Inputs& in) {
     p.o_scale = float_data(in.scales->o);
     p.gate_up_scale = float_data(in.scales->gate_up);
     p.down_scale = float_data(in.scales->down);
+    if (s.products == Products::kNvfp4) {
+      const uint8_t** const to[] = {&p.qkv_blocks, &p.o_blocks, &p.gate_up_blocks, &p.down_blocks};
+      for (size_t i = 0; i < 4; ++i) *to[i] = static_cast<const uint8_t*>(in.scales->blocks[i].data_ptr());
+    }
   }
   p.cos_sin = float_data(in.cos_sin);
   p.eps = static_cast<float>(in.eps);
@@ -397,7 +419,15 @@ int64_t draft_forward_fp8_workspace(int64_t batch, int64_t block_size, int64_t h
                                     int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim) {
   DraftSizes s = workspace_sizes("draft_forward_fp8_workspace", batch, block_size, hidden_size, intermediate_size,
                                  num_q_heads, num_kv_heads, head_dim);
-  s.fp8 = true;
+  s.products = Products::kFp8;
+  return plan_workspace(s).bytes;
+}
+
+int64_t draft_forward_nvfp4_workspace(int64_t batch, int64_t block_size, int64_t hidden_size, int64_t intermediate_size,
+                                      int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim) {
+  DraftSizes s = workspace_sizes("draft_forward_nvfp4_workspace", batch, block_size, hidden_size, intermediate_size,
+                                 num_q_heads, num_kv_heads, head_dim);
+  s.products = Products::kNvfp4;
   return plan_workspace(s).bytes;
 }
 
@@ -427,9 +457,13 @@ int64_t draft_forward_fp8_workspace(int64_t batch, int64_t block_size, int64_t h
       std::optional<double> softmax_scale
 #define DFLASH_FP8_INPUTS of_codes(DFLASH_DRAFT_INPUTS, Scales{qkv_scale, o_scale, gate_up_scale, down_scale})
 
-Inputs of_codes(Inputs in, Scales scales) {
-  in.op = "draft_forward_fp8";
+#define DFLASH_NVFP4_INPUTS \
+  of_codes(DFLASH_DRAFT_INPUTS, Scales{qkv_scale, o_scale, gate_up_scale, down_scale, blocks}, Products::kNvfp4)
+
+Inputs of_codes(Inputs in, Scales scales, Products products = Products::kFp8) {
+  in.op = products == Products::kFp8 ? "draft_forward_fp8" : "draft_forward_nvfp4";
   in.scales = std::move(scales);
+  in.products = products;
   return in;
 }
 
@@ -446,6 +480,11 @@ void draft_forward_check_cpu(DFLASH_DRAFT_PARAMETERS, std::optional<Tensor> out,
 
 void draft_forward_fp8_check_cpu(DFLASH_FP8_PARAMETERS, std::optional<Tensor> out, std::optional<Tensor> workspace) {
   check_dense_cpu(DFLASH_FP8_INPUTS, out, workspace);
+}
+
+void draft_forward_nvfp4_check_cpu(DFLASH_FP8_PARAMETERS, std::vector<Tensor> blocks, std::optional<Tensor> out,
+                                   std::optional<Tensor> workspace) {
+  check_dense_cpu(DFLASH_NVFP4_INPUTS, out, workspace);
 }
 
 #define DFLASH_PACKED_PARAMETERS                                                                          \
@@ -600,8 +639,11 @@ StreamDraftParams stream_params(const DraftParams& p, const Packed& packed) {
 void run_cuda(DraftParams& p, const Inputs& in, const Tensor& out, const Tensor& workspace) {
   set_outputs(p, in, out, workspace);
   const int device = in.block_ids.get_device_index();
-  DFLASH_CHECK(in.op, !p.sizes.fp8 || gemm::is_fp8_supported(device), "block_ids",
+  DFLASH_CHECK(in.op, in.products != Products::kFp8 || gemm::is_fp8_supported(device), "block_ids",
                "be on a device of compute capability 9.0 or 10.x, whose tensor cores multiply fp8",
+               api::device_text(in.block_ids));
+  DFLASH_CHECK(in.op, in.products != Products::kNvfp4 || gemm::is_nvfp4_supported(device), "block_ids",
+               "be on a device of compute capability 10.x, whose tensor cores multiply nvfp4",
                api::device_text(in.block_ids));
   if (p.sizes.batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -648,6 +690,14 @@ void draft_forward_fp8_out_cuda(DFLASH_FP8_PARAMETERS, Tensor out, Tensor worksp
 
 Tensor draft_forward_fp8_cuda(DFLASH_FP8_PARAMETERS) { return dense_cuda(DFLASH_FP8_INPUTS); }
 
+void draft_forward_nvfp4_out_cuda(DFLASH_FP8_PARAMETERS, std::vector<Tensor> blocks, Tensor out, Tensor workspace) {
+  dense_out_cuda(DFLASH_NVFP4_INPUTS, out, workspace);
+}
+
+Tensor draft_forward_nvfp4_cuda(DFLASH_FP8_PARAMETERS, std::vector<Tensor> blocks) {
+  return dense_cuda(DFLASH_NVFP4_INPUTS);
+}
+
 void packed_out_cuda(const Inputs& in, const Tensor& out, const Tensor& workspace) {
   DraftParams p = draft_params(in);
   check_packed(in, p.sizes);
@@ -682,6 +732,7 @@ Tensor draft_forward_sharded_cuda(DFLASH_PACKED_PARAMETERS, DFLASH_RANKS_PARAMET
 #undef DFLASH_DRAFT_INPUTS
 #undef DFLASH_FP8_PARAMETERS
 #undef DFLASH_FP8_INPUTS
+#undef DFLASH_NVFP4_INPUTS
 #undef DFLASH_PACKED_PARAMETERS
 #undef DFLASH_PACKED_INPUTS
 #undef DFLASH_RANKS_PARAMETERS
@@ -742,6 +793,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
       "draft_forward_fp8_workspace(int batch, int block_size, int hidden_size, int intermediate_size, "
       "int num_q_heads, int num_kv_heads, int head_dim) -> int");
   m.def("draft_forward_fp8_supported(int device) -> bool");
+  m.def("draft_forward_nvfp4(" DFLASH_FP8_SCHEMA ", *, Tensor[] blocks) -> Tensor");
+  m.def("draft_forward_nvfp4.out(" DFLASH_FP8_SCHEMA
+        ", *, Tensor[] blocks, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+  m.def("_draft_forward_nvfp4_check(" DFLASH_FP8_SCHEMA
+        ", *, Tensor[] blocks, Tensor? out=None, Tensor? workspace=None) -> ()");
+  m.def(
+      "draft_forward_nvfp4_workspace(int batch, int block_size, int hidden_size, int intermediate_size, "
+      "int num_q_heads, int num_kv_heads, int head_dim) -> int");
 }
 #undef DFLASH_DRAFT_SCHEMA
 #undef DFLASH_FP8_SCHEMA
@@ -751,6 +810,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dflash, m) {
 STABLE_TORCH_LIBRARY_IMPL(dflash, CompositeExplicitAutograd, m) {
   m.impl("draft_forward_workspace", TORCH_BOX(&dflash::draft::draft_forward_workspace));
   m.impl("draft_forward_fp8_workspace", TORCH_BOX(&dflash::draft::draft_forward_fp8_workspace));
+  m.impl("draft_forward_nvfp4_workspace", TORCH_BOX(&dflash::draft::draft_forward_nvfp4_workspace));
   m.impl("draft_forward_fp8_supported", TORCH_BOX(&dflash::draft::draft_forward_fp8_supported));
   m.impl("draft_forward_packed_workspace", TORCH_BOX(&dflash::draft::draft_forward_packed_workspace));
   m.impl("draft_exchange_words", TORCH_BOX(&dflash::draft::draft_exchange_words));
@@ -759,6 +819,7 @@ STABLE_TORCH_LIBRARY_IMPL(dflash, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(dflash, CPU, m) {
   m.impl("_draft_forward_check", TORCH_BOX(&dflash::draft::draft_forward_check_cpu));
   m.impl("_draft_forward_fp8_check", TORCH_BOX(&dflash::draft::draft_forward_fp8_check_cpu));
+  m.impl("_draft_forward_nvfp4_check", TORCH_BOX(&dflash::draft::draft_forward_nvfp4_check_cpu));
   m.impl("_draft_forward_packed_check", TORCH_BOX(&dflash::draft::draft_forward_packed_check_cpu));
   m.impl("_draft_forward_sharded_check", TORCH_BOX(&dflash::draft::draft_forward_sharded_check_cpu));
 }
@@ -769,6 +830,8 @@ STABLE_TORCH_LIBRARY_IMPL(dflash, CUDA, m) {
   m.impl("draft_forward.out", TORCH_BOX(&dflash::draft::draft_forward_out_cuda));
   m.impl("draft_forward_fp8", TORCH_BOX(&dflash::draft::draft_forward_fp8_cuda));
   m.impl("draft_forward_fp8.out", TORCH_BOX(&dflash::draft::draft_forward_fp8_out_cuda));
+  m.impl("draft_forward_nvfp4", TORCH_BOX(&dflash::draft::draft_forward_nvfp4_cuda));
+  m.impl("draft_forward_nvfp4.out", TORCH_BOX(&dflash::draft::draft_forward_nvfp4_out_cuda));
   m.impl("draft_forward_packed", TORCH_BOX(&dflash::draft::draft_forward_packed_cuda));
   m.impl("draft_forward_packed.out", TORCH_BOX(&dflash::draft::draft_forward_packed_out_cuda));
   m.impl("draft_forward_sharded", TORCH_BOX(&dflash::draft::draft_forward_sharded_cuda));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +15,12 @@ from dflash_kernels.draft_stream import (
     PackedDraft,
     default_blocks,
     has_fp8_chain,
+    has_nvfp4_chain,
     pack_draft,
     streamed_tokens,
     why_not_packed,
 )
+from dflash_kernels.formats import scale_blocks
 from dflash_kernels.model.checkpoint import load_weights
 from dflash_kernels.model.config import DrafterConfig, load_config
 from dflash_kernels.model.weights import DrafterWeights
@@ -33,8 +36,9 @@ class Drafter:
     bf16 on the CPU, never fp16, in which the target's outliers overflow in ``fc``. Of quantised weights CUDA's kernel
     for few rows reads the codes; more rows, injection and the CPU take them dequantised to that dtype, so the drafter
     holds both. Of fp8 weights more rows multiply the codes, too, where the GPU can (`draft_forward_fp8`): with
-    activations that are rounded to fp8, so a draft may differ from that of few rows. Where the kernel for few rows is
-    not made for the drafter's sizes, all take the weights dequantised, with a warning.
+    activations that are rounded to fp8, so a draft may differ from that of few rows. NVFP4 weights are multiplied so
+    with any number of rows (`draft_forward_nvfp4`), where the GPU can. Where neither is made for the drafter's sizes or
+    its GPU, all take the weights dequantised, with a warning.
 
     Args:
         config: sizes of the drafter, or of this rank's shard of it.
@@ -61,6 +65,7 @@ class Drafter:
         )
         self._windows, self._causal = list(config.windows), [int(c) for c in config.causal]
         self._fp8_chain = has_fp8_chain(self._matrices())
+        self._nvfp4_chain = _nvfp4_scales(self.weights) if has_nvfp4_chain(self._matrices()) else None
         self._draft_buffers = _Buckets(self._new_draft_buffers)
         self._packed_buffers = _Buckets(self._new_packed_buffers)
         self._inject_buffers = _Buckets(self._new_inject_buffers)
@@ -96,6 +101,7 @@ class Drafter:
         self.embed_weight = self.embed_weight.to(device, dtype)
         self.lm_head_weight = self.lm_head_weight.to(device, dtype)
         self._fp8_chain = has_fp8_chain(self._matrices())
+        self._nvfp4_chain = _nvfp4_scales(self.weights) if has_nvfp4_chain(self._matrices()) else None
         if before != (self.device, self.dtype):
             self._draft_buffers = _Buckets(self._new_draft_buffers)
             self._inject_buffers = _Buckets(self._new_inject_buffers)
@@ -137,17 +143,26 @@ class Drafter:
         return self
 
     def multiply_codes(self) -> Drafter:
-        """Round activations to fp8 wherever a pass is a chain of kernels, also on the CPU, which by itself dequantises.
+        """Round activations to fp8, with NVFP4 weights to that, wherever a pass is a chain of kernels, also on the CPU,
+        which by itself dequantises.
 
         To see what that does to drafts without a GPU; undone by :meth:`to`. Returns the drafter itself.
 
         Raises:
-            ValueError: the layers' weights are not fp8.
+            ValueError: the layers' weights are neither fp8 nor nvfp4, or nvfp4 of columns that are no multiples of 32.
         """
         weight_format = self.weights.weight_format
-        if weight_format is None or weight_format.kind != "fp8":
-            raise ValueError(f"drafter must have fp8 weights for activations in fp8, got {weight_format or 'bf16'}")
-        self._fp8_chain = True
+        if weight_format is None or weight_format.kind not in ("fp8", "nvfp4"):
+            raise ValueError(
+                f"drafter must have fp8 or nvfp4 weights for activations in that, got {weight_format or 'bf16'}"
+            )
+        if weight_format.kind == "fp8":
+            self._fp8_chain = True
+        else:
+            for name, matrix in zip(MATRICES, self._matrices(), strict=True):
+                if matrix.shape[-1] % 32:
+                    raise ValueError(f"drafter's {name} must have a multiple of 32 columns, got {matrix.shape[-1]}")
+            self._nvfp4_chain = _nvfp4_scales(self.weights)
         self._draft_buffers = _Buckets(self._new_draft_buffers)
         return self
 
@@ -216,10 +231,15 @@ class Drafter:
                 workspace=workspace,
             )
         buffer, workspace = self._draft_buffers.at_least(block_ids.shape[0])
-        if self._fp8_chain:
+        if self._fp8_chain or self._nvfp4_chain is not None:
             assert w.quantized is not None
             qkv, o, gate_up, down = (w.quantized[name] for name in MATRICES)
-            return ops.draft_forward_fp8(
+            scales = [weight.scale for weight in (qkv, o, gate_up, down)]
+            multiply: Callable[..., torch.Tensor] = ops.draft_forward_fp8
+            if self._nvfp4_chain is not None:
+                scales, blocks = self._nvfp4_chain
+                multiply = partial(ops.draft_forward_nvfp4, blocks=blocks)
+            return multiply(
                 block_ids,
                 positions,
                 prefix_lens,
@@ -230,18 +250,18 @@ class Drafter:
                 self.embed_weight,
                 w.input_norm,
                 qkv.codes,
-                qkv.scale,
+                scales[0],
                 w.qkv_bias,
                 w.q_norm,
                 w.k_norm,
                 o.codes,
-                o.scale,
+                scales[1],
                 w.o_bias,
                 w.post_norm,
                 gate_up.codes,
-                gate_up.scale,
+                scales[2],
                 down.codes,
-                down.scale,
+                scales[3],
                 w.final_norm,
                 self.cos_sin,
                 self._windows,
@@ -379,6 +399,8 @@ class Drafter:
         c, rows = self.config, batch * self.config.block_size
         out = torch.empty((rows, c.hidden_size), dtype=self.dtype, device=self.device)
         needed = ops.draft_forward_fp8_workspace if self._fp8_chain else ops.draft_forward_workspace
+        if self._nvfp4_chain is not None:
+            needed = ops.draft_forward_nvfp4_workspace
         size = needed(batch, c.block_size, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
         return out, torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -460,6 +482,8 @@ def _for_device(config: DrafterConfig, weights: DrafterWeights) -> DrafterWeight
     """The weights as the kernels of their device read them."""
     if weights.weight_format is None or weights.device.type == "cpu":
         return weights
+    if weights.quantized is not None and has_nvfp4_chain(list(weights.quantized.values())):
+        return weights
     reason = why_not_packed(
         tokens=0,
         num_layers=config.num_layers,
@@ -475,6 +499,18 @@ def _for_device(config: DrafterConfig, weights: DrafterWeights) -> DrafterWeight
         stacklevel=3,
     )
     return weights.dense()
+
+
+def _nvfp4_scales(weights: DrafterWeights) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Of the four matrices, as `draft_forward_nvfp4` takes them: of rows, and of groups in blocks."""
+    assert weights.quantized is not None
+    rows, blocks = [], []
+    for name in MATRICES:
+        weight = weights.quantized[name]
+        assert weight.global_scale is not None
+        rows.append(1.0 / weight.global_scale)
+        blocks.append(scale_blocks(weight.scale, gated=name == "gate_up_weight"))
+    return rows, blocks
 
 
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:

@@ -13,6 +13,8 @@ from dflash_kernels.ops.draft import (
     draft_forward_fp8,
     draft_forward_fp8_supported,
     draft_forward_fp8_workspace,
+    draft_forward_nvfp4,
+    draft_forward_nvfp4_workspace,
     draft_forward_workspace,
 )
 from dflash_kernels.ops.draft_layer import draft_attention, draft_mlp
@@ -61,6 +63,8 @@ __all__ = [
     "draft_forward_fp8",
     "draft_forward_fp8_supported",
     "draft_forward_fp8_workspace",
+    "draft_forward_nvfp4",
+    "draft_forward_nvfp4_workspace",
     "draft_forward_packed",
     "draft_forward_packed_workspace",
     "draft_forward_sharded",

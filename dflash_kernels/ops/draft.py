@@ -7,14 +7,17 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from dflash_kernels.formats import QuantizedWeight, WeightFormat
+from dflash_kernels.formats import NVFP4_GROUP, QuantizedWeight, WeightFormat, plain_scales
 from dflash_kernels.ops._errors import dflash_errors
+from dflash_kernels.ops.gemm import nvfp4_values
 
 __all__ = [
     "draft_forward",
     "draft_forward_fp8",
     "draft_forward_fp8_supported",
     "draft_forward_fp8_workspace",
+    "draft_forward_nvfp4",
+    "draft_forward_nvfp4_workspace",
     "draft_forward_workspace",
 ]
 
@@ -281,9 +284,124 @@ def draft_forward_fp8(
     return out
 
 
+@dflash_errors
+def draft_forward_nvfp4_workspace(
+    batch: int,
+    block_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> int:
+    """Bytes of workspace that :func:`draft_forward_nvfp4` needs; otherwise as :func:`draft_forward_fp8_workspace`.
+
+    Raises:
+        ValueError: a size below 1, ``batch`` below 0, or query heads that the KV heads do not divide.
+    """
+    return torch.ops.dflash.draft_forward_nvfp4_workspace(
+        batch, block_size, hidden_size, intermediate_size, num_q_heads, num_kv_heads, head_dim
+    )
+
+
+@dflash_errors
+def draft_forward_nvfp4(
+    block_ids: torch.Tensor,
+    positions: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    embed_weight: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_scale: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    o_weight: torch.Tensor,
+    o_scale: torch.Tensor,
+    o_bias: torch.Tensor | None,
+    post_norm: torch.Tensor,
+    gate_up_weight: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_scale: torch.Tensor,
+    final_norm: torch.Tensor,
+    cos_sin: torch.Tensor,
+    windows: Sequence[int],
+    causal: Sequence[int],
+    eps: float,
+    softmax_scale: float | None = None,
+    *,
+    blocks: Sequence[torch.Tensor],
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`draft_forward_fp8` in NVFP4: the four products of a layer are those of :func:`gemm_nvfp4`, their inputs
+    rounded by :func:`quantize_rows_nvfp4`.
+
+    Args:
+        qkv_weight, o_weight, gate_up_weight, down_weight: uint8, two codes of e2m1 a byte, ``[L, N, K / 2]``; H and I
+            are multiples of 32, H, I and Hq D at most 32768.
+        qkv_scale, o_scale, gate_up_scale, down_scale: float32 ``[L, N, 1]``, one over the ``global_scale``.
+        blocks: scales of groups of the four, :func:`dflash_kernels.formats.scale_blocks` of ``[L, N, K / 16]``, of
+            gate_up with ``gated``.
+        workspace: uint8, at least :func:`draft_forward_nvfp4_workspace` bytes; needed with ``out``. Overwritten.
+
+        All others: as :func:`draft_forward_fp8`.
+
+    Returns:
+        ``[B * T, H]``, row ``b * T + t``, in the dtype of ``embed_weight``.
+
+    Raises:
+        ValueError: as :func:`draft_forward`, and on a device that :func:`gemm_nvfp4_supported` says no to.
+    """
+    ops = torch.ops.dflash.draft_forward_nvfp4
+    inputs = (
+        block_ids,
+        positions,
+        prefix_lens,
+        req_pool_indices,
+        req_to_token,
+        list(k_caches),
+        list(v_caches),
+        embed_weight,
+        input_norm,
+        qkv_weight,
+        qkv_scale,
+        qkv_bias,
+        q_norm,
+        k_norm,
+        o_weight,
+        o_scale,
+        o_bias,
+        post_norm,
+        gate_up_weight,
+        gate_up_scale,
+        down_weight,
+        down_scale,
+        final_norm,
+        cos_sin,
+        list(windows),
+        list(causal),
+        eps,
+        softmax_scale,
+    )
+    if (out is None) != (workspace is None):
+        given, missing = ("out", "workspace") if workspace is None else ("workspace", "out")
+        raise ValueError(f"dflash::draft_forward_nvfp4: {missing} must be given together with {given}, got None")
+    if out is None:
+        return ops.default(*inputs, blocks=list(blocks))
+    ops.out(*inputs, blocks=list(blocks), out=out, workspace=workspace)
+    return out
+
+
 @torch.library.register_fake("dflash::draft_forward")
 @torch.library.register_fake("dflash::draft_forward_fp8")
-def _draft_forward_fake(block_ids: torch.Tensor, *args: object) -> torch.Tensor:
+@torch.library.register_fake("dflash::draft_forward_nvfp4")
+def _draft_forward_fake(block_ids: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     embed_weight = args[6]
     assert isinstance(embed_weight, torch.Tensor)
     return embed_weight.new_empty((block_ids.shape[0] * block_ids.shape[1], embed_weight.shape[1]))
@@ -291,7 +409,8 @@ def _draft_forward_fake(block_ids: torch.Tensor, *args: object) -> torch.Tensor:
 
 @torch.library.register_fake("dflash::draft_forward.out")
 @torch.library.register_fake("dflash::draft_forward_fp8.out")
-def _draft_forward_out_fake(*args: object, out: torch.Tensor, workspace: torch.Tensor) -> None:
+@torch.library.register_fake("dflash::draft_forward_nvfp4.out")
+def _draft_forward_out_fake(*args: object, out: torch.Tensor, workspace: torch.Tensor, **kwargs: object) -> None:
     return None
 
 
@@ -300,11 +419,15 @@ def _rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``, with fp8 codes on both sides where the weight is quantised."""
+    """``x @ weight.T + bias``, with codes on both sides where the weight is quantised, in fp8 or nvfp4."""
     if isinstance(weight, torch.Tensor):
         return F.linear(x, weight, bias)
-    codes, scale = torch.ops.dflash.quantize_rows(x)
-    out = codes.view(torch.float8_e4m3fn).float() @ weight.values().T * (scale * weight.scale.T)
+    if weight.global_scale is not None:
+        codes, blocks, scale = torch.ops.dflash.quantize_rows_nvfp4(x)
+        out = nvfp4_values(codes, blocks) @ weight.dequantize().T * scale
+    else:
+        codes, scale = torch.ops.dflash.quantize_rows(x)
+        out = codes.view(torch.float8_e4m3fn).float() @ weight.values().T * (scale * weight.scale.T)
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
@@ -489,3 +612,31 @@ def _draft_forward_fp8_out_cpu(*inputs: object, out: torch.Tensor, workspace: to
     arguments = (*inputs, None) if len(inputs) == 27 else inputs
     torch.ops.dflash._draft_forward_fp8_check(*arguments, out=out, workspace=workspace)
     out.copy_(_forward_cpu(*_from_codes(arguments)))  # type: ignore[arg-type]
+
+
+def _from_nvfp4(inputs: Sequence[object], blocks: Sequence[torch.Tensor]) -> list[object]:
+    """The same from those of ``draft_forward_nvfp4``."""
+    arguments = list(inputs)
+    for at, of_groups in zip((20, 18, 14, 9), reversed(blocks), strict=True):
+        codes, scale = arguments[at : at + 2]
+        assert isinstance(codes, torch.Tensor) and isinstance(scale, torch.Tensor)
+        groups = plain_scales(of_groups, codes.shape[1], codes.shape[2] * 2 // NVFP4_GROUP, gated=at == 18)
+        made = QuantizedWeight(WeightFormat.parse("nvfp4"), codes, groups.view(torch.float8_e4m3fn), 1 / scale)
+        arguments[at : at + 2] = [made]
+    return arguments
+
+
+@torch.library.impl("dflash::draft_forward_nvfp4", "CPU")
+def _draft_forward_nvfp4_cpu(*inputs: object, blocks: list[torch.Tensor]) -> torch.Tensor:
+    arguments = (*inputs, None) if len(inputs) == 27 else inputs
+    torch.ops.dflash._draft_forward_nvfp4_check(*arguments, blocks=blocks)
+    return _forward_cpu(*_from_nvfp4(arguments, blocks))  # type: ignore[arg-type]
+
+
+@torch.library.impl("dflash::draft_forward_nvfp4.out", "CPU")
+def _draft_forward_nvfp4_out_cpu(
+    *inputs: object, blocks: list[torch.Tensor], out: torch.Tensor, workspace: torch.Tensor
+) -> None:
+    arguments = (*inputs, None) if len(inputs) == 27 else inputs
+    torch.ops.dflash._draft_forward_nvfp4_check(*arguments, blocks=blocks, out=out, workspace=workspace)
+    out.copy_(_forward_cpu(*_from_nvfp4(arguments, blocks)))  # type: ignore[arg-type]

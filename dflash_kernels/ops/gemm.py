@@ -149,7 +149,7 @@ def _cpu(
     return _finished((values[0] @ values[1].T) * a_scale * w_scale.T, bias, residual, gated)
 
 
-def _nvfp4_values(codes: torch.Tensor, blocks: torch.Tensor, gated: bool = False) -> torch.Tensor:
+def nvfp4_values(codes: torch.Tensor, blocks: torch.Tensor, gated: bool = False) -> torch.Tensor:
     """Codes times the scales of their groups, float32 ``[rows, K]``; exact."""
     groups = codes.shape[1] // 8
     scale = plain_scales(blocks, codes.shape[0], groups, gated).view(torch.float8_e4m3fn).float()
@@ -168,7 +168,7 @@ def _nvfp4_cpu(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
-    sums = _nvfp4_values(a, a_blocks) @ _nvfp4_values(w, w_blocks, gated).T
+    sums = nvfp4_values(a, a_blocks) @ nvfp4_values(w, w_blocks, gated).T
     return _finished(sums * a_scale * w_scale.T, bias, residual, gated)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from dflash_kernels.reference.formats import decode_e4m3
-from dflash_kernels.reference.quantize import quantize_rows
+from dflash_kernels.formats import QuantizedWeight
+from dflash_kernels.reference.formats import decode_e2m1, decode_e4m3
+from dflash_kernels.reference.quantize import quantize_rows, quantize_rows_nvfp4
 
-__all__ = ["draft_forward", "draft_forward_fp8", "visible_keys"]
+__all__ = ["draft_forward", "draft_forward_fp8", "draft_forward_nvfp4", "visible_keys"]
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -175,6 +177,21 @@ def draft_forward_fp8(
         qkv_weight.shape[1],
         product,
     )
+
+
+def draft_forward_nvfp4(
+    weights: Mapping[str, QuantizedWeight], *, dtype: torch.dtype = torch.float32, **inputs: Any
+) -> torch.Tensor:
+    """The same with nvfp4 on both sides; `weights` in nvfp4 by "qkv", "o", "gate_up" and "down", `inputs` those of
+    :func:`dflash_kernels.ops.draft_forward_nvfp4` that are no weights."""
+    table = torch.tensor([decode_e2m1(code) for code in range(16)])
+
+    def product(x: torch.Tensor, name: str, layer: int) -> torch.Tensor:
+        codes, groups, scale = quantize_rows_nvfp4(x)
+        values = table.to(x.device)[codes.long()].unflatten(1, (-1, 16)) * groups.float()[..., None]
+        return (values.flatten(1) @ weights[name][layer].dequantize().T * scale).to(dtype)
+
+    return _forward(**inputs, dtype=dtype, qkv_width=weights["qkv"].shape[1], product=product)
 
 
 def _forward(

@@ -7,6 +7,7 @@
 // In fp8 the four products multiply e4m3 with e4m3. The norms write codes in place of bf16; what the attention and the
 // gated product write goes through a kernel that quantises it, because a row's scale is known only when all of the row
 // is. One buffer of codes serves all four: a kernel that fills it starts when the product that read it has completed.
+// In nvfp4 it is the same with e2m1, but for the norms, which write bf16.
 #include <climits>
 
 #include "smxx/attention/launch.h"
@@ -20,15 +21,17 @@ namespace {
 
 struct Linear {
   const uint16_t* weight;
-  const float* scale;  // nullptr: bf16
+  const float* scale;     // nullptr: bf16
+  const uint8_t* blocks;  // nullptr: not nvfp4
   const uint16_t* bias;
   int64_t n, k;
 };
 
-// Rows that a product multiplies: bf16, or e4m3 with a scale a row.
+// Rows that a product multiplies: bf16, e4m3 with a scale a row, or nvfp4.
 struct Rows {
   const uint16_t* data;
-  const float* scale;  // nullptr: bf16
+  const float* scale;     // nullptr: bf16
+  const uint8_t* blocks;  // nullptr: not nvfp4
 };
 
 void launch_linear(const Linear& linear, const Rows& a, int64_t rows, uint16_t* c, const uint16_t* residual, bool gated,
@@ -36,7 +39,10 @@ void launch_linear(const Linear& linear, const Rows& a, int64_t rows, uint16_t* 
   gemm::GemmParams p;
   p.a[0] = a.data;
   p.a_scale = a.scale;
-  p.a_stride[0] = linear.k;
+  p.k = linear.blocks == nullptr ? linear.k : linear.k / 2;
+  p.a_stride[0] = p.k;
+  p.a_blocks = a.blocks;
+  p.w_blocks = linear.blocks;
   p.w = linear.weight;
   p.w_scale = linear.scale;
   p.bias = linear.bias;
@@ -46,11 +52,14 @@ void launch_linear(const Linear& linear, const Rows& a, int64_t rows, uint16_t* 
   p.c_stride = gated ? linear.n / 2 : linear.n;
   p.m = rows;
   p.n = linear.n;
-  p.k = linear.k;
   p.gated = gated;
   p.early_start = true;
   p.next_fetches = gated && linear.scale == nullptr;  // down
-  linear.scale == nullptr ? gemm::launch_gemm_bf16(p, stream) : gemm::launch_gemm_fp8(p, stream);
+  if (linear.blocks != nullptr) {
+    gemm::launch_gemm_nvfp4(p, stream);
+  } else {
+    linear.scale == nullptr ? gemm::launch_gemm_bf16(p, stream) : gemm::launch_gemm_fp8(p, stream);
+  }
 }
 
 norm::RmsNormParams norm_params(const uint16_t* x, const uint16_t* weight, uint16_t* out, const DraftParams& params) {
@@ -69,27 +78,30 @@ norm::RmsNormParams norm_params(const uint16_t* x, const uint16_t* weight, uint1
 struct CodeBuffer {
   uint8_t* codes;
   float* scale;
+  uint8_t* blocks = nullptr;  // nvfp4
 
   explicit CodeBuffer(const DraftParams& p) {
     const WorkspacePlan plan = plan_workspace(p.sizes);
     codes = p.workspace + plan.codes;
     scale = reinterpret_cast<float*>(p.workspace + plan.row_scales);
+    if (p.sizes.products == Products::kNvfp4) blocks = p.workspace + plan.blocks;
   }
-  Rows rows() const { return {reinterpret_cast<const uint16_t*>(codes), scale}; }
+  Rows rows() const { return {reinterpret_cast<const uint16_t*>(codes), scale, blocks}; }
 };
 
-// x [B * T, columns] as the product's input: quantised for fp8, else x itself.
+// x [B * T, columns] as the product's input: quantised, or in bf16 x itself.
 Rows input_rows(const uint16_t* x, int64_t columns, const DraftParams& params, cudaStream_t stream) {
-  if (!params.sizes.fp8) return {x, nullptr};
+  if (params.sizes.products == Products::kBf16) return {x, nullptr, nullptr};
   const CodeBuffer to(params);
   quantize::QuantizeParams p;
   p.x = x;
   p.codes = to.codes;
   p.scale = to.scale;
+  p.blocks = to.blocks;
   p.m = params.sizes.tokens();
   p.n = columns;
   p.early_start = true;
-  quantize::launch_quantize_rows(p, stream);
+  to.blocks == nullptr ? quantize::launch_quantize_rows(p, stream) : quantize::launch_quantize_rows_nvfp4(p, stream);
   return to.rows();
 }
 
@@ -97,7 +109,7 @@ Rows input_rows(const uint16_t* x, int64_t columns, const DraftParams& params, c
 Rows normed_rows(const uint16_t* x, const uint16_t* weight, uint16_t* normed, const DraftParams& params,
                  cudaStream_t stream) {
   norm::RmsNormParams p = norm_params(x, weight, normed, params);
-  if (!params.sizes.fp8 || p.n > norm::kMaxHeldColumns) {
+  if (params.sizes.products != Products::kFp8 || p.n > norm::kMaxHeldColumns) {
     norm::launch_rmsnorm(p, stream);
     return input_rows(normed, p.n, params, stream);
   }
@@ -114,10 +126,23 @@ const T* at_layer(const T* stack, int64_t layer, int64_t elements) {
   return stack == nullptr ? nullptr : stack + layer * elements;
 }
 
-Linear linear_at(int64_t layer, const uint16_t* weights, const float* scales, const uint16_t* biases, int64_t n,
-                 int64_t k) {
-  const int64_t elements = scales == nullptr ? n * k : n * k / 2;  // two codes lie in one
-  return {at_layer(weights, layer, elements), at_layer(scales, layer, n), at_layer(biases, layer, n), n, k};
+// One of the four weights of all layers, without its shape.
+struct Weights {
+  const uint16_t* data;
+  const float* scale;
+  const uint8_t* blocks;
+  const uint16_t* bias;
+};
+
+Linear linear_at(int64_t layer, const Weights& of, int64_t n, int64_t k, bool gated = false) {
+  const int64_t elements = of.scale == nullptr ? n * k : of.blocks == nullptr ? n * k / 2 : n * k / 4;
+  const int64_t block_rows = gated ? (n / 2 + 63) / 64 : (n + 127) / 128;
+  return {at_layer(of.data, layer, elements),
+          at_layer(of.scale, layer, n),
+          at_layer(of.blocks, layer, block_rows * ((k + 63) / 64) * 512),
+          at_layer(of.bias, layer, n),
+          n,
+          k};
 }
 
 }  // namespace
@@ -135,8 +160,8 @@ void launch_draft_attention(const DraftParams& p, int64_t l, const uint16_t* x, 
   const int64_t q_width = s.q_heads * s.head_dim, qkv_width = s.qkv_width();
 
   const Rows h = normed_rows(x, at_layer(p.input_norm, l, s.hidden), normed, p, stream);
-  launch_linear(linear_at(l, p.qkv_weight, p.qkv_scale, p.qkv_bias, qkv_width, s.hidden), h, tokens, qkv, nullptr,
-                false, stream);
+  launch_linear(linear_at(l, {p.qkv_weight, p.qkv_scale, p.qkv_blocks, p.qkv_bias}, qkv_width, s.hidden), h, tokens,
+                qkv, nullptr, false, stream);
 
   RotateParams rotate;
   rotate.qkv = qkv;
@@ -181,7 +206,7 @@ void launch_draft_attention(const DraftParams& p, int64_t l, const uint16_t* x, 
   attend.out = attended;
   attention::launch_block_attention(attend, stream);
 
-  launch_linear(linear_at(l, p.o_weight, p.o_scale, p.o_bias, s.hidden, q_width),
+  launch_linear(linear_at(l, {p.o_weight, p.o_scale, p.o_blocks, p.o_bias}, s.hidden, q_width),
                 input_rows(attended, q_width, p, stream), tokens, out, add_x ? x : nullptr, false, stream);
 }
 
@@ -191,9 +216,10 @@ void launch_draft_mlp(const DraftParams& p, int64_t l, const uint16_t* x, uint16
   const int64_t tokens = s.tokens();
   if (tokens == 0) return;
   const Rows h = normed_rows(x, at_layer(p.post_norm, l, s.hidden), normed, p, stream);
-  launch_linear(linear_at(l, p.gate_up_weight, p.gate_up_scale, nullptr, 2 * s.intermediate, s.hidden), h, tokens,
-                activated, nullptr, true, stream);
-  launch_linear(linear_at(l, p.down_weight, p.down_scale, nullptr, s.hidden, s.intermediate),
+  launch_linear(
+      linear_at(l, {p.gate_up_weight, p.gate_up_scale, p.gate_up_blocks, nullptr}, 2 * s.intermediate, s.hidden, true),
+      h, tokens, activated, nullptr, true, stream);
+  launch_linear(linear_at(l, {p.down_weight, p.down_scale, p.down_blocks, nullptr}, s.hidden, s.intermediate),
                 input_rows(activated, s.intermediate, p, stream), tokens, out, add_x ? x : nullptr, false, stream);
 }
 

@@ -8,13 +8,14 @@
 
 namespace dflash::draft {
 
-// The whole pass, about nine kernels a layer, all on `stream`; with sizes.fp8 eleven, where gemm::is_fp8_supported.
+// The whole pass, about nine kernels a layer, all on `stream`; in fp8 eleven, where gemm::is_fp8_supported, in
+// nvfp4 thirteen, where gemm::is_nvfp4_supported.
 void launch_draft_forward(const DraftParams& params, cudaStream_t stream);
 
 // The two halves of layer `layer`: out = x + part where add_x, else the part alone, as the other ranks of a tensor
 // parallel drafter give it. `out` may be x. Only what the half reads has to be set in `params`: the attention uses the
 // workspace; the MLP, which asks for the sizes of tokens() rows alone, normed [B * T, H] and activated [B * T, I], and
-// with sizes.fp8 the workspace.
+// other than in bf16 the workspace.
 void launch_draft_attention(const DraftParams& params, int64_t layer, const uint16_t* x, uint16_t* out, bool add_x,
                             cudaStream_t stream);
 void launch_draft_mlp(const DraftParams& params, int64_t layer, const uint16_t* x, uint16_t* out, bool add_x,

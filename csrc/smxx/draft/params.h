@@ -47,12 +47,17 @@ struct DraftParams {
   const uint16_t* gate_up_weight = nullptr;  // [L, 2 * I, H]
   const uint16_t* down_weight = nullptr;     // [L, H, I]
   const uint16_t* final_norm = nullptr;      // [H]
-  // With sizes.fp8 the four weights are e4m3, a byte each, and have a scale for each of their rows.
+  // In fp8 the four weights are e4m3, a byte each, in nvfp4 e2m1, two a byte, and have a scale for each of their rows.
   const float* qkv_scale = nullptr;      // [L, (Hq + 2 * Hkv) * D]
   const float* o_scale = nullptr;        // [L, H]
   const float* gate_up_scale = nullptr;  // [L, 2 * I]
   const float* down_scale = nullptr;     // [L, H]
-  const float* cos_sin = nullptr;        // [max_positions, rotary_dim]: cosines, then sines
+  // nvfp4: scales of groups [L, blocks along N, ceil(K / 64), 512], in the order of gemm_nvfp4; gate_up's gated.
+  const uint8_t* qkv_blocks = nullptr;
+  const uint8_t* o_blocks = nullptr;
+  const uint8_t* gate_up_blocks = nullptr;
+  const uint8_t* down_blocks = nullptr;
+  const float* cos_sin = nullptr;  // [max_positions, rotary_dim]: cosines, then sines
   float eps = 1e-6f;
   float softmax_scale = 1.0f;
 

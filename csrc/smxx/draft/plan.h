@@ -8,6 +8,9 @@
 
 namespace dflash::draft {
 
+// What the four products of a layer multiply.
+enum class Products { kBf16, kFp8, kNvfp4 };
+
 struct DraftSizes {
   int64_t batch = 0;         // B
   int64_t block_size = 0;    // T
@@ -16,7 +19,7 @@ struct DraftSizes {
   int64_t q_heads = 0;       // Hq
   int64_t kv_heads = 0;      // Hkv
   int64_t head_dim = 0;      // D
-  bool fp8 = false;          // the four products of a layer multiply e4m3 with e4m3
+  Products products = Products::kBf16;
 
   int64_t tokens() const { return batch * block_size; }
   int64_t qkv_width() const { return (q_heads + 2 * kv_heads) * head_dim; }
@@ -52,8 +55,9 @@ struct WorkspacePlan {
   int64_t activated = 0;      // [B * T, I] bf16
   int64_t partial_out = 0;    // [B, Hkv, splits, T * G, D] fp32
   int64_t partial_stats = 0;  // [B, Hkv, splits, T * G, 2] fp32
-  int64_t codes = 0;          // fp8: [B * T, K of the widest product] e4m3, the input of the product under way
-  int64_t row_scales = 0;     // fp8: [B * T] fp32
+  int64_t codes = 0;          // not bf16: [B * T, K of the widest product], the input of the product under way
+  int64_t row_scales = 0;     // not bf16: [B * T] fp32
+  int64_t blocks = 0;         // nvfp4: its scales of groups, as of quantize::QuantizeParams
   int64_t bytes = 0;
   int64_t splits = 1;
 };
@@ -75,10 +79,12 @@ inline WorkspacePlan plan_workspace(const DraftSizes& s) {
   plan.activated = take(tokens * s.intermediate * 2);
   plan.partial_out = take(partial_rows * s.head_dim * 4);
   plan.partial_stats = take(partial_rows * 2 * 4);
-  if (s.fp8) {
-    plan.codes = take(tokens * std::max({s.hidden, s.q_heads * s.head_dim, s.intermediate}));
+  const int64_t widest = std::max({s.hidden, s.q_heads * s.head_dim, s.intermediate});
+  if (s.products != Products::kBf16) {
+    plan.codes = take(s.products == Products::kFp8 ? tokens * widest : tokens * widest / 2);
     plan.row_scales = take(tokens * 4);
   }
+  if (s.products == Products::kNvfp4) plan.blocks = take((tokens + 127) / 128 * ((widest + 63) / 64) * 512);
   plan.bytes = std::max<int64_t>(plan.bytes, 256);
   return plan;
 }
