@@ -27,7 +27,7 @@ class Card:
         folder: of `results`, where this project has run on one; "" if it never has.
         sms, clock: multiprocessors, highest clock in Hz; l2_bytes; datasheet_bw: bytes/s.
         read_bw: bytes/s that others measured for reads; None: take this project's own.
-        bf16, fp8: datasheet FLOP/s.
+        bf16, fp8, fp4: datasheet FLOP/s; fp4 0 where the tensor cores have none.
         source: of all of it.
     """
 
@@ -41,6 +41,7 @@ class Card:
     read_bw: float | None
     bf16: float
     fp8: float
+    fp4: float
     source: str
 
 
@@ -48,15 +49,15 @@ CARDS: Mapping[str, Card] = {
     card.key: card
     for card in (
         Card(
-            "h100", "H100", "nvidia-h100-80gb-hbm3", 132, 1.98e9, 50 << 20, 3.35e12, None, 989e12, 1979e12,
+            "h100", "H100", "nvidia-h100-80gb-hbm3", 132, 1.98e9, 50 << 20, 3.35e12, None, 989e12, 1979e12, 0.0,
             "NVIDIA H100 SXM5 datasheet and architecture paper (HBM3, 80 GB)",
         ),
         Card(
-            "h200", "H200", "nvidia-h200", 132, 1.98e9, 50 << 20, 4.8e12, None, 989e12, 1979e12,
+            "h200", "H200", "nvidia-h200", 132, 1.98e9, 50 << 20, 4.8e12, None, 989e12, 1979e12, 0.0,
             "NVIDIA H200 SXM datasheet (the H100's chip, HBM3e)",
         ),
         Card(
-            "b200", "B200", "", 148, 1.965e9, 126 << 20, 8.0e12, 7.26e12, 2250e12, 4500e12,
+            "b200", "B200", "", 148, 1.965e9, 126 << 20, 8.0e12, 7.26e12, 2250e12, 4500e12, 9000e12,
             "NVIDIA HGX B200 datasheet (1000 W); reads: 7.26 TB/s measured by others by TMA with 64 KB and more under "
             "way on each SM (32 KB: 5.4 to 5.9), 7.67 by the driver's clocks",
         ),
@@ -78,6 +79,11 @@ class Rates:
     def fp8_flops(self) -> float:
         """FLOP/s of products of two fp8 operands: bf16's, times the datasheet's ratio."""
         return self.flops * self.card.fp8 / self.card.bf16
+
+    @property
+    def fp4_flops(self) -> float:
+        """The same of two nvfp4 operands."""
+        return self.flops * self.card.fp4 / self.card.bf16
 
     @property
     def sm_cycles(self) -> float:

@@ -36,6 +36,7 @@ FP8_CHAIN_SINCE = "2026-11-28T08:59:28+00:00"  # before, an fp8 drafter was stre
 ROW_TILE = 128  # of the GEMM for many rows
 CHAIN = 9  # kernels of a drafter's layer (csrc/smxx/draft), as the chain launches them
 QUANTISING = 2  # more of them in fp8: of what attention and the gated product write
+QUANTISING_NVFP4 = 4  # in nvfp4 also of what the norms write
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Need:
             really done.
         attention: operations of attention kernels, after one another with the GEMMs.
         codes: weights that are dequantised.
-        fp8: the GEMMs multiply fp8 with fp8; attention stays bf16.
+        fp8, nvfp4: the GEMMs multiply fp8 with fp8, nvfp4 with nvfp4; attention stays bf16.
         skippable: bytes beside `bytes` that a call which reads no more than it needs leaves out.
     """
 
@@ -62,6 +63,7 @@ class Need:
     attention: float = 0.0
     codes: float = 0.0
     fp8: bool = False
+    nvfp4: bool = False
     stream: str = "read"
     skippable: float = 0.0
 
@@ -76,6 +78,8 @@ class Need:
 
     def gemm_rate(self, rates: Rates) -> float:
         """FLOP/s that the GEMMs can reach."""
+        if self.nvfp4:
+            return rates.fp4_flops
         return rates.fp8_flops if self.fp8 else rates.flops
 
 
@@ -221,15 +225,18 @@ def need_of(row: Mapping[str, Any]) -> Need:
         return _gemm({}, rows, flops, size, family="gemm")
     if op == "draft_forward":
         drafter, rows = _drafter(shape), int(_number("B", shape) * _number("T", shape))
-        few_rows = {"bf16": DENSE_ROWS, "fp8": FEW_ROWS if superseded(row) else FP8_ROWS}.get(dtype, FEW_ROWS)
+        few_rows = {
+            "bf16": DENSE_ROWS, "fp8": FEW_ROWS if superseded(row) else FP8_ROWS, "nvfp4": 0
+        }.get(dtype, FEW_ROWS)  # fmt: skip
         if rows > few_rows or drafter.D not in (64, 128):
             context = _number("ctx", shape) + _number("T", shape)
             attention = 4.0 * rows * drafter.Hq * drafter.D * context * drafter.L
             kernels = CHAIN * drafter.L + 2
-            if dtype == "fp8":
-                kernels += QUANTISING * drafter.L
+            if dtype in ("fp8", "nvfp4"):
+                kernels += (QUANTISING if dtype == "fp8" else QUANTISING_NVFP4) * drafter.L
                 products = 2.0 * rows * drafter.L * drafter.layer_weights
-                return replace(_gemm({"kernel": kernels}, rows, products, size, attention), fp8=True)
+                need = _gemm({"kernel": kernels}, rows, products, size, attention)
+                return replace(need, fp8=dtype == "fp8", nvfp4=dtype == "nvfp4")
             return _gemm({"kernel": kernels}, rows, flops - attention, size, attention)
         codes = 0.0 if dtype == "bf16" else float(drafter.L * drafter.layer_weights)
         return _stream(draft_handoffs(drafter), rows, flops, codes, size)

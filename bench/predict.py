@@ -28,6 +28,7 @@ from bench.model import (
     FP8_CHAIN_SINCE,
     FP8_ROWS,
     QUANTISING,
+    QUANTISING_NVFP4,
     REASONS,
     Fit,
     Need,
@@ -49,6 +50,7 @@ SUITES = ("verify", "alloc", "head", "inject", "draft", "dflash2")
 TOLERANCE = 0.15
 TARGET_LAYERS = 36  # of Qwen3-8B, each the size of its drafter's
 CONTEXT = 1024
+NVFP4_BITS = 4.5  # of a weight, with its share of a scale
 SUMMED = "sums over ranks"
 COMMITTED = (5.0, 6.5, 8.0)  # tokens a step where the publication does not say
 
@@ -100,6 +102,26 @@ def bench_rows() -> list[dict[str, Any]]:
     for suite in SUITES:
         module = importlib.import_module(f"bench.bench_{suite}")
         found += [_as_row(case) for case in module.cases(torch.device("cuda"), False)]
+    return found
+
+
+def nvfp4_rows() -> list[dict[str, Any]]:
+    """Drafts in nvfp4, which no bench has: of a card that multiplies it."""
+    found = []
+    for batch in (1, 4, 8, 32):
+        weights = QWEN3_8B.L * QWEN3_8B.layer_weights
+        found.append(
+            {
+                "suite": "draft",
+                "op": "draft_forward",
+                "shape": f"{QWEN3_8B.sizes()} B{batch} T{QWEN3_8B.T} ctx{CONTEXT}",
+                "dtype": "nvfp4",
+                "regime": "latency" if batch * QWEN3_8B.T <= 64 else "throughput",
+                "bytes": int(NVFP4_BITS / 8 * weights) + 2 * batch * CONTEXT * QWEN3_8B.kv_token,
+                "flops": 2 * batch * QWEN3_8B.T * weights,
+                "stream": "read",
+            }
+        )
     return found
 
 
@@ -164,6 +186,7 @@ class Predictor:
         here = rates(card, self.root)
         found = {_key(row): row for row in (measured_rows(card, self.root) if measured is None else measured)}
         listed = bench_rows()
+        listed += nvfp4_rows() if card.fp4 else []
         known = {_key(row) for row in listed}
         listed += [{"stream": "read", **row} for key, row in found.items() if key not in known]
         unseen = self.unseen if card is self.base and measured is None else {}
@@ -182,6 +205,8 @@ class Predictor:
         note = "" if fit.rows and row["suite"] in self.suites else "no row of its kind was measured"
         if superseded(row):
             note = f"streamed, as such rows were before {FP8_CHAIN_SINCE[:16]}; the chain's row is its own"
+        elif need.nvfp4:
+            note = "nvfp4 products at the efficiency of bf16's: nothing of the kind was measured"
         elif need.fp8 and not any(known.fp8 and known.family == need.family for known, _ in self.data):
             note = "fp8 products at the efficiency of bf16's: the H100 has no row of them"
         ratio = None if us is None else us / expected
@@ -510,6 +535,11 @@ def assumptions(card: Card, here: Rates, predictor: Predictor) -> list[str]:
             f"{here.flops / base.flops:.2f}, or fp8's: {here.fp8_flops / base.fp8_flops:.2f}",
             "weights are cold: a larger L2 is given no credit",
         ]
+    if card.fp4:
+        lines.append(
+            f"drafts in nvfp4: {NVFP4_BITS} bits a weight, {QUANTISING_NVFP4} more kernels a layer quantise rows, "
+            f"products at {here.fp4_flops / 1e12:.0f} TFLOP/s, bf16's times the datasheet's ratio, with its efficiencies"
+        )
     if card.key == "b200":
         lines.append(
             "no code of this package has run on a B200 or any other sm_100 card: every figure for it is a prediction; "

@@ -127,6 +127,18 @@ def test_needs_come_from_the_shape() -> None:
             need_of(bad)
 
 
+def test_nvfp4_is_predicted_where_it_is_multiplied(predictor: predict.Predictor) -> None:
+    """A chain for any number of rows, of 4.5 bits a weight at four times bf16's rate; on the B200 alone."""
+    found = [r for r in predictor.predict(CARDS["b200"]) if r.dtype == "nvfp4"]
+    assert [r.family for r in found] == ["chain"] * 4 and all("nothing of the kind" in r.note for r in found)
+    assert all(r.expected_us is not None and r.floor_us is not None and r.floor_us < r.expected_us for r in found)
+    need = need_of(predict.nvfp4_rows()[0])
+    assert need.nvfp4 and need.serial["kernel"] == 13 * QWEN3_8B.L + 2
+    here = rates(CARDS["b200"])
+    assert need.gemm_rate(here) == pytest.approx(4 * here.flops)
+    assert not [r for r in predictor.predict(CARDS["h200"]) if r.dtype == "nvfp4"]
+
+
 def test_fp8_of_many_rows_is_multiplied_as_fp8() -> None:
     shape = "qwen3-8b L5 H4096 I12288 32/8x128 B{} T16 ctx1024"
     whole = 2.0 * 64 * QWEN3_8B.L * QWEN3_8B.layer_weights
