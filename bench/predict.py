@@ -538,7 +538,7 @@ def assumptions(card: Card, here: Rates, predictor: Predictor) -> list[str]:
     if card.fp4:
         lines.append(
             f"drafts in nvfp4: {NVFP4_BITS} bits a weight, {QUANTISING_NVFP4} more kernels a layer quantise rows, "
-            f"products at {here.fp4_flops / 1e12:.0f} TFLOP/s, bf16's times the datasheet's ratio, with its efficiencies"
+            f"products at {here.fp4_flops / 1e12:.0f} TFLOP/s, bf16's times the datasheet's ratio, as efficient"
         )
     if card.key == "b200":
         lines.append(

@@ -846,11 +846,11 @@ MUTATIONS += [
         id="all products of a stage take the scales of the first in W",
     ),
     pytest.param(
-        "smxx/many_rows/kernel.cuh",
-        "static_cast<int>(row0 / C::BM), full, pair);",
-        "0, full, pair);",
+        "sm100/gemm/mainloop.cuh",
+        "scales, scales + kBlockColumns, kInstruction,",
+        "scales, scales, kInstruction,",
         "nvfp4 and gemm_nvfp4-exact",
-        id="all row tiles have the scales of the first",
+        id="W has A's scales",
     ),
     pytest.param(
         "smxx/quantize/quantize_rows_nvfp4.cu",

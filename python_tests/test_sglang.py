@@ -438,6 +438,10 @@ def test_settings() -> None:
     assert read_settings(known, {"DFLASH_KERNELS_WEIGHTS": "int4-g128"}).weights == WeightFormat("int4", 128)
     with pytest.raises(ValueError, match="DFLASH_KERNELS_WEIGHTS must be bf16 or a weight format"):
         read_settings(known, {"DFLASH_KERNELS_WEIGHTS": "fp7"})
+    with pytest.raises(
+        ValueError, match="DFLASH_KERNELS_WEIGHTS must be bf16 or a format that kernels stream, got nvfp4"
+    ):
+        read_settings(known, {"DFLASH_KERNELS_WEIGHTS": "nvfp4"})
     names = ("inject", "forward", "head")
     usual, chosen = read_settings(known, {}), read_settings(known, {"DFLASH_KERNELS_ROWS": "forward=128"})
     assert [usual.limit(name) for name in names] == [1024, 32, 64]
