@@ -2,8 +2,7 @@
 
 `--formats bf16 fp8 int4-g64 e2m1-g64` quantises the drafter on the way and measures each; a set's name then carries the
 format. `fp8-w8a8`: fp8 with activations in fp8, too, in all passes of more rows than are streamed; on the CPU in all.
-`nvfp4-w4a4`: the same of NVFP4. The text is the target's in every one, so plain
-decoding runs once a set.
+`nvfp4-w4a4`: the same of NVFP4. The text is the target's in every one, so plain decoding runs once a set.
 
 Acceptance length is tokens per decode step with the bonus counted, over all steps of a set. Every prompt's text must
 equal plain decoding of the same target token for token; with a bf16 target a tie within rounding may fall either way,
@@ -79,6 +78,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.write_prompts is not None:
         args.write_prompts.write_text(json.dumps(sets, indent=1) + "\n", encoding="utf-8")
         return 0
+    for name in args.formats:
+        weights_of(name)
     from bench.demo_pair import load_demo_pair
     from bench.runner import commit_id
     from dflash_kernels.engine import Engine, SamplingParams
@@ -88,11 +89,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     model, tokenizer, drafter = load_demo_pair(dtype, device)
     drafters = {}
     for name in args.formats:
-        weights, _, activations = name.partition("-w")
-        if activations not in CODED_ACTIVATIONS.get(weights, ("",)):
-            raise ValueError(f"--formats: activations as codes come as fp8-w8a8 and nvfp4-w4a4, got {name}")
+        weights = weights_of(name)
         drafters[name] = drafter if name == "bf16" else load_quantized(weights).bind(model)
-        if activations:
+        if name != weights:
             drafters[name].multiply_codes()
     params = SamplingParams(max_new_tokens=args.max_new_tokens)
     report: dict[str, Any] = {
@@ -141,7 +140,18 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return 1 if differing and args.dtype == "fp32" else 0
 
 
-CODED_ACTIVATIONS = {"fp8": ("", "8a8"), "nvfp4": ("", "4a4")}  # what may follow "-w"
+CODED_ACTIVATIONS = {"fp8-w8a8": "fp8", "nvfp4-w4a4": "nvfp4"}  # with activations in the same format
+
+
+def weights_of(name: str) -> str:
+    """The format of the weights; activations are in it, too, where that is not `name` itself.
+
+    Raises:
+        ValueError: activations in another format.
+    """
+    if "-w" in name and name not in CODED_ACTIVATIONS:
+        raise ValueError(f"--formats: activations as codes come as {' and '.join(CODED_ACTIVATIONS)}, got {name}")
+    return CODED_ACTIVATIONS.get(name, name)
 
 
 def load_quantized(name: str) -> Any:
@@ -181,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=["bf16"],
         metavar="FORMAT",
-        help="of the drafter's weights: bf16 (default), fp8, fp8-w8a8, int4-g64, e2m1-g64; nvfp4, nvfp4-w4a4",
+        help="of the drafter's weights: bf16 (default), fp8, fp8-w8a8, int4-g64, e2m1-g64, nvfp4, nvfp4-w4a4",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="sets from a JSON file")

@@ -396,6 +396,14 @@ def test_acceptance_summary() -> None:
     assert "identical" not in acceptance.summarise(ours, None, 2.0, 0.0)
 
 
+def test_acceptance_knows_the_formats_of_activations() -> None:
+    assert [acceptance.weights_of(name) for name in ("bf16", "int4-g64", "fp8-w8a8", "nvfp4-w4a4")] == [
+        "bf16", "int4-g64", "fp8", "nvfp4"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="come as fp8-w8a8 and nvfp4-w4a4, got nvfp4-w8a8"):
+        acceptance.weights_of("nvfp4-w8a8")
+
+
 def test_acceptance_reads_prompts_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps({"a": ["one", "two"], "b": ["three"]}))
