@@ -40,7 +40,7 @@ from bench.results import preferred_rows
 __all__ = ["Outcome", "Stage", "device_facts", "main", "make_stages", "run_stages", "write_report"]
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("verify", "alloc", "head", "inject", "draft", "dflash2", "engine", "tp")
+SUITES = ("verify", "alloc", "gemm", "head", "inject", "draft", "dflash2", "engine", "tp")
 DONE = ("ok", "failed", "timeout")  # not run again unless asked
 GRACE = 5.0  # seconds from the polite signal to the other
 TAIL = 4000  # characters of a log that the report may quote from

@@ -15,7 +15,7 @@
 #   TEST_MODULES   test modules to run (every python_tests/test_*.py)
 #   MODULE_LIMIT   seconds of one test module (90); TEST_JOBS: modules at a time (4)
 #   SANITIZE_ARGS  further arguments of tools/sanitize.py (none)
-#   BENCH_SUITES   suites of the bench stage (verify alloc head inject draft dflash2)
+#   BENCH_SUITES   suites of the bench stage (verify alloc gemm head inject draft dflash2)
 #   DFLASH_DEMO_GGUF   the demo target's GGUF file where its package is not installed
 #   ACCEPT_PROMPTS     JSON file of prompts (`python -m bench.acceptance --write-prompts`); without it the installed sets
 #   ACCEPT_LIMIT       prompts a set (32)
@@ -125,7 +125,7 @@ stage_sanitize() {
 # A run that lost its device (exit code 3) goes on with the suites not started, in a fresh process.
 stage_bench() {
   local started=$SECONDS limit=${BENCH_LIMIT:-170} code suites left file="$OUT/bench.json"
-  suites=${BENCH_SUITES:-verify alloc head inject draft dflash2}
+  suites=${BENCH_SUITES:-verify alloc gemm head inject draft dflash2}
   # shellcheck disable=SC2086  # lists
   timeout -k 5 "$limit" "$PYTHON" -m bench $suites $quick --time-limit $((limit - 15)) --json "$file" 2>&1 |
     tee "$OUT/bench.log"
