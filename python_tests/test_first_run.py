@@ -30,6 +30,11 @@ TWO = {**H100, "name": "NVIDIA H200", "count": 2}
 B200 = {**H100, "name": "NVIDIA B200", "multiprocessors": 148, "capability": [10, 0]}
 
 
+@pytest.fixture(autouse=True)
+def no_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
@@ -160,7 +165,6 @@ def test_two_gpus_two_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_gpus_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert first_run.visible_gpus(TWO) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert first_run.visible_gpus(TWO) == ["3", "5"]
@@ -270,6 +274,13 @@ def test_tests_go_on_with_the_modules_that_did_not_end(tmp_path: Path) -> None:
     assert note == "10 passed in 3 modules with GPU tests, 1 modules not clean (tests.log)"
     assert round_of(60, 0)[:2] == (1, [])
     assert (tmp_path / "tests.log").read_text().count("4 passed") == 2
+
+
+def test_modules_with_gpu_tests_are_found() -> None:
+    """The script looks for the marker, or the fixture with its type."""
+    for path in (first_run.ROOT / "python_tests").glob("test_*.py"):
+        for name, arguments in re.findall(r"^def (test_\w+)\((.*?)\) ->", path.read_text(), re.M | re.S):
+            assert not re.search(r"\bdevice\b(?!: str)", arguments), f"{path.name}: {name}({arguments})"
 
 
 def test_limits_reach_the_stage(tmp_path: Path) -> None:

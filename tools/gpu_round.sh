@@ -13,7 +13,7 @@
 #   PYTHON         interpreter with torch (python3)
 #   DFLASH_COMMIT  commit named in the rows (the checkout's own; set it where .git is missing or stale)
 #   TESTS_LIMIT SANITIZE_LIMIT BENCH_LIMIT DEMO_LIMIT   seconds of a stage (240 120 170 120)
-#   TEST_MODULES   test modules to run (every python_tests/test_*.py that may have GPU tests)
+#   TEST_MODULES   test modules to run (every one that has GPU tests)
 #   MODULE_LIMIT   seconds of one test module (90)
 #   TEST_WORKERS   processes of one module, where pytest-xdist is installed (a quarter of the cores, at most 6)
 #   TEST_JOBS      modules at a time (4; 2 of several processes)
@@ -99,8 +99,8 @@ stage_tests() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$at_once}
   export -f test_module
   mkdir -p "$logs" && touch "$logs/summary"
-  # GPU tests have the marker gpu or a device as argument; the large modules first, which take longest.
-  modules=${TEST_MODULES:-$(grep -liE 'gpu|device' python_tests/test_*.py | xargs ls -S)}
+  # GPU tests have the marker gpu or the fixture device; the large modules first, which take longest.
+  modules=${TEST_MODULES:-$(grep -lE 'mark\.gpu|device: str' python_tests/test_*.py | xargs ls -S)}
   # shellcheck disable=SC2086  # a list
   printf '%s\n' $modules |
     xargs -P "${TEST_JOBS:-$at_once}" -I {} bash -c 'test_module "$1" "$2"' - {} "$logs"
