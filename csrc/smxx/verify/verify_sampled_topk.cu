@@ -356,23 +356,26 @@ __device__ int collect(const SampledParams& p, int64_t b, int j, const Row<kType
 #pragma unroll 1
   for (int first = 0; first < groups; first += kLoads<kEdit> / kVectors<kType>) {
     uint4 v[kLoads<kEdit>];
-    int place[kLoads<kEdit>];
+    const auto place_of = [&](int u) {
+      const int at = first + u / kVectors<kType>;
+      return at < groups ? (memory.groups[at] * kVectors<kType> + u % kVectors<kType>)*32 + lane : row.vectors;
+    };
 #pragma unroll
     for (int u = 0; u < kLoads<kEdit>; ++u) {
-      const int at = first + u / kVectors<kType>;
-      place[u] = at < groups ? (memory.groups[at] * kVectors<kType> + u % kVectors<kType>)*32 + lane : row.vectors;
+      const int place = place_of(u);
       v[u] = make_uint4(0, 0, 0, 0);
-      if (place[u] < row.vectors) v[u] = row.vector(place[u]);
+      if (place < row.vectors) v[u] = row.vector(place);
     }
 #pragma unroll
     for (int u = 0; u < kLoads<kEdit>; ++u) {
       if (first + u / kVectors<kType> >= groups) break;
+      const int place = place_of(u);
       bool hit = false;
-      if (place[u] < row.vectors) {
-        hit = depths.depth(max, vector_max<kType, kEdit>(p, b, j, row.vector_id(place[u]), v[u])) <= bound;
+      if (place < row.vectors) {
+        hit = depths.depth(max, vector_max<kType, kEdit>(p, b, j, row.vector_id(place), v[u])) <= bound;
       }
       const int at = warp_places<1>(hit, lane, vectors);
-      if (hit && at < kKept) memory.vectors[at] = place[u];
+      if (hit && at < kKept) memory.vectors[at] = place;
     }
   }
   if (vectors > kKept) return vectors;
@@ -604,22 +607,10 @@ __device__ __forceinline__ void leave_to_clusters(const SampledWorkspace& worksp
   *workspace.left(static_cast<int64_t>(atomicAdd(workspace.left_count(), 1ull))) = b;
 }
 
-// All keys of row (b, j) are in the workspace.
+// All tiles of row (b, j) have been counted; `rival` is the key of its draft token's logit.
 template <LogitType kType, bool kEdit>
-__device__ __forceinline__ void complete_row(const SampledParams& p, int64_t b, int j, int quads, WarpMemory& memory,
-                                             int lane) {
-  // What the accept test needs is on its way while the row is searched.
-  int64_t guess = -1;
-  float guess_logit = 0.0f;
-  double guess_q = 1.0;
-  if (j < p.block_size - 1) {
-    guess = p.candidates.at(b, j + 1);
-    if (guess >= 0 && guess < p.vocab_size) {
-      guess_logit = masked_logit(p, b, j, guess, Element<kType>::value(logits_row<kType>(p.logits, b, j)[guess]));
-    } else {
-      guess = -1;
-    }
-  }
+__device__ __forceinline__ void complete_row(const SampledParams& p, int64_t b, int j, uint32_t rival, int quads,
+                                             WarpMemory& memory, int lane) {
   const Depths depths(p.temperature[b]);
   int count = 0;
   RowStats stats = distribution<kType, kEdit>(p, b, j, quads, depths, memory, count, lane);
@@ -627,17 +618,18 @@ __device__ __forceinline__ void complete_row(const SampledParams& p, int64_t b, 
   const auto done = static_cast<uint32_t>(load_relaxed(p.workspace.progress(b)));  // rows of the request
   if (too_many || j == p.block_size - 1) {
     stats.stops = true;
-  } else if (is_greedy(p, b)) {
+  } else if (const int64_t guess = p.candidates.at(b, j + 1); is_greedy(p, b)) {
     stats.stops = guess != stats.cut;
   } else {
     double probability = guess == stats.cut ? 1.0 : 0.0;
     if (!stats.point()) {
-      const uint32_t depth = depths.depth(stats.max, guess_logit);
-      const uint64_t weight = guess >= 0 && depth <= stats.cut ? depths.weight(depth) : 0;
-      probability = static_cast<double>(weight) / static_cast<double>(stats.total);
+      const uint32_t depth = depths.depth(stats.max, order_value(rival));
+      const bool kept = guess >= 0 && guess < p.vocab_size && depth <= stats.cut;
+      probability = static_cast<double>(kept ? depths.weight(depth) : 0) / static_cast<double>(stats.total);
     }
-    if (!p.block_rule) guess_q = draft_probability(p, b, j);
-    stats.stops = p.block_rule ? probability == 0.0 : !accept_token(uniforms(p, b, j).accept, probability, guess_q);
+    stats.stops = p.block_rule
+                      ? probability == 0.0
+                      : !accept_token(uniforms(p, b, j).accept, probability, draft_probability(p, b, j));
   }
   // Who else may draw from this row, or wants its numbers? None of those to come, by the token rule, if no row before
   // it is missing, or if it does not end the prefix.
@@ -683,8 +675,15 @@ __device__ __forceinline__ void complete_row(const SampledParams& p, int64_t b, 
   __syncwarp();
 }
 
+// The lower half of the draft token that follows row j. If that is another token's, as the whole is beyond the
+// vocabulary, the row ends the prefix anyway.
+__device__ __forceinline__ uint32_t draft_token(const SampledParams& p, int64_t b, int j) {
+  const int64_t offset = b * p.candidates.stride0 + (j + 1) * p.candidates.stride1;
+  return static_cast<const uint32_t*>(p.candidates.data)[p.candidates.is_int64 ? 2 * offset : offset];
+}
+
 // q of the draft token that follows row j, summed by a warp.
-__device__ __forceinline__ double warp_draft_probability(const SampledParams& p, int64_t b, int j, int64_t guess,
+__device__ __forceinline__ double warp_draft_probability(const SampledParams& p, int64_t b, int j, uint32_t guess,
                                                          int lane) {
   if (p.draft_probs == nullptr) return 1.0;
   const int64_t row = b * (p.block_size - 1) + j;
@@ -702,11 +701,11 @@ __device__ __forceinline__ double warp_draft_probability(const SampledParams& p,
 // With w the weight of the draft token if `top` were the row's largest: nothing else can make its weight larger, and the
 // total has the largest's 2^44 beside it, so p <= w / (2^44 + w). The last bits of exponentials may be in any order: one
 // unit and 2^-18 of w are far beyond them. A weight of zero is zero whatever the largest.
-__device__ __forceinline__ bool proves_end(const SampledParams& p, int64_t b, int j, int64_t guess, float guess_logit,
+__device__ __forceinline__ bool proves_end(const SampledParams& p, int64_t b, int j, uint32_t guess, uint32_t rival,
                                            uint32_t top, int lane) {
   if (is_greedy(p, b) || top >= kPosInfOrderKey) return true;
   const Depths depths(p.temperature[b]);
-  const uint64_t weight = depths.weight(depths.depth(order_value(top), guess_logit));
+  const uint64_t weight = depths.weight(depths.depth(order_value(top), order_value(rival)));
   if (weight == 0) return true;
   if (p.block_rule) return false;
   const double most = static_cast<double>(weight + 1), largest = static_cast<double>(1ull << kMassBits);
@@ -748,15 +747,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   Place at = warp < kReaders ? place_of(tiling, static_cast<unsigned>(warp)) : Place{-1, 0, 0};
   uint4 v[kLoads<kEdit>];
-  int64_t guess = -1;
+  uint32_t guess;
   const auto load = [&] {
+    // Zero, or those of the last tile would have to be kept.
+    guess = kOut;
+#pragma unroll
+    for (int u = 0; u < kLoads<kEdit>; ++u) v[u] = make_uint4(0, 0, 0, 0);
     if (at.b < 0) return;
     const Row<kType> row(p, at.b, at.j);
-    guess = at.j < p.block_size - 1 ? p.candidates.at(at.b, at.j + 1) : -1;
+    if (at.j < p.block_size - 1) guess = draft_token(p, at.b, at.j);
     const int first = at.tile * tiling.loads * 32 + lane;
 #pragma unroll
     for (int u = 0; u < kLoads<kEdit>; ++u) {
-      v[u] = make_uint4(0, 0, 0, 0);  // or the last tile's would have to be kept
       if (u < tiling.loads && first + u * 32 < row.vectors) v[u] = row.vector(first + u * 32);
     }
   };
@@ -773,11 +775,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Row<kType> row(p, at.b, at.j);
     const int first = at.tile * tiling.loads * 32 + lane;
     const bool is_last_tile = at.tile == static_cast<int>(tiling.tiles.value) - 1;
-    float guess_logit = 0.0f;
-    uint32_t rival = kNanOrderKey;  // the draft token's key
-    if (guess >= 0 && guess < p.vocab_size) {
-      guess_logit = edge_value<kType, kEdit>(p, at.b, at.j, row, static_cast<int>(guess));
-      rival = order_key(guess_logit);
+    uint32_t rival = kNanOrderKey;  // the draft token's key, above which there is none if there is no token
+    if (guess < static_cast<uint32_t>(p.vocab_size)) {
+      rival = order_key(edge_value<kType, kEdit>(p, at.b, at.j, row, static_cast<int>(guess)));
     }
     // Lane i keeps the key of group i.
     uint32_t key = kNoElement, top = 0, edge_key = kNoElement;
@@ -805,7 +805,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t news = __shfl_sync(kFullWarp, heard.of(at.b), 0);
     if (Heard::is_needed(news, at.j)) {
       const bool proof = top > rival && !Heard::is_end(news, at.j) &&
-                         proves_end(p, at.b, at.j, guess, guess_logit, top, lane);
+                         proves_end(p, at.b, at.j, guess, rival, top, lane);
       uint32_t* keys = p.workspace.keys_of(at.b, at.j);
       if (lane < groups_per_tile) store_relaxed(keys + at.tile * groups_per_tile + lane, key);
       if (is_last_tile && lane < 4) store_relaxed(keys + 4 * (quads - 1) + lane, lane == 0 ? edge_key : kNoElement);
@@ -818,7 +818,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       counted = __shfl_sync(kFullWarp, counted, 0);
       if (counted == tiling.tiles.value - 1) {
-        complete_row<kType, kEdit>(p, at.b, at.j, quads, memories[warp], lane);
+        complete_row<kType, kEdit>(p, at.b, at.j, rival, quads, memories[warp], lane);
       }
     }
     at = take_needed();
