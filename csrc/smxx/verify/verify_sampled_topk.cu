@@ -5,34 +5,47 @@
 //   bonus at accept_len: a draw from max(scale p - q, 0), after all T - 1 drafts from p
 //
 // Floors. Bytes: the rows up to the first that ends the accepted prefix, once: 4.9 MB for 16 rows of V = 151936 in
-// bfloat16, 1.6 us at a measured 3.1 TB/s; 50 us for all rows of 32 blocks, 20 us for the needed ones where 6.5 tokens
-// are committed. Arithmetic: a quarter of an instruction for each element. What sets the time of one block is the chain
-// behind the bytes: launch, first bytes, two trips through an atomic, the keys, the groups, the draw.
+// bfloat16, 1.2 us at an H200's 4.2 TB/s; 37 us for all rows of 32 blocks, 15 us for the needed ones where 6.5 tokens
+// are committed. Arithmetic: a third of an instruction for each element. What sets the time of one block, and adds some
+// 10 us to many, is the chain behind the last bytes: count, keys, groups, vectors, accept test, draw, and the next
+// launch.
 //
 // The bound. The k-th largest of the maxima of *groups* of 256 neighbouring logits is no larger than the k-th largest
 // logit. So one 32-bit key a group (594 a row) tells which groups, 20-odd, can hold one of the k tokens, and only these
 // are read again, from L2. Nothing is sorted, and a row's distribution is a list of k tokens and a few more.
 //
-// Partition. A warp is the unit of everything; no barrier joins warps. The warps of two CTAs an SM walk over tiles of
-// 16 groups (8 KB of a 16-bit row, 128 KB in flight an SM; half of that with a bias or a mask, or where there are fewer
-// tiles than warps), the block position outermost. A warp leaves the keys of its tile in the workspace and counts it;
-// the one that counts the last tile of a row *completes* the row, the others read on. Completing: keys -> largest ->
-// bound -> groups -> vectors that reach the bound -> tokens in the order of ids -> top-k, top-p, min-p, total -> does
-// the row end the accepted prefix? -> list and RowStats to the workspace, one bit or two to the request's progress
-// word. The warp whose bit makes the rows up to the first ending one complete draws the bonus and writes the outputs.
+// Partition. A warp is the unit of everything; after the start no barrier joins warps. A row is cut into tiles of 16
+// groups (8 KB of a 16-bit row; half of that with a bias or a mask, or where there are fewer tiles than warps). All
+// tiles of all rows, the block position outermost, are units 0, 1, 2, ..; unit n belongs to block n % gridDim, one
+// block an SM, of which fifteen warps read (120 KB under way) and take the next unit off a counter. A warp leaves the
+// keys of its tile in the workspace and counts it; the one that counts the last tile of a row *completes* the row, the
+// others read on. Completing: keys -> largest -> bound -> groups -> vectors that reach the bound -> tokens in the order
+// of ids -> top-k, top-p, min-p, total -> does the row end the accepted prefix? -> one bit or two to the request's
+// progress word. The warp whose bit makes the rows up to the first ending one complete draws the bonus and writes the
+// outputs.
 //
-// Lazy. While a tile is on its way, the 32 lanes look at the progress words of the warp's next 32 tiles; tiles past a
-// row that ends the prefix are skipped, all at once. A skipped row is never completed, which nobody waits for.
+// Lazy. What counts is how long after a rejection rows behind it are still asked for: in the 10 us that completing a
+// row takes while others read, 130 rows go by. So it is not the complete row that tells. A tile with a logit above the
+// draft token's bounds the token's probability (proves_end); where that bound already rejects, the first tile of the
+// row to know it, as its count's answer says, sets the row's bit. The sixteenth warp of a block does nothing but
+// listen: it copies the progress words into shared memory, where the others look. (All of these words lie in a few
+// lines. When each warp looked for itself, at every tile, half of the SMs waited 10 us for an answer.) Tiles of rows
+// behind a rejection are left out, or not counted if they are there already; such a row is never completed, which
+// nobody waits for.
 //
-// Order of memory. Both counters are atomics with acquire and release, by lane 0, between __syncwarp(): what any lane
-// of any warp wrote before its count is seen by the warp that comes last.
+// Order of memory. A release waits for all that its SM has under way, 8 us and more, so no tile has one. A key is its
+// own flag: keys are zero before the launch and nothing that is written is zero, so who completes a row reads its keys
+// until all are there, however late they come after their count; all accesses are relaxed. A row's list and numbers are
+// read by another warp only if rows before it are completed later, or by the block rule. Then they are written, and a
+// fence stands before the atomic that sets the row's bit; the warp that sees the bit in its own atomic's answer has a
+// fence behind it. Otherwise the warp that completes the row draws from what it has, and needs no order.
 //
 // What is left to the cluster path (verify_block_sampled.cu, the next launch): requests without top-k or with more than
 // 64, found by their parameters; and requests one of whose rows, up to the first that ends the prefix, has more than
 // 256 tokens (or groups) at its bound: flat rows, and ties. Such a row counts as one that ends the prefix until then.
-// The next launch also sets the front of the workspace to zero again.
+// The next launch also sets the front of the workspace, words and keys, to zero again.
 //
-// Shared memory: 256 tokens of 16 bytes, 256 vectors and 256 groups for each of 8 warps: 44 KB a CTA.
+// Shared memory: 256 tokens of 16 bytes, 256 vectors and 256 groups for each of 15 warps, 83 KB, and a word a request.
 #include <algorithm>
 
 #include "common/cuda_check.h"
@@ -43,7 +56,7 @@
 namespace dflash::verify {
 namespace {
 
-constexpr int kReaders = 15;                  // warps that read; one more listens
+constexpr int kReaders = 15;  // warps that read; one more listens
 constexpr int kThreads = 32 * (kReaders + 1);
 // 16-byte loads of a lane that are in flight together. Bias and mask are loads too, and need the registers.
 template <bool kEdit>
@@ -615,7 +628,8 @@ __device__ __forceinline__ void complete_row(const SampledParams& p, int64_t b, 
   int count = 0;
   RowStats stats = distribution<kType, kEdit>(p, b, j, quads, depths, memory, count, lane);
   const bool too_many = count > kKept;
-  const auto done = static_cast<uint32_t>(load_relaxed(p.workspace.progress(b)));  // rows of the request
+  // Rows of the request: one lane's look, since those of two may differ.
+  const auto done = __shfl_sync(kFullWarp, static_cast<uint32_t>(load_relaxed(p.workspace.progress(b))), 0);
   if (too_many || j == p.block_size - 1) {
     stats.stops = true;
   } else if (const int64_t guess = p.candidates.at(b, j + 1); is_greedy(p, b)) {
@@ -627,9 +641,8 @@ __device__ __forceinline__ void complete_row(const SampledParams& p, int64_t b, 
       const bool kept = guess >= 0 && guess < p.vocab_size && depth <= stats.cut;
       probability = static_cast<double>(kept ? depths.weight(depth) : 0) / static_cast<double>(stats.total);
     }
-    stats.stops = p.block_rule
-                      ? probability == 0.0
-                      : !accept_token(uniforms(p, b, j).accept, probability, draft_probability(p, b, j));
+    stats.stops = p.block_rule ? probability == 0.0
+                               : !accept_token(uniforms(p, b, j).accept, probability, draft_probability(p, b, j));
   }
   // Who else may draw from this row, or wants its numbers? None of those to come, by the token rule, if no row before
   // it is missing, or if it does not end the prefix.
@@ -698,9 +711,9 @@ __device__ __forceinline__ double warp_draft_probability(const SampledParams& p,
 }
 
 // Whether row (b, j) is certain to end the prefix, as one of its logits, with key `top`, is above the draft token's.
-// With w the weight of the draft token if `top` were the row's largest: nothing else can make its weight larger, and the
-// total has the largest's 2^44 beside it, so p <= w / (2^44 + w). The last bits of exponentials may be in any order: one
-// unit and 2^-18 of w are far beyond them. A weight of zero is zero whatever the largest.
+// With w the weight of the draft token if `top` were the row's largest: nothing else can make its weight larger, and
+// the total has the largest's 2^44 beside it, so p <= w / (2^44 + w). The last bits of exponentials may be in any
+// order: one unit and 2^-18 of w are far beyond them. A weight of zero is zero whatever the largest.
 __device__ __forceinline__ bool proves_end(const SampledParams& p, int64_t b, int j, uint32_t guess, uint32_t rival,
                                            uint32_t top, int lane) {
   if (is_greedy(p, b) || top >= kPosInfOrderKey) return true;
@@ -804,8 +817,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const uint32_t news = __shfl_sync(kFullWarp, heard.of(at.b), 0);
     if (Heard::is_needed(news, at.j)) {
-      const bool proof = top > rival && !Heard::is_end(news, at.j) &&
-                         proves_end(p, at.b, at.j, guess, rival, top, lane);
+      const bool proof =
+          top > rival && !Heard::is_end(news, at.j) && proves_end(p, at.b, at.j, guess, rival, top, lane);
       uint32_t* keys = p.workspace.keys_of(at.b, at.j);
       if (lane < groups_per_tile) store_relaxed(keys + at.tile * groups_per_tile + lane, key);
       if (is_last_tile && lane < 4) store_relaxed(keys + 4 * (quads - 1) + lane, lane == 0 ? edge_key : kNoElement);
@@ -833,9 +846,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <LogitType kType, bool kEdit>
 void launch(const SampledParams& p, int sms, cudaStream_t stream) {
   constexpr int kMostBytes = kReaders * sizeof(WarpMemory) + kMostHeard * sizeof(uint32_t);
-  cuda_check(cudaFuncSetAttribute(verify_topk_kernel<kType, kEdit>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kMostBytes),
-             "verify_block_sampled");
+  cuda_check(
+      cudaFuncSetAttribute(verify_topk_kernel<kType, kEdit>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes),
+      "verify_block_sampled");
   const int64_t groups = (p.vocab_size + SampledWorkspace::kKeyElements - 1) / SampledWorkspace::kKeyElements;
   const int64_t rows = p.batch * p.block_size;
   const auto tiles = [&](int loads) {
