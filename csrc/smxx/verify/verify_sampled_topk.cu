@@ -760,10 +760,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   Place at = warp < kReaders ? place_of(tiling, static_cast<unsigned>(warp)) : Place{-1, 0, 0};
   uint4 v[kLoads<kEdit>];
-  uint32_t guess;
+  uint32_t guess;  // the draft token that the row is compared with
+  uint32_t rival;  // its key; if there is none, one that no other is above
   const auto load = [&] {
     // Zero, or those of the last tile would have to be kept.
     guess = kOut;
+    rival = kNanOrderKey;
 #pragma unroll
     for (int u = 0; u < kLoads<kEdit>; ++u) v[u] = make_uint4(0, 0, 0, 0);
     if (at.b < 0) return;
@@ -773,6 +775,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int u = 0; u < kLoads<kEdit>; ++u) {
       if (u < tiling.loads && first + u * 32 < row.vectors) v[u] = row.vector(first + u * 32);
+    }
+    // Two trips, one behind the other, in the time that the tile takes.
+    if (guess < static_cast<uint32_t>(p.vocab_size)) {
+      rival = order_key(edge_value<kType, kEdit>(p, at.b, at.j, row, static_cast<int>(guess)));
     }
   };
   load();
@@ -788,26 +794,30 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Row<kType> row(p, at.b, at.j);
     const int first = at.tile * tiling.loads * 32 + lane;
     const bool is_last_tile = at.tile == static_cast<int>(tiling.tiles.value) - 1;
-    uint32_t rival = kNanOrderKey;  // the draft token's key, above which there is none if there is no token
-    if (guess < static_cast<uint32_t>(p.vocab_size)) {
-      rival = order_key(edge_value<kType, kEdit>(p, at.b, at.j, row, static_cast<int>(guess)));
-    }
-    // Lane i keeps the key of group i.
-    uint32_t key = kNoElement, top = 0, edge_key = kNoElement;
+    // Each group's largest of a lane first, without a branch; then those of the warp, of which lane i keeps group i's.
+    const int end = min(row.vectors, (at.tile + 1) * tiling.loads * 32);
+    constexpr int kGroups = kLoads<kEdit> / kVectors<kType>;
+    uint32_t largest[kGroups];
 #pragma unroll
-    for (int u = 0; u < kLoads<kEdit>; u += kVectors<kType>) {
-      if (u >= tiling.loads) break;
-      uint32_t largest = kNoElement;
+    for (int g = 0; g < kGroups; ++g) {
+      largest[g] = kNoElement;
 #pragma unroll
-      for (int w = u; w < u + kVectors<kType>; ++w) {
+      for (int w = g * kVectors<kType>; w < (g + 1) * kVectors<kType>; ++w) {
         const int i = first + w * 32;
-        if (i < row.vectors) {
-          largest = max(largest, order_key(vector_max<kType, kEdit>(p, at.b, at.j, row.vector_id(i), v[w])));
+        if constexpr (kEdit) {
+          if (i >= end) continue;
         }
+        const uint32_t best = order_key(vector_max<kType, kEdit>(p, at.b, at.j, row.vector_id(i), v[w]));
+        const auto kept = static_cast<uint32_t>(opaque(static_cast<int>(best)));  // or it becomes a branch's
+        largest[g] = max(largest[g], i < end ? kept : kNoElement);
       }
-      largest = __reduce_max_sync(kFullWarp, largest);
-      if (lane == u / kVectors<kType>) key = largest;
-      top = max(top, largest);
+    }
+    uint32_t key = kNoElement, top = kNoElement, edge_key = kNoElement;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const uint32_t group_key = __reduce_max_sync(kFullWarp, largest[g]);
+      key = lane == g ? group_key : key;
+      top = max(top, group_key);
     }
     if (is_last_tile) {
       const int edge = row.edge_id(lane);
