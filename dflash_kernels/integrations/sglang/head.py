@@ -6,6 +6,9 @@ make_draft_sampler_capture_hook), it leaves the tokens of block positions 1.. in
 after a replay. Ties go to the smallest id, over all ranks, as there; over weights in fp8 or 4 bits the logits are those
 of the rounded weights, and of many rows in fp8 those of rounded rows, too. The other samplers (DFlash2 selector,
 Domino, LiLiCorr) and a head that SGLang keeps eager (quantised, added vocabulary) stay stock.
+
+With tensor parallelism each rank takes the best token of its part of the vocabulary. Kernels of the ranks that write to
+each other's memory find the best of these, or two gathers by the engine and one kernel more.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from typing import Any
 
 import torch
 
-from dflash_kernels.formats import WeightFormat
+from dflash_kernels.draft_stream import MAX_RANKS, Exchange
+from dflash_kernels.integrations.sglang.ranks import PATIENCE
 from dflash_kernels.integrations.sglang.seam import (
     WORKER_MODULE,
     Seam,
@@ -25,6 +29,7 @@ from dflash_kernels.integrations.sglang.seam import (
     require,
 )
 from dflash_kernels.lm_head import LMHead
+from dflash_kernels.tensor_parallel import MAX_MERGED_ROWS
 
 
 class HeadSeam(Seam):
@@ -45,7 +50,8 @@ class HeadSeam(Seam):
         require(worker.block_size > 1, "blocks of one token")
 
     def replace(self, stock: Any) -> DraftSampler:
-        """The sampler to capture in place of SGLang's; `Declined` where that is not the plain greedy one."""
+        """The sampler to capture in place of SGLang's, once it has met the other ranks'; `Declined` where that is not
+        the plain greedy one."""
         require(stock is not None, "SGLang keeps the draft head eager")
         require(type(stock).__name__ == "_DflashDraftSampler", f"draft sampler {type(stock).__name__}")
         weight = stock.weight
@@ -55,8 +61,40 @@ class HeadSeam(Seam):
         require(0 < stock.num_org <= 1 << 22, f"a vocabulary shard of {stock.num_org}")
         sampler = DraftSampler(stock)
         self._hold_more(sampler)
-        sampler.max_rows = self.settings.limit("head", fp8_codes=sampler.head.codes is not None)
         return sampler
+
+    def meet_with(self, sampler: DraftSampler) -> DraftSampler:
+        """The sampler with what all ranks have to share, where all have one: the limit of rows, and an exchange."""
+        if not all(self.ranks.gather(sampler.head.codes is not None)):
+            sampler.head.drop_codes()  # where one rank lacks the memory: more rows than `max_rows` take SGLang's way
+        if sampler.head.codes is not None:
+            self.note += ", as codes for many rows as much again"
+        sampler.max_rows = self.settings.limit("head", fp8_codes=sampler.head.codes is not None)
+        if sampler.tp_group is not None and sampler.tp_group is self.ranks.group:
+            sampler.exchange, how = self._exchange(sampler)
+            self.note = "; ".join(filter(None, (self.note, how)))
+        return sampler
+
+    def _exchange(self, sampler: DraftSampler) -> tuple[Exchange | None, str]:
+        """Where the ranks' kernels meet, after one has been seen to find each rank's token, and a note."""
+        from dflash_kernels.ops import merge_exchange_words, merge_vocab_ranks
+
+        world, device = self.ranks.world, sampler.out.device
+        if self.settings.peers == "0" or device.type != "cuda" or world > MAX_RANKS:
+            return None, "gathered by the engine"
+        exchange, reason = self.ranks.exchange(merge_exchange_words(world), device)
+        if exchange is None:
+            return None, f"gathered by the engine: {reason}"
+        row = torch.arange(world, device=device)
+        best = (row == self.ranks.rank).to(torch.float32)
+        try:
+            ids, _ = merge_vocab_ranks(torch.full_like(row, self.ranks.rank), best, exchange, patience=PATIENCE)
+            fine = torch.equal(ids, row)
+        except Exception:
+            fine = False
+        if all(self.ranks.gather(fine)):
+            return exchange, "merged over peer memory"
+        return None, "gathered by the engine: a merge over peer memory was wrong"
 
     def _hold_more(self, sampler: DraftSampler) -> None:
         """The shard once more for the kernel that streams it for few rows, and in fp8, where that is asked for, again
@@ -70,10 +108,6 @@ class HeadSeam(Seam):
             rows = min(head.max_rows, requests * (sampler.block_size - 1))
             if head.needs_codes(rows) and may_pack(settings, [head.weight])[0]:
                 head.hold_codes(rows)
-        if settings.weights == WeightFormat("fp8") and not sampler.on_all_ranks(head.codes is not None):
-            head.drop_codes()  # where one rank lacks the memory: more rows than `max_rows` take SGLang's collectives
-        if head.codes is not None:
-            self.note += ", as codes for many rows as much again"
 
 
 class DraftSampler:
@@ -87,6 +121,7 @@ class DraftSampler:
     def __init__(self, stock: Any) -> None:
         self.stock = stock
         self.max_rows: int | None = None
+        self.exchange: Exchange | None = None
         self.block_size, self.vocab_start = int(stock.block_size), int(stock.org_vocab_start)
         self.tp_group = stock.tp_group
         self.out = stock.out
@@ -99,17 +134,8 @@ class DraftSampler:
             self.all_ids = torch.empty(world * rows, dtype=torch.int64, device=device)
             self.all_values = torch.empty(world * rows, dtype=torch.float32, device=device)
 
-    def on_all_ranks(self, holds: bool) -> bool:
-        """Whether `holds` is true on every rank; all of them ask."""
-        if self.tp_group is None:
-            return holds
-        mine = torch.tensor([int(holds)], dtype=torch.int64, device=self.out.device)
-        every = mine.new_empty(int(self.tp_group.world_size))
-        self.tp_group.all_gather_into_tensor(every, mine)
-        return bool(every.all())
-
     def __call__(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> None:
-        from dflash_kernels.ops import merge_vocab_shards
+        from dflash_kernels.ops import merge_vocab_ranks, merge_vocab_shards
 
         width = hidden_states.shape[-1]
         if self.max_rows is not None and hidden_states.numel() > self.max_rows * width:
@@ -123,6 +149,9 @@ class DraftSampler:
             return
         ids, values = self.ids[:rows], self.values[:rows]
         self.head.argmax(hidden, self.vocab_start, out=(ids, values))
+        if self.exchange is not None and rows <= MAX_MERGED_ROWS:
+            merge_vocab_ranks(ids, values, self.exchange, patience=PATIENCE, out=out)
+            return
         world = int(self.tp_group.world_size)
         all_ids, all_values = self.all_ids[: world * rows], self.all_values[: world * rows]
         self.tp_group.all_gather_into_tensor(all_values, values)

@@ -1,0 +1,74 @@
+"""The engine's tensor-parallel ranks, as the seams of one of them need the others.
+
+Every rank builds its own worker with its own seams, at the same time. A seam whose replacement waits for other ranks
+must run on all of them or on none: so all ranks ask each other (:meth:`Ranks.gather`) after every phase of the start,
+and nothing that differs between ranks decides later on. What is summed goes through the engine's group as the engine's
+own layers send it, or from kernel to kernel.
+
+Source: ``distributed/parallel_state.py`` GroupCoordinator (world_size, rank_in_group, cpu_group of gloo, all_reduce).
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dflash_kernels.draft_stream import Exchange
+from dflash_kernels.tensor_parallel import ProcessGroup
+
+Value = TypeVar("Value")
+
+# Seconds for which a kernel waits for another rank's before it ends the engine: as long as SGLang's own watchdog.
+PATIENCE = 300.0
+
+
+class Ranks:
+    """This rank among those of the engine's group; without a group it is alone."""
+
+    def __init__(self, group: Any = None) -> None:
+        several = group is not None and int(group.world_size) > 1
+        self.group = group if several else None
+        self.world, self.rank = (int(group.world_size), int(group.rank_in_group)) if several else (1, 0)
+
+    def gather(self, value: Value) -> list[Value]:
+        """The value of every rank, in their order. All ranks must ask."""
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with torch.inference_mode(False):  # gloo writes to tensors that it makes here
+            dist.all_gather_object(found, value, group=self.group.cpu_group)
+        return found
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' parts, in ``part`` or elsewhere.
+
+        As RowParallelLinear makes it; in a captured graph ``part`` has to be allocated there, as that layer's is.
+        """
+        return part if self.group is None else self.group.all_reduce(part)
+
+    def exchange(self, words: int, device: torch.device) -> tuple[Exchange | None, str]:
+        """Memory for kernels of the ranks, or None and why not. All ranks must ask; all have it, or none."""
+        if self.group is None:
+            return None, "one rank"
+        if len(set(self.gather(platform.node()))) > 1:
+            return None, "ranks on several hosts"
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = ProcessGroup(self.group.cpu_group).exchange(words, device)
+        if found is not None:
+            return found, ""
+        return None, str(said[-1].message) if said else "no peer memory on this device, or too many ranks"
+
+
+def ranks_of(worker_module: ModuleType | None, worker: Any) -> Ranks | None:
+    """The ranks of the worker's group; None: there are several, and where they meet is not known."""
+    if hasattr(worker_module, "get_tp_group"):
+        return Ranks(worker_module.get_tp_group())
+    if hasattr(worker_module, "get_parallel"):
+        return Ranks(worker_module.get_parallel().tp_group)
+    return Ranks() if int(getattr(getattr(worker, "server_args", None), "tp_size", 1)) == 1 else None
