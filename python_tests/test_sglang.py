@@ -34,7 +34,7 @@ from dflash_kernels.model.quantize import quantize
 
 ACCEPT, PREPARE = "_compute_dflash_accept_bonus_triton_unchecked", "_prepare_dflash_draft_block_unchecked"
 APPEND = "_append_target_hidden_to_draft_kv_by_loc"
-H, HQ, HKV, D, MLP, L, K, T, V, SLOTS = 64, 4, 2, 64, 48, 2, 3, 4, 50, 60
+H, HQ, HKV, D, MLP, L, K, T, V, SLOTS = 64, 4, 2, 64, 96, 2, 3, 4, 50, 60
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,29 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from sglang_source import Source, make_module
-from test_sglang import APPEND, HKV, HQ, INFO_MODULE, D, H, Linear, T, V, VocabParallelEmbedding, block, build_drafter
-from test_sglang import build_pool, injection, linear, make_worker, parts, table, worker_module
+from test_sglang import (
+    APPEND,
+    HKV,
+    HQ,
+    INFO_MODULE,
+    D,
+    H,
+    Linear,
+    T,
+    V,
+    VocabParallelEmbedding,
+    block,
+    build_pool,
+    injection,
+    linear,
+    make_worker,
+    parts,
+    table,
+    worker_module,
+)
 
-from dflash_kernels.integrations.sglang.ranks import Ranks
+from dflash_kernels.integrations.sglang import plugin
+from dflash_kernels.integrations.sglang.ranks import Ranks, ranks_of
 from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Refused
 from dflash_kernels.tensor_parallel import process_group, start_ranks
 
@@ -132,29 +151,28 @@ def engine_module(source: Source, group: EngineGroup) -> types.ModuleType:
     return module
 
 
-def passes(worker: Any, kv: slice | None = None) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Hidden rows, draft tokens and the pool after an injection, of blocks that every rank draws alike; ``kv``: the
-    heads of the pool that the worker has."""
-    found = []
-    pool = worker.draft_model_runner.token_to_kv_pool
+def passes(worker: Any, kv: slice = slice(HKV)) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Hidden rows, draft tokens, and what an injection writes, of blocks that every rank draws alike; ``kv``: the KV
+    heads that the worker has."""
+    runner, found = worker.draft_model_runner, []
+    pool = runner.token_to_kv_pool
+    buffers = (*pool.k_buffer, *pool.v_buffer)
     for batch in BATCHES:
         draw = torch.Generator().manual_seed(batch)
-        whole = build_pool_like(pool, draw)
+        drawn = [torch.empty(len(buffer), HKV, D) for buffer in buffers]
+        runner.token_to_kv_pool = types.SimpleNamespace(k_buffer=drawn, v_buffer=[])
         arguments = block(worker, batch, draw)
-        for buffer, values in zip((*pool.k_buffer, *pool.v_buffer), whole, strict=True):
-            buffer.copy_(values if kv is None else values[:, kv])
+        runner.token_to_kv_pool = arguments["forward_batch"].pool = pool
+        for buffer, values in zip(buffers, drawn, strict=True):
+            buffer.copy_(values[:, kv])
         hidden = worker.draft_model.forward(**arguments).hidden_states.clone()
         worker._draft_sampler(hidden, None)
         tokens = worker._draft_sampler.out[: batch * (T - 1)].clone()
+        for buffer in buffers:
+            buffer.fill_(-7)
         getattr(worker, APPEND)(**injection(batch, torch.float32, draw))
-        found.append((hidden, tokens, torch.stack([*pool.k_buffer, *pool.v_buffer])))
+        found.append((hidden, tokens, torch.stack(buffers)))
     return found
-
-
-def build_pool_like(pool: Any, draw: torch.Generator) -> list[torch.Tensor]:
-    """Values of all heads of every buffer of a pool."""
-    buffers = (*pool.k_buffer, *pool.v_buffer)
-    return [torch.randn(buffer.shape[0], HKV, D, generator=draw) for buffer in buffers]
 
 
 def _run_passes(rank: int, world: int, port: int, folder: str, root: str, version: str) -> None:
@@ -164,10 +182,10 @@ def _run_passes(rank: int, world: int, port: int, folder: str, root: str, versio
         heads, shared = max(1, HKV // world), max(1, world // HKV)
         kv = slice(rank // shared * heads, rank // shared * heads + heads)
         worker = make_worker(engine, given)
-        ours = passes(worker, kv)
+        states, ours = table(worker), passes(worker, kv)
         worker._dflash_seams["forward"].active = worker._dflash_seams["inject"].active = False
         worker._draft_sampler = worker._draft_sampler.stock
-        report = {"table": table(worker), "ours": ours, "stock": passes(worker, kv), "kv": kv}
+        report = {"table": states, "ours": ours, "stock": passes(worker, kv), "kv": kv}
         torch.save(report, Path(folder) / f"{rank}.pt")
 
 
@@ -182,13 +200,15 @@ def run(world: int, folder: Path, function: Callable[..., None], source: Source,
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_draft_what_one_rank_does(source: Source, tmp_path: Path, world: int) -> None:
+def test_ranks_draft_what_one_rank_does(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
     """Hidden rows, draft tokens and injected K and V, and SGLang's own pass over the same parts; on four ranks two
     share each KV head."""
     found = run(world, tmp_path, _run_passes, source)
-    sys.modules.pop(INFO_MODULE, None)
-    whole = whole_parts(source)
-    alone = make_worker(worker_module(source), whole)
+    monkeypatch.delitem(sys.modules, INFO_MODULE, raising=False)
+    monkeypatch.setitem(sys.modules, WORKER_MODULE, worker_module(source))
+    alone = make_worker(sys.modules[WORKER_MODULE], whole_parts(source))
     for name in ("forward", "inject"):
         alone._dflash_seams[name].active = False
     expected = passes(alone)
@@ -198,10 +218,141 @@ def test_ranks_draft_what_one_rank_does(source: Source, tmp_path: Path, world: i
         assert report["table"]["head"] == "active gathered by the engine"
         assert report["table"]["forward"] == f"active sums over {world} ranks by the engine"
         for (hidden, tokens, pool), stock, one in zip(report["ours"], report["stock"], expected, strict=True):
-            torch.testing.assert_close(hidden, one[0], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(hidden, stock[0], rtol=1e-4, atol=1e-4)
-            assert torch.equal(hidden, report["ours"][0][0]) or hidden.shape != report["ours"][0][0].shape
-            assert torch.equal(tokens, one[1]) and torch.equal(tokens, stock[1])
-            # Stock's pass writes the block's own K and V, too: only what was injected is alike.
-            written = (pool[:, 1:] != one[2][:, 1:, report["kv"]]).flatten(2).any(-1)
-            assert written.sum() < written.numel()
+            for other in (stock, one):
+                torch.testing.assert_close(hidden, other[0], rtol=1e-4, atol=1e-4)
+                assert torch.equal(tokens, other[1])
+            torch.testing.assert_close(pool, stock[2], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(pool, one[2][:, :, report["kv"]], rtol=1e-4, atol=1e-4)
+
+
+# What one rank has against a seam, and which, and why; the others have nothing against any.
+def _bias(given: dict[str, Any], engine: types.ModuleType) -> None:
+    given["draft_model"].layers[1].self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(H))
+
+
+def _cap(given: dict[str, Any], engine: types.ModuleType) -> None:
+    given["draft_model"].layers[0].self_attn.attn.logit_cap = 30.0
+
+
+def _broken_pool(given: dict[str, Any], engine: types.ModuleType) -> None:
+    given["draft_model_runner"].token_to_kv_pool.v_buffer = [None, None]
+
+
+def _no_vocabulary(given: dict[str, Any], engine: types.ModuleType) -> None:
+    shard = given["model_runner"].model.lm_head.shard_indices
+    given["model_runner"].model.lm_head.shard_indices = types.SimpleNamespace(**{**vars(shard), "num_org_elements": 0})
+
+
+def _other_vocabulary(given: dict[str, Any], engine: types.ModuleType) -> None:
+    embed = given["model_runner"].model.get_input_embeddings()
+    embed.shard_indices = types.SimpleNamespace(**{**vars(embed.shard_indices), "org_vocab_start_index": 40})
+
+
+def _no_sum(given: dict[str, Any], engine: types.ModuleType) -> None:
+    given["draft_model"].layers[0].mlp.down_proj.reduce_results = False
+
+
+def _symmetric(given: dict[str, Any], engine: types.ModuleType) -> None:
+    given["server_args"].enable_symm_mem = True
+
+
+def _not_finite(given: dict[str, Any], engine: types.ModuleType) -> None:
+    given["draft_model"].norm.weight.data.fill_(float("nan"))
+
+
+def _changed_function(given: dict[str, Any], engine: types.ModuleType) -> None:
+    engine._prepare_dflash_draft_block_unchecked = lambda **kwargs: None
+
+
+def _rows(given: dict[str, Any], engine: types.ModuleType) -> None:
+    os.environ["DFLASH_KERNELS_ROWS"] = "forward=8"
+
+
+DISAGREEMENTS: dict[str, tuple[Callable[..., None], dict[str, str]]] = {
+    "attention bias": (_bias, dict.fromkeys(("inject", "forward"), "attention bias (rank 1)")),
+    "logit cap": (_cap, {"forward": "a logit cap in the attention (rank 1)"}),
+    "an error": (_broken_pool, dict.fromkeys(("inject", "forward"), "AttributeError: 'NoneType' object has no")),
+    "no part of the head": (_no_vocabulary, {"head": "a vocabulary shard of 0 (rank 1)"}),
+    "parts of the vocabulary": (_other_vocabulary, {"forward": "a vocabulary in parts [(0, 32), (40, 58)]"}),
+    "sums elsewhere": (_no_sum, {"forward": "a layer whose sum over the ranks is elsewhere (rank 1)"}),
+    "symmetric memory": (_symmetric, {"forward": "--enable-symm-mem (rank 1)"}),
+    "a pass that fails": (_not_finite, {"forward": "rows that are not finite"}),
+    "settings": (_rows, {"*": "ranks with different settings"}),
+    "a changed function": (_changed_function, {"*": "ranks with different settings"}),
+}
+
+
+def _run_disagreements(rank: int, world: int, port: int, folder: str, root: str, version: str) -> None:
+    with process_group(rank, world, torch.device("cpu"), port):
+        group, source, found = EngineGroup(), Source(Path(root), version), {}
+        for name, (change, _) in DISAGREEMENTS.items():
+            os.environ.pop("DFLASH_KERNELS_ROWS", None)
+            sys.modules.pop(INFO_MODULE, None)
+            engine, given = engine_module(source, group), parts_of_rank(source, group)
+            if rank == 1:
+                change(given, engine)
+            found[name] = table(make_worker(engine, given))
+        torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def test_what_one_rank_declines_all_do(source: Source, tmp_path: Path) -> None:
+    first, second = run(2, tmp_path, _run_disagreements, source)
+    for name, (_, reasons) in DISAGREEMENTS.items():
+        for seam in first[name]:
+            state = first[name][seam]
+            assert state.split()[0] == second[name][seam].split()[0], f"{name}: {seam}"
+            reason = reasons.get(seam, reasons.get("*"))
+            if reason is not None:
+                assert state.startswith(f"stock {reason}"), f"{name}: {seam} {state}"
+                if not state.startswith("stock ranks"):
+                    assert state == second[name][seam]
+            elif seam not in ("logits", "inputs", "metadata"):  # which need graphs
+                assert state.startswith("active"), f"{name}: {seam} {state}"
+
+
+def _run_failures(rank: int, world: int, port: int, folder: str, root: str, version: str) -> None:
+    """A pass that fails on one rank after all agreed, and strict ranks of which one has a reason."""
+    with process_group(rank, world, torch.device("cpu"), port):
+        group, source = EngineGroup(), Source(Path(root), version)
+        worker = make_worker(engine_module(source, group), parts_of_rank(source, group))
+        arguments, said = block(worker, 1, torch.Generator().manual_seed(1)), {}
+        worker._dflash_seams["forward"].windows = []
+        try:
+            worker.draft_model.forward(**arguments)
+        except Refused as refused:
+            said["failed"] = str(refused)
+        os.environ["DFLASH_KERNELS_STRICT"], os.environ["DFLASH_KERNELS_SEAMS"] = "1", "forward,accept"
+        given = parts_of_rank(source, group)
+        if rank == 1:
+            _cap(given, worker)
+        sys.modules.pop(INFO_MODULE, None)
+        try:
+            make_worker(engine_module(source, group), given)
+        except Refused as refused:
+            said["strict"] = str(refused)
+        torch.save(said, Path(folder) / f"{rank}.pt")
+
+
+def test_no_rank_falls_back_alone(source: Source, tmp_path: Path) -> None:
+    for said in run(2, tmp_path, _run_failures, source):
+        assert said["failed"].startswith("dflash-kernels: seam forward failed on one rank: ")
+        assert said["strict"] == "dflash-kernels: seam forward declined: a logit cap in the attention (rank 1)"
+
+
+def test_ranks_that_cannot_be_found_decline(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = worker_module(source)
+    del engine.get_tp_group, engine.get_parallel
+    assert ranks_of(engine, types.SimpleNamespace()).world == 1
+    assert ranks_of(engine, types.SimpleNamespace(server_args=types.SimpleNamespace(tp_size=2))) is None
+    monkeypatch.setattr(plugin, "ranks_of", lambda *args: None)
+    monkeypatch.delitem(sys.modules, INFO_MODULE, raising=False)
+    monkeypatch.setitem(sys.modules, WORKER_MODULE, worker_module(source))
+    states = table(make_worker(sys.modules[WORKER_MODULE], parts(source)))
+    assert set(states.values()) == {"stock tensor parallelism, and no group of its ranks"}
+
+
+def test_one_rank_has_nobody_to_ask() -> None:
+    alone = Ranks(types.SimpleNamespace(world_size=1))
+    part = torch.ones(2)
+    assert alone.gather("x") == ["x"] and alone.total(part) is part
+    assert alone.exchange(8, torch.device("cpu")) == (None, "one rank")
