@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import platform
 import warnings
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -65,7 +64,7 @@ class Ranks:
         return None, str(said[-1].message) if said else "no peer memory on this device, or too many ranks"
 
 
-def ranks_of(worker_module: ModuleType | None, worker: Any) -> Ranks | None:
+def ranks_of(worker_module: Any, worker: Any) -> Ranks | None:
     """The ranks of the worker's group; None: there are several, and where they meet is not known."""
     if hasattr(worker_module, "get_tp_group"):
         return Ranks(worker_module.get_tp_group())
