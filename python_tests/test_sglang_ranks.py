@@ -39,7 +39,10 @@ from test_sglang import (
     worker_module,
 )
 
+from dflash_kernels import ops
+from dflash_kernels.draft_stream import Exchange
 from dflash_kernels.integrations.sglang import plugin
+from dflash_kernels.integrations.sglang.forward import ForwardSeam
 from dflash_kernels.integrations.sglang.ranks import Ranks, ranks_of
 from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Refused
 from dflash_kernels.tensor_parallel import process_group, start_ranks
@@ -94,14 +97,14 @@ def shard_of_vocabulary(rank: int, world: int) -> Any:
     )
 
 
-def whole_parts(source: Source) -> dict[str, Any]:
+def whole_parts(source: Source, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     torch.manual_seed(11)
-    return parts(source)
+    return parts(source, dtype)
 
 
-def parts_of_rank(source: Source, group: EngineGroup) -> dict[str, Any]:
+def parts_of_rank(source: Source, group: EngineGroup, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What the worker of a rank has, out of `whole_parts`, which are the same on all ranks."""
-    given, rank, world = whole_parts(source), group.rank_in_group, group.world_size
+    given, rank, world = whole_parts(source, dtype), group.rank_in_group, group.world_size
     heads, kv_heads, shared = HQ // world, max(1, HKV // world), max(1, world // HKV)
     for layer in given["draft_model"].layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -115,7 +118,7 @@ def parts_of_rank(source: Source, group: EngineGroup) -> dict[str, Any]:
         attention.o_proj = replaced(attention.o_proj.weight[:, own_q], group)
         mlp.down_proj = replaced(mlp.down_proj.weight.chunk(world, dim=1)[rank], group)
     runner, model = given["draft_model_runner"], given["model_runner"].model
-    runner.token_to_kv_pool = build_pool(source, torch.float32, kv_heads)
+    runner.token_to_kv_pool = build_pool(source, dtype, kv_heads)
     shard = shard_of_vocabulary(rank, world)
     rows = slice(shard.org_vocab_start_index, shard.org_vocab_end_index)
     more = PADDED // world - shard.num_org_elements
@@ -215,7 +218,7 @@ def test_ranks_draft_what_one_rank_does(
     for report in found:
         assert report["table"] == found[0]["table"]
         assert {report["table"][name] for name in ("inject", "accept", "prepare", "reserve")} == {"active"}
-        assert report["table"]["head"] == "active gathered by the engine"
+        assert report["table"]["head"] == "active gathered by the engine: no peer memory on cpu"
         assert report["table"]["forward"] == f"active sums over {world} ranks by the engine"
         for (hidden, tokens, pool), stock, one in zip(report["ours"], report["stock"], expected, strict=True):
             for other in (stock, one):
@@ -337,6 +340,82 @@ def test_no_rank_falls_back_alone(source: Source, tmp_path: Path) -> None:
     for said in run(2, tmp_path, _run_failures, source):
         assert said["failed"].startswith("dflash-kernels: seam forward failed on one rank: ")
         assert said["strict"] == "dflash-kernels: seam forward declined: a logit cap in the attention (rank 1)"
+
+
+def _run_in_one_kernel(rank: int, world: int, port: int, folder: str, root: str, version: str) -> None:
+    """With a stand-in for the kernel of GPUs: right, right on one rank only, and wrong on both; and without a pack."""
+    with process_group(rank, world, torch.device("cpu"), port):
+        os.environ["DFLASH_KERNELS_PACK"], os.environ["DFLASH_KERNELS_SEAMS"] = "1", "forward,head"
+        group, source, found = EngineGroup(), Source(Path(root), version), {}
+        taken: list[int] = []
+
+        def kernel(*given: Any, out: torch.Tensor, **_: Any) -> torch.Tensor:
+            taken.append(out.shape[0])
+            rows = passes_of[0]._chain(given[0].flatten(), given[:7])
+            return out.copy_(rows * {"right": 1.0, "wrong": 4.0, "one": 1.0 + rank / 64}[case])
+
+        def merge(ids: torch.Tensor, values: torch.Tensor, exchange: Any, *, patience: float, out: Any = None) -> Any:
+            pairs = [torch.zeros(world * len(ids), dtype=x.dtype) for x in (ids, values)]
+            for pair, x in zip(pairs, (ids, values), strict=True):
+                group.all_gather_into_tensor(pair, x)
+            best = ops.merge_vocab_shards(*(pair.view(world, -1) for pair in pairs), out=out)
+            return (best[0] + (case == "wrong"), best[1]) if out is None else best
+
+        ops.draft_forward_sharded, ops.merge_vocab_ranks = kernel, merge
+        Ranks.exchange = lambda *args: (types.SimpleNamespace(), "")
+        prepare = ForwardSeam.prepare
+        passes_of: list[ForwardSeam] = []
+        ForwardSeam.prepare = lambda seam, worker: (passes_of.insert(0, seam), prepare(seam, worker))[1]
+        for case in ("right", "wrong", "one"):
+            sys.modules.pop(INFO_MODULE, None)
+            given = parts_of_rank(source, group, torch.bfloat16)
+            worker = make_worker(engine_module(source, group), given)
+            found[case] = table(worker)
+            if case == "right":
+                os.environ["DFLASH_KERNELS_ROWS"] = "forward=12"
+                worker = make_worker(engine_module(source, group), parts_of_rank(source, group, torch.bfloat16))
+                worker._dflash_seams["forward"].streamed = 2 * T
+                taken.clear()
+                for batch in (1, 2, 3):
+                    arguments = block(worker, batch, torch.Generator().manual_seed(batch))
+                    hidden = worker.draft_model.forward(**arguments).hidden_states
+                    stock = type(worker.draft_model).forward(worker.draft_model, **arguments).hidden_states
+                    torch.testing.assert_close(hidden, stock, rtol=2**-4, atol=2**-4)
+                worker._draft_sampler(hidden, None)
+                tokens = worker._draft_sampler.out.clone()
+                worker._draft_sampler.stock(hidden, None)
+                assert torch.equal(tokens, worker._draft_sampler.stock.out)
+                found["taken"] = list(taken)
+                del os.environ["DFLASH_KERNELS_ROWS"]
+        os.environ["DFLASH_KERNELS_PACK"] = str(1 - rank)
+        found["pack"] = table(make_worker(engine_module(source, group), parts_of_rank(source, group, torch.bfloat16)))
+        torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def test_one_kernel_is_taken_where_it_is_right_on_all_ranks(source: Source, tmp_path: Path) -> None:
+    for found in run(2, tmp_path, _run_in_one_kernel, source):
+        assert found["right"]["forward"].endswith("more; sums over 2 ranks in its kernel")
+        assert found["right"]["head"].endswith("; merged over peer memory")
+        assert found["taken"] == [T, 2 * T]  # of more rows the chain
+        assert found["wrong"]["forward"] == "stock one kernel's rows differ from the chain's by 3.000 of their norm"
+        assert found["wrong"]["head"].endswith("; gathered by the engine: a merge over peer memory was wrong")
+        assert found["one"]["forward"] == "stock one kernel gave the ranks different rows"
+        assert set(found["pack"].values()) == {"stock ranks with different settings"} | {"stock not asked for"}
+
+
+def test_the_kernels_arguments_are_in_order(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank of one, which the CPU takes: the same rows as without ranks."""
+    monkeypatch.setenv("DFLASH_KERNELS_PACK", "1")
+    monkeypatch.delitem(sys.modules, INFO_MODULE, raising=False)
+    monkeypatch.setitem(sys.modules, WORKER_MODULE, worker_module(source))
+    worker = make_worker(sys.modules[WORKER_MODULE], whole_parts(source, torch.bfloat16))
+    seam = worker._dflash_seams["forward"]
+    arguments = block(worker, 2, torch.Generator().manual_seed(1))
+    given = [arguments[name] for name in ("input_ids", "positions", "forward_batch")]
+    expected = seam.run(*given).clone()
+    [seam.exchange] = Exchange.simulated(1, ops.draft_exchange_words(1, H), "cpu")
+    seam.vocab_start, seam.vocab_size = 0, V
+    assert torch.equal(seam._one_kernel(seam._inputs(*given), seam.out[: 2 * T]), expected)
 
 
 def test_ranks_that_cannot_be_found_decline(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

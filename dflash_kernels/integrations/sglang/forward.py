@@ -249,13 +249,14 @@ class ForwardSeam(Seam):
         """Why the sums are not made in one kernel; empty if they are. The same on all ranks."""
         from dflash_kernels.ops import draft_exchange_words
 
-        device, world = self.embed.device, self.ranks.world
+        world = self.ranks.world
         reasons = self.ranks.gather("" if self.packed is not None else self.note or "weights not packed")
         if any(reasons):
             return next(filter(None, reasons))
-        if device.type != "cuda" or world > MAX_RANKS:
-            return f"{world} ranks on {device.type}"
-        self.exchange, reason = self.ranks.exchange(draft_exchange_words(world, self.embed.shape[1]), device)
+        if world > MAX_RANKS:
+            return f"more than {MAX_RANKS} ranks"
+        words = draft_exchange_words(world, self.embed.shape[1])
+        self.exchange, reason = self.ranks.exchange(words, self.embed.device)
         return reason
 
     def _try(self) -> tuple[str, int]:

@@ -80,7 +80,7 @@ class HeadSeam(Seam):
         from dflash_kernels.ops import merge_exchange_words, merge_vocab_ranks
 
         world, device = self.ranks.world, sampler.out.device
-        if self.settings.peers == "0" or device.type != "cuda" or world > MAX_RANKS:
+        if self.settings.peers == "0" or world > MAX_RANKS:
             return None, "gathered by the engine"
         exchange, reason = self.ranks.exchange(merge_exchange_words(world), device)
         if exchange is None:

@@ -54,6 +54,8 @@ class Ranks:
         """Memory for kernels of the ranks, or None and why not. All ranks must ask; all have it, or none."""
         if self.group is None:
             return None, "one rank"
+        if device.type != "cuda":
+            return None, f"no peer memory on {device.type}"
         if len(set(self.gather(platform.node()))) > 1:
             return None, "ranks on several hosts"
         with warnings.catch_warnings(record=True) as said:
@@ -61,7 +63,7 @@ class Ranks:
             found = ProcessGroup(self.group.cpu_group).exchange(words, device)
         if found is not None:
             return found, ""
-        return None, str(said[-1].message) if said else "no peer memory on this device, or too many ranks"
+        return None, str(said[-1].message) if said else "no peer memory"
 
 
 def ranks_of(worker_module: Any, worker: Any) -> Ranks | None:
