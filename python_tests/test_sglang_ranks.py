@@ -23,6 +23,7 @@ from test_sglang import (
     HKV,
     HQ,
     INFO_MODULE,
+    Algorithm,
     D,
     H,
     Linear,
@@ -38,6 +39,7 @@ from test_sglang import (
     table,
     worker_module,
 )
+from test_sglang_steps import build_logits
 
 from dflash_kernels import ops
 from dflash_kernels.draft_stream import Exchange
@@ -62,6 +64,11 @@ class EngineGroup:
         dist.all_reduce(total)
         part.fill_(float("nan"))
         return total
+
+    def all_gather(self, value: torch.Tensor, dim: int) -> torch.Tensor:
+        every = [torch.empty_like(value) for _ in range(self.world_size)]
+        dist.all_gather(every, value.contiguous())
+        return torch.cat(every, dim=dim)
 
     def all_gather_into_tensor(self, out: torch.Tensor, value: torch.Tensor) -> None:
         dist.all_gather_into_tensor(out, value)
@@ -401,6 +408,57 @@ def test_one_kernel_is_taken_where_it_is_right_on_all_ranks(source: Source, tmp_
         assert found["wrong"]["head"].endswith("; gathered by the engine: a merge over peer memory was wrong")
         assert found["one"]["forward"] == "stock one kernel gave the ranks different rows"
         assert set(found["pack"].values()) == {"stock ranks with different settings"} | {"stock not asked for"}
+
+
+def _run_logits(rank: int, world: int, port: int, folder: str, root: str, version: str) -> None:
+    """The target's logits of verify passes, greedy or not, beside SGLang's that are gathered over the ranks."""
+    with process_group(rank, world, torch.device("cpu"), port):
+        os.environ["DFLASH_KERNELS_SEAMS"] = "logits"
+        group, source, found = EngineGroup(), Source(Path(root), version), {}
+        engine, given = engine_module(source, group), parts_of_rank(source, group, torch.bfloat16)
+        processor, model = build_logits(source), given["model_runner"].model
+        processor.do_tensor_parallel_all_gather, processor.use_attn_tp_group = True, False
+        processor._logits_gatherer = lambda logits: group.all_gather(logits, dim=-1)
+        stock, model.logits_processor = processor._get_logits, processor
+        model.lm_head.weight[: model.lm_head.shard_indices.num_org_elements].round_()  # so that rows tie
+        verify = types.SimpleNamespace(is_target_verify=lambda: True)
+
+        def metadata(rows: int) -> Any:
+            return types.SimpleNamespace(next_token_logits_buffer=torch.empty(rows, V), forward_mode=verify)
+
+        given["_target_worker"].forward_batch_generation = lambda logits, is_verify: types.SimpleNamespace(
+            logits_output=types.SimpleNamespace(next_token_logits=logits)
+        )
+        cls = plugin.create_worker(lambda algorithm, args: engine.DFlashWorkerV2, Algorithm(), None)
+        worker = cls(given)
+        held = [processor._get_logits(torch.zeros(n, H).bfloat16(), model.lm_head, metadata(n)) for n in (8, 4)]
+        assert held[0].data_ptr() == held[1].data_ptr()
+        assert held[0].shape[1] == model.lm_head.shard_indices.num_org_elements
+        worker.init_cuda_graphs()
+        found["table"] = table(worker)
+        seam, same = worker._dflash_seams["logits"], []
+        draw = torch.Generator().manual_seed(3)
+        for greedy in (True, False, True):
+            hidden = torch.randint(-2, 3, (4, H), generator=draw).bfloat16()
+            theirs = stock(hidden, model.lm_head, metadata(4))
+            local = processor._get_logits(hidden, model.lm_head, metadata(4))
+            seam.greedy = greedy
+            output = worker._target_worker.forward_batch_generation(local[:3], is_verify=True).logits_output
+            ours = output.next_token_logits
+            same.append(torch.equal(torch.argmax(ours, dim=-1), torch.argmax(theirs[:3], dim=-1)))
+            if not greedy:
+                same.append(torch.equal(ours, theirs[:3]))
+        found["same"], found["switchable"] = same, seam.switchable
+        torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def test_verified_tokens_are_the_best_of_all_ranks(source: Source, tmp_path: Path) -> None:
+    if source.version != "0.5.16":
+        pytest.skip("the seam declines there")
+    for found in run(2, tmp_path, _run_logits, source):
+        assert found["table"]["logits"].endswith("; tokens gathered by the engine: no peer memory on cpu")
+        assert found["table"]["logits"].startswith("active a buffer of")
+        assert found["same"] == [True] * 4 and not found["switchable"]
 
 
 def test_the_kernels_arguments_are_in_order(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

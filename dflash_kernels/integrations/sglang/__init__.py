@@ -15,7 +15,7 @@ table in the log says which and why.
 ``DFLASH_KERNELS_ROWS``     rows (requests times block size, or tokens of a prompt) up to which a seam is used: default
                             ``inject=1024,forward=32,head=64``, and 1024 of a seam that holds such codes
 ``DFLASH_KERNELS_PEERS``    with tensor parallelism ``auto`` (default): the ranks' kernels write to each other's memory
-                            for `forward`'s sums and `head`'s choice; ``0``: both take the engine's collectives
+                            for `forward`'s sums and the choice of tokens; ``0``: all take the engine's collectives
 ==========================  ==========================================================================================
 
 For comparisons within one engine, ``DFLASH_KERNELS_SEAMS_FILE`` names a file with a list of seams that is read whenever

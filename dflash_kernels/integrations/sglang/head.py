@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from dflash_kernels.draft_stream import MAX_RANKS, Exchange
-from dflash_kernels.integrations.sglang.ranks import PATIENCE
+from dflash_kernels.integrations.sglang.ranks import Merge
 from dflash_kernels.integrations.sglang.seam import (
     WORKER_MODULE,
     Seam,
@@ -29,7 +28,6 @@ from dflash_kernels.integrations.sglang.seam import (
     require,
 )
 from dflash_kernels.lm_head import LMHead
-from dflash_kernels.tensor_parallel import MAX_MERGED_ROWS
 
 
 class HeadSeam(Seam):
@@ -70,31 +68,9 @@ class HeadSeam(Seam):
         if sampler.head.codes is not None:
             self.note += ", as codes for many rows as much again"
         sampler.max_rows = self.settings.limit("head", fp8_codes=sampler.head.codes is not None)
-        if sampler.tp_group is not None and sampler.tp_group is self.ranks.group:
-            sampler.exchange, how = self._exchange(sampler)
-            self.note = "; ".join(filter(None, (self.note, how)))
+        if sampler.merge is not None:
+            self.note = "; ".join(filter(None, (self.note, sampler.merge.meet(self.ranks, self.settings))))
         return sampler
-
-    def _exchange(self, sampler: DraftSampler) -> tuple[Exchange | None, str]:
-        """Where the ranks' kernels meet, after one has been seen to find each rank's token, and a note."""
-        from dflash_kernels.ops import merge_exchange_words, merge_vocab_ranks
-
-        world, device = self.ranks.world, sampler.out.device
-        if self.settings.peers == "0" or world > MAX_RANKS:
-            return None, "gathered by the engine"
-        exchange, reason = self.ranks.exchange(merge_exchange_words(world), device)
-        if exchange is None:
-            return None, f"gathered by the engine: {reason}"
-        row = torch.arange(world, device=device)
-        best = (row == self.ranks.rank).to(torch.float32)
-        try:
-            ids, _ = merge_vocab_ranks(torch.full_like(row, self.ranks.rank), best, exchange, patience=PATIENCE)
-            fine = torch.equal(ids, row)
-        except Exception:
-            fine = False
-        if all(self.ranks.gather(fine)):
-            return exchange, "merged over peer memory"
-        return None, "gathered by the engine: a merge over peer memory was wrong"
 
     def _hold_more(self, sampler: DraftSampler) -> None:
         """The shard once more for the kernel that streams it for few rows, and in fp8, where that is asked for, again
@@ -121,22 +97,17 @@ class DraftSampler:
     def __init__(self, stock: Any) -> None:
         self.stock = stock
         self.max_rows: int | None = None
-        self.exchange: Exchange | None = None
         self.block_size, self.vocab_start = int(stock.block_size), int(stock.org_vocab_start)
-        self.tp_group = stock.tp_group
         self.out = stock.out
         rows, device = self.out.numel(), self.out.device
         self.head = LMHead(stock.weight.detach()[: stock.num_org], rows)
         self.values = torch.empty(rows, dtype=torch.float32, device=device)
-        if self.tp_group is not None:
-            world = int(self.tp_group.world_size)
+        self.merge: Merge | None = None
+        if stock.tp_group is not None:
             self.ids = torch.empty(rows, dtype=torch.int64, device=device)
-            self.all_ids = torch.empty(world * rows, dtype=torch.int64, device=device)
-            self.all_values = torch.empty(world * rows, dtype=torch.float32, device=device)
+            self.merge = Merge(stock.tp_group, rows, device)
 
     def __call__(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> None:
-        from dflash_kernels.ops import merge_vocab_ranks, merge_vocab_shards
-
         width = hidden_states.shape[-1]
         if self.max_rows is not None and hidden_states.numel() > self.max_rows * width:
             self.stock(hidden_states, input_ids)
@@ -144,16 +115,9 @@ class DraftSampler:
         hidden = hidden_states.view(-1, self.block_size, width)[:, 1:].reshape(-1, width).to(self.head.weight.dtype)
         rows = hidden.shape[0]
         out = (self.out[:rows], self.values[:rows])
-        if self.tp_group is None:
+        if self.merge is None:
             self.head.argmax(hidden, self.vocab_start, out=out)
             return
         ids, values = self.ids[:rows], self.values[:rows]
         self.head.argmax(hidden, self.vocab_start, out=(ids, values))
-        if self.exchange is not None and rows <= MAX_MERGED_ROWS:
-            merge_vocab_ranks(ids, values, self.exchange, patience=PATIENCE, out=out)
-            return
-        world = int(self.tp_group.world_size)
-        all_ids, all_values = self.all_ids[: world * rows], self.all_values[: world * rows]
-        self.tp_group.all_gather_into_tensor(all_values, values)
-        self.tp_group.all_gather_into_tensor(all_ids, ids)
-        merge_vocab_shards(all_ids.view(world, rows), all_values.view(world, rows), out=out)
+        self.merge(ids, values, out)

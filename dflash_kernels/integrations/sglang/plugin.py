@@ -138,6 +138,8 @@ class Seams:
             return
         self.each(_require_device(worker))
         self.each(lambda seam: seam.prepare(worker))
+        for seam in self._open:
+            seam.agreed = True
 
     def bind(self, worker: Any) -> None:
         def bind(seam: Seam) -> None:

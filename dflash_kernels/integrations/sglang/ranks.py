@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dflash_kernels.draft_stream import Exchange
-from dflash_kernels.tensor_parallel import ProcessGroup
+from dflash_kernels.draft_stream import MAX_RANKS, Exchange
+from dflash_kernels.integrations.sglang.settings import Settings
+from dflash_kernels.tensor_parallel import MAX_MERGED_ROWS, ProcessGroup
 
 Value = TypeVar("Value")
 
@@ -64,6 +65,58 @@ class Ranks:
         if found is not None:
             return found, ""
         return None, str(said[-1].message) if said else "no peer memory"
+
+
+class Merge:
+    """The best token of the whole vocabulary from the ranks' best of their parts, the smallest id on ties.
+
+    Two gathers by the engine's ``group`` and a kernel, or (:meth:`meet`) one kernel over peer memory. Buffers for up to
+    ``rows`` at fixed addresses.
+    """
+
+    def __init__(self, group: Any, rows: int, device: torch.device) -> None:
+        self.group, self.device, self.world = group, device, int(group.world_size)
+        self.exchange: Exchange | None = None
+        self._ids = torch.empty(self.world * rows, dtype=torch.int64, device=device)
+        self._values = torch.empty(self.world * rows, dtype=torch.float32, device=device)
+
+    def meet(self, ranks: Ranks, settings: Settings) -> str:
+        """Make the exchange where that can be, after it has been seen to find each rank's token. All ranks must.
+
+        Returns:
+            A note for the table.
+        """
+        from dflash_kernels.ops import merge_exchange_words, merge_vocab_ranks
+
+        if self.group is not ranks.group or settings.peers == "0" or self.world > MAX_RANKS:
+            return "gathered by the engine"
+        exchange, reason = ranks.exchange(merge_exchange_words(self.world), self.device)
+        if exchange is None:
+            return f"gathered by the engine: {reason}"
+        row = torch.arange(self.world, device=self.device)
+        best = (row == ranks.rank).to(torch.float32)
+        try:
+            ids, _ = merge_vocab_ranks(torch.full_like(row, ranks.rank), best, exchange, patience=PATIENCE)
+            fine = torch.equal(ids, row)
+        except Exception:
+            fine = False
+        if not all(ranks.gather(fine)):
+            return "gathered by the engine: a merge over peer memory was wrong"
+        self.exchange = exchange
+        return "merged over peer memory"
+
+    def __call__(self, ids: torch.Tensor, values: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """``ids [N]`` int64 and ``values [N]`` float32 of this rank's best; ``out``: those of the best of all."""
+        from dflash_kernels.ops import merge_vocab_ranks, merge_vocab_shards
+
+        rows = ids.numel()
+        if self.exchange is not None and rows <= MAX_MERGED_ROWS:
+            merge_vocab_ranks(ids, values, self.exchange, patience=PATIENCE, out=out)
+            return
+        all_ids, all_values = self._ids[: self.world * rows], self._values[: self.world * rows]
+        self.group.all_gather_into_tensor(all_values, values)
+        self.group.all_gather_into_tensor(all_ids, ids)
+        merge_vocab_shards(all_ids.view(self.world, rows), all_values.view(self.world, rows), out=out)
 
 
 def ranks_of(worker_module: Any, worker: Any) -> Ranks | None:

@@ -79,7 +79,7 @@ class Seam:
 
     name: ClassVar[str]
     targets: ClassVar[tuple[Target, ...]]
-    switchable: ClassVar[bool] = True  # nothing of it is captured in a CUDA graph
+    switchable: bool = True  # nothing of it is captured in a CUDA graph, and no other rank waits for it
 
     def __init__(self) -> None:
         self.active = False
@@ -89,6 +89,7 @@ class Seam:
         self.error: BaseException | None = None
         self.settings = Settings((), False)
         self.ranks = Ranks()
+        self.agreed = False  # all ranks have gone through `prepare` without a decline
 
     def install(self, worker_module: ModuleType) -> None:
         """Check the targets on the imported module; a function seam wraps its target here."""
