@@ -45,8 +45,9 @@ from dflash_kernels import ops
 from dflash_kernels.draft_stream import Exchange
 from dflash_kernels.integrations.sglang import plugin
 from dflash_kernels.integrations.sglang.forward import ForwardSeam
-from dflash_kernels.integrations.sglang.ranks import Ranks, ranks_of
+from dflash_kernels.integrations.sglang.ranks import Merge, Ranks, ranks_of
 from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Refused
+from dflash_kernels.integrations.sglang.settings import read_settings
 from dflash_kernels.tensor_parallel import process_group, start_ranks
 
 BATCHES = (1, 3)
@@ -493,3 +494,40 @@ def test_one_rank_has_nobody_to_ask() -> None:
     part = torch.ones(2)
     assert alone.gather("x") == ["x"] and alone.total(part) is part
     assert alone.exchange(8, torch.device("cpu")) == (None, "one rank")
+
+
+def _meet_on_gpus(rank: int, world: int, port: int, folder: str) -> None:
+    """Peer memory found over a group of gloo, as the engine's ranks find it, and a merge in it, captured."""
+    device = torch.device("cuda", rank)
+    with process_group(rank, world, device, port):
+        cpu_group = dist.new_group(backend="gloo")
+        group = types.SimpleNamespace(world_size=world, rank_in_group=rank, cpu_group=cpu_group)
+        ranks, merge = Ranks(group), Merge(group, 8, device)
+        note = merge.meet(ranks, read_settings((), {}))
+        draw = torch.Generator().manual_seed(5)
+        values = torch.randint(0, 3, (world, 8), generator=draw).float()
+        ids = torch.arange(world)[:, None] * 100 + torch.arange(8)
+        own, out = (
+            (ids[rank].to(device), values[rank].to(device)),
+            (torch.zeros(8).long().to(device), values[0].to(device)),
+        )
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            merge(*own, out)
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        right = torch.equal(out[0].cpu(), ids.gather(0, values.argmax(0)[None])[0])
+        every = ranks.gather((note, right, rank))
+        torch.save({"every": every}, Path(folder) / f"{rank}.pt")
+        del graph
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_ranks_meet_over_peer_memory(tmp_path: Path) -> None:
+    ranks = start_ranks(range(2), 2, _meet_on_gpus, str(tmp_path))
+    ranks.end(120)
+    for rank in range(2):
+        every = torch.load(tmp_path / f"{rank}.pt", weights_only=False)["every"]
+        assert every == [("merged over peer memory", True, 0), ("merged over peer memory", True, 1)]

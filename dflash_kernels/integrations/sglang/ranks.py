@@ -23,8 +23,9 @@ from dflash_kernels.tensor_parallel import MAX_MERGED_ROWS, ProcessGroup
 
 Value = TypeVar("Value")
 
-# Seconds for which a kernel waits for another rank's before it ends the engine: as long as SGLang's own watchdog.
-PATIENCE = 300.0
+# Seconds for which a kernel waits for another rank's before it ends the engine: as long as SGLang's own watchdog, and
+# in a trial at the start, where all ranks have just met.
+PATIENCE, TRIAL_PATIENCE = 300.0, 30.0
 
 
 class Ranks:
@@ -96,7 +97,7 @@ class Merge:
         row = torch.arange(self.world, device=self.device)
         best = (row == ranks.rank).to(torch.float32)
         try:
-            ids, _ = merge_vocab_ranks(torch.full_like(row, ranks.rank), best, exchange, patience=PATIENCE)
+            ids, _ = merge_vocab_ranks(torch.full_like(row, ranks.rank), best, exchange, patience=TRIAL_PATIENCE)
             fine = torch.equal(ids, row)
         except Exception:
             fine = False
