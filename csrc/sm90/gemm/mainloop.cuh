@@ -24,14 +24,14 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
 
 template <typename C>
 __device__ __forceinline__ Pipeline<C> make_pipeline(void* shared_tiles, uint64_t* barriers, const Pair& pair) {
-  return many_rows::make_pipeline<C>(shared_tiles, barriers, pair.size * C::kConsumers / 32);
+  return many_rows::make_pipeline<C>(shared_tiles, barriers, pair.writers() * C::kConsumers / 32);
 }
 
 // A consumer warp gives a stage back to the producers of its pair.
 template <typename C>
 __device__ __forceinline__ void release_stage(const Pipeline<C>& pipe, uint32_t stage, const Pair& pair) {
   const uint32_t lane = threadIdx.x % 32;
-  if (lane < pair.size) barrier_arrive_at(pipe.empty(stage), pair.first + lane);
+  if (lane < pair.writers()) barrier_arrive_at(pipe.empty(stage), pair.writer(lane));
 }
 
 // A consumer warpgroup (0 or 1): rows 64 * group .. of the tile.
@@ -82,7 +82,7 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
                                     const Schedule& schedule, unsigned char* shared_bytes, uint64_t* barriers,
                                     Epilogue epilogue) {
   if (schedule.wakes_early) grid_dependency_launch();
-  const Place at(schedule.pair_size);
+  const Place at(schedule.pair_size, schedule.across);
   const Pair& pair = at.pair;
   const Pipeline<C> pipe = make_pipeline<C>(shared_bytes, barriers, pair);
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -99,11 +99,11 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
     PipelineState<C> state;
     float acc[C::BN / 2];
     for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
-      epilogue.begin((static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM + 16 * warp,
-                     work.live_rows);
+      const many_rows::TileAt where = at.at(work, schedule, tile);
+      epilogue.begin(at.template row0<C>(where) + 16 * warp, work.live_rows);
       multiply_tile(pipe, state, warp / 4, work.num_steps, pair, acc);
       if (schedule.splits > 1) many_rows::reduce_over_splits<C, Epilogue>(acc, shared_bytes, schedule.splits, at);
-      epilogue.finish(acc, tile / work.pairs, schedule.splits, at.split);
+      epilogue.finish(acc, at.column_tile(where), schedule.splits, at.split);
     }
   }
   cluster_sync();

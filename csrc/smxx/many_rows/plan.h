@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 
 namespace dflash::many_rows {
 
@@ -11,6 +13,9 @@ struct Plan {
   int columns = 0;  // BN
   int pair = 1;     // row tiles that share W through multicast: 1 or 2
   int splits = 1;   // parts of K, one block each, added up over the cluster
+  int across = 1;   // column tiles that share A through multicast: 1 or 2
+  int neighbours = 1;  // groups of column tiles that run side by side before the next row tiles of the first
+  int blocks() const { return pair * splits * across; }
   double cycles = 0.0;
 };
 
@@ -56,6 +61,11 @@ inline double estimate(const Plan& plan, int64_t rows, int64_t n, int64_t k_step
 inline Plan choose_plan(int64_t rows, int64_t n, int64_t k_steps, int granule, int num_sms, const Rates& rates,
                         int narrowest) {
   Plan best;
+  if (const char* forced = std::getenv("DFLASH_FORCED")) {  // rows>=..: "columns,pair,splits,across,turns"
+    std::sscanf(forced, "%d,%d,%d,%d,%d", &best.columns, &best.pair, &best.splits, &best.across, &best.neighbours);
+    if (best.columns >= narrowest && best.columns % granule == 0) return best;
+    best = Plan{};
+  }
   for (int columns : kColumnChoices) {
     if (columns < narrowest || columns % granule != 0) continue;
     for (int pair = 1; pair <= (rows > 128 ? 2 : 1); ++pair) {
