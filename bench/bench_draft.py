@@ -1,20 +1,22 @@
 """draft_forward at published drafter sizes against the same pass in torch: cuBLAS GEMMs, SDPA and small fused kernels.
 
 Rows in fp8 and 4 bits read quantised weights, as one kernel or, many rows in fp8, as the chain that multiplies fp8 with
-fp8; the baselines stay bf16: eager, and everything between GEMMs and
-attention under torch.compile, as engines fuse it (torch's version is in the names). Both are favoured: their context
-lies dense in memory, with room behind it for the block's own keys and values, so that they gather nothing; and the
-query heads of a group are laid beside the block's tokens, so that SDPA reads each key once.
+fp8. The baselines are bf16: eager, and everything between GEMMs and attention under torch.compile, as engines fuse it;
+rows in fp8 have that chain also with the same codes and torch's own fp8 products (`bench.torch_fp8`), whose activations
+are quantised in the kernels that torch.compile makes. torch's version is in the names, and the fastest is the row's.
+All are favoured: their context lies dense in memory, with room behind it for the block's own keys and values, so that
+they gather nothing; and the query heads of a group lie beside the block's tokens, so that SDPA reads each key once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from bench import torch_fp8
 from bench.harness import Calls, Case
 from bench.shapes import DEMO, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape, random_codes
 from dflash_kernels import ops
@@ -25,7 +27,7 @@ from dflash_kernels.tiles import Weight, tile_columns, tile_nbytes
 SUITE = "draft"
 EPS = 1e-6
 EMBED_ROWS = 4096  # a pass reads B * T rows, however many there are
-Function = Callable[..., torch.Tensor]
+Pieces = Sequence[Callable[..., Any]]  # a linear layer, and what stands between them
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -73,9 +75,31 @@ def _add(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> tuple[torch.
     return x, _norm(x, weight)
 
 
-@cache
-def _compiled(function: Callable[..., object]) -> Callable[..., object]:
-    return torch.compile(function, dynamic=False)
+def _norm_fp8(x: torch.Tensor, weight: torch.Tensor) -> torch_fp8.Codes:
+    return torch_fp8.quantize_rows(_norm(x, weight))
+
+
+def _merge_fp8(attended: torch.Tensor, block: int) -> torch_fp8.Codes:
+    return torch_fp8.quantize_rows(_merge(attended, block))
+
+
+def _gate_fp8(gate_up: torch.Tensor) -> torch_fp8.Codes:
+    return torch_fp8.quantize_rows(_gate(gate_up))
+
+
+def _add_fp8(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch_fp8.Codes]:
+    x, normed = _add(x, y, weight)
+    return x, torch_fp8.quantize_rows(normed)
+
+
+# The last adds after the last layer.
+BF16: Pieces = (F.linear, _norm, _split, _merge, _gate, _add, _add)
+FP8: Pieces = (torch_fp8.linear, _norm_fp8, _split, _merge_fp8, _gate_fp8, _add_fp8, _add)
+
+
+def _compiled(pieces: Pieces) -> Pieces:
+    """All but the products."""
+    return pieces[0], *map(torch_fp8.compiled, pieces[1:])
 
 
 def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFormat | None = None) -> Case:
@@ -107,10 +131,12 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
         size = ops.draft_forward_workspace(batch, shape.T, shape.H, shape.I, shape.Hq, shape.Hkv, shape.D)
         workspace = torch.empty(size, device=device, dtype=torch.uint8)
         windows, causal = [0] * shape.L, [0] * shape.L
-        matrices: list[Weight] = [qkv_weight, o_weight, gate_up_weight, down_weight]
+        dense_weights = [qkv_weight, o_weight, gate_up_weight, down_weight]
+        matrices: list[Weight] = list(dense_weights)
         if weight_format is not None:
             matrices = [random_codes(weight_format, tuple(matrix.shape), device) for matrix in matrices]
-        codes = [m for m in matrices if isinstance(m, QuantizedWeight)] if has_fp8_chain(matrices) else None
+        fp8 = [m for m in matrices if isinstance(m, QuantizedWeight) and m.format.kind == "fp8"]
+        codes = fp8 if has_fp8_chain(matrices) else None
         reason = why_not_packed(
             tokens=rows,
             num_layers=shape.L,
@@ -126,7 +152,7 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
             )
             size = ops.draft_forward_packed_workspace(batch, shape.T, packed)
             workspace = torch.empty(size, device=device, dtype=torch.uint8)
-            codes = None  # not held beside the packed ones
+            codes = None
         elif codes is not None:
             size = ops.draft_forward_fp8_workspace(batch, shape.T, shape.H, shape.I, shape.Hq, shape.Hkv, shape.D)
             workspace = torch.empty(size, device=device, dtype=torch.uint8)
@@ -161,28 +187,34 @@ def _case(shape: DrafterShape, batch: int, context: int, weight_format: WeightFo
         dense_k = [dense(cache) for cache in k_caches]
         dense_v = [dense(cache) for cache in v_caches]
 
-        def forward(
-            norm: Function, split: Function, merge: Function, gate: Function, add: Callable[..., tuple]
-        ) -> torch.Tensor:
+        def forward(pieces: Pieces, weights: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+            """weights: of qkv, o, gate_up and down, what `linear` takes, for all layers."""
+            linear, norm, split, merge, gate, add, last = pieces
             table = cos_sin[positions][:, :, None]
             x = F.embedding(block_ids.view(-1), embed_weight)
             h = norm(x, input_norm[0])
             for layer in range(shape.L):
-                qkv = F.linear(h, qkv_weight[layer]).view(batch, shape.T, -1, shape.D)
+                qkv_layer, o_layer, gate_up_layer, down_layer = ([part[layer] for part in one] for one in weights)
+                qkv = linear(h, *qkv_layer).view(batch, shape.T, -1, shape.D)
                 keys, values = dense_k[layer], dense_v[layer]
                 q = split(qkv, q_norm[layer], k_norm[layer], table, keys, values)
                 attended = merge(F.scaled_dot_product_attention(q, keys, values), shape.T)
-                x, h = add(x, F.linear(attended, o_weight[layer]), post_norm[layer])
-                activated = gate(F.linear(h, gate_up_weight[layer]))
-                following = input_norm[layer + 1] if layer + 1 < shape.L else final_norm
-                x, h = add(x, F.linear(activated, down_weight[layer]), following)
-            return h
+                x, h = add(x, linear(attended, *o_layer), post_norm[layer])
+                y = linear(gate(linear(h, *gate_up_layer)), *down_layer)
+                if layer + 1 < shape.L:
+                    x, h = add(x, y, input_norm[layer + 1])
+            return last(x, y, final_norm)[1]
 
-        pieces = (_norm, _split, _merge, _gate, _add)
-        baselines = {f"torch eager {torch.__version__}": lambda: forward(*pieces)}
-        if device.type == "cuda":
-            fused = f"torch compile + SDPA {torch.__version__}"
-            baselines[fused] = lambda: forward(*map(_compiled, pieces))
+        in_bf16, in_fp8 = [[weight] for weight in dense_weights], [(m.codes, m.scale) for m in fp8]
+        on_cuda = device.type == "cuda"
+        baselines: dict[str, Callable[[], object]]
+        baselines = {f"torch eager {torch.__version__}": lambda: forward(BF16, in_bf16)}
+        if on_cuda:
+            baselines[f"torch compile + SDPA {torch.__version__}"] = lambda: forward(_compiled(BF16), in_bf16)
+        if in_fp8:
+            name = f"torch {'compile' if on_cuda else 'eager'} fp8 + SDPA {torch.__version__}"
+            pieces = _compiled(FP8) if on_cuda else FP8
+            baselines |= torch_fp8.that_runs(name, lambda: forward(pieces, in_fp8), device)
         return Calls(ours, baselines)
 
     weights = shape.L * shape.layer_weights

@@ -1,20 +1,24 @@
 """The LM head ops at published drafter sizes, against torch's matmul followed by the choice.
 
 The baseline's logits are bf16, as the ops' are, and its weights too, whatever the format of ours; torch's version is in
-its name. In fp8 many rows of hidden states are quantised, which their time includes, and multiplied as codes.
+its name. In fp8 many rows of hidden states are quantised, which their time includes, and multiplied as codes. Rows in
+fp8 have a second baseline, on the same codes: rows quantised by a kernel of torch.compile's and torch's own product of
+fp8 (`bench.torch_fp8`); the faster one is the row's.
 Verification from hidden rows is compared with matmul, argmax and the accept step in torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from bench import torch_fp8
 from bench.harness import Calls, Case
 from bench.shapes import DEMO, DFLASH2_27B, QWEN3_8B, QWEN35_397B_TP8, TINY, DrafterShape, random_codes
 from dflash_kernels import ops
-from dflash_kernels.formats import WeightFormat
+from dflash_kernels.formats import QuantizedWeight, WeightFormat
 from dflash_kernels.head_stream import pack_head
 from dflash_kernels.tiles import Weight, tile_columns, tile_nbytes
 
@@ -24,6 +28,24 @@ TOP_K = 16
 
 def _matmul() -> str:
     return f"torch {torch.__version__} matmul"
+
+
+def _argmax_baselines(
+    hidden: torch.Tensor, dense: torch.Tensor, weight: Weight | None = None
+) -> dict[str, Callable[[], object]]:
+    """bf16, and where `weight` is fp8 also with its codes."""
+    found: dict[str, Callable[[], object]] = {f"{_matmul()} + argmax": lambda: (hidden @ dense.T).argmax(-1)}
+    if not isinstance(weight, QuantizedWeight) or weight.format.kind != "fp8":
+        return found
+    codes, scale = weight.codes, weight.scale
+    quantize: Callable[..., Any] = torch_fp8.quantize_rows
+    if hidden.is_cuda:
+        quantize = torch_fp8.compiled(torch_fp8.quantize_rows)
+
+    def in_fp8() -> torch.Tensor:
+        return torch_fp8.linear(quantize(hidden), codes, scale).argmax(-1)
+
+    return found | torch_fp8.that_runs(f"torch {torch.__version__} _scaled_mm + argmax", in_fp8, hidden.device)
 
 
 def _case(
@@ -71,7 +93,7 @@ def _argmax_case(shape: DrafterShape, batch: int) -> Case:
         workspace = ops.lm_head_workspace(rows, device)
         return Calls(
             lambda: ops.lm_head_argmax(hidden, weight, out=out, workspace=workspace),
-            {f"{_matmul()} + argmax": lambda: (hidden @ weight.T).argmax(-1)},
+            _argmax_baselines(hidden, weight),
         )
 
     return _case(shape, "lm_head_argmax", f"B{batch} T{shape.T}", rows, make)
@@ -91,7 +113,7 @@ def _fp8_case(shape: DrafterShape, batch: int) -> Case:
             ops.quantize_rows(hidden, out=coded)
             ops.lm_head_argmax_fp8(*coded, weight.codes, weight.scale, out=out, workspace=workspace)
 
-        return Calls(ours, {f"{_matmul()} + argmax": lambda: (hidden @ dense.T).argmax(-1)})
+        return Calls(ours, _argmax_baselines(hidden, dense, weight))
 
     return _case(shape, "lm_head_argmax", f"B{batch} T{shape.T}", rows, make, weight_format)
 
@@ -109,7 +131,7 @@ def _packed_case(shape: DrafterShape, batch: int, weight_format: WeightFormat | 
         workspace = ops.lm_head_argmax_packed_workspace(packed)
         return Calls(
             lambda: ops.lm_head_argmax_packed(hidden, packed, out=out, workspace=workspace),
-            {f"{_matmul()} + argmax": lambda: (hidden @ dense.T).argmax(-1)},
+            _argmax_baselines(hidden, dense, weight),
         )
 
     return _case(shape, "lm_head_argmax_packed", f"B{batch} T{shape.T}", rows, make, weight_format)

@@ -5,8 +5,8 @@ RECIPE holds target/config.json and draft/config.json (`tools/sglang_recipe.py` 
 in the order A B B A (stock, plugin, plugin, stock; --ab: once each); the ratio is that of the medians over the repeats
 of all engines of a kind. As an engine takes minutes to start, each start measures all concurrencies. --seams adds
 engines with these seams only, --trace a profiler trace of each kind, reduced to microseconds a step
-(`bench.engine_trace`). --append joins the engines of an earlier report of the same card, recipe, prompts and
-acceptance.
+(`bench.engine_trace`). --tp N cuts every engine over N GPUs. --append joins the engines of an earlier report of the
+same card, number of GPUs, recipe, prompts and acceptance.
 
 Exit codes: 0 every engine ran; 1 otherwise; 2 bad arguments or something missing.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine_trace import table
-from bench.sglang_engine import PLAIN, STOCK, environment_facts, run_engine
+from bench.sglang_engine import PLAIN, STOCK, environment_facts, run_engine, several_gpus
 
 
 def engine_arguments(args: argparse.Namespace, seams: str) -> dict[str, Any]:
@@ -47,6 +48,8 @@ def engine_arguments(args: argparse.Namespace, seams: str) -> dict[str, Any]:
         "log_level": "warning",
         "random_seed": 1,
     }
+    if args.tp > 1:
+        arguments["tp_size"] = args.tp
     if seams != PLAIN:
         arguments["speculative_algorithm"] = "DFLASH"
         arguments["speculative_draft_model_path"] = str((args.recipe / "draft").resolve())
@@ -86,8 +89,11 @@ def measure(args: argparse.Namespace, command: Sequence[str], order: Sequence[st
         "recipe": recipe_of(args.recipe),
         "prompt": args.prompt,
         "forced_tokens_per_step": args.forced,
+        "tp": args.tp,
         "engines": [],
     }
+    if args.tp > 1:
+        report["collectives"] = several_gpus(os.environ)
     if args.json is not None and args.append and args.json.is_file():
         older = json.loads(args.json.read_text())
         report["engines"] = older["engines"]
@@ -176,7 +182,9 @@ def unlike(args: argparse.Namespace) -> str | None:
         "recipe": recipe_of(args.recipe),
         "prompt": args.prompt,
         "forced_tokens_per_step": args.forced,
+        "tp": args.tp,
     }
+    older.setdefault("tp", 1)
     for name, value in wanted.items():
         found = older["environment"]["card"] if name == "card" else older[name]
         if found != value:
@@ -222,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="A/B,C",
         help="more engines: seams of each, as in --order; all:fp8: with the drafter in that format",
     )
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs of an engine; default: 1")
     parser.add_argument("--trace", type=numbers, help="concurrencies to profile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, kept current")
     parser.add_argument("--append", action="store_true", help="keep the engines that the report has")
@@ -229,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--time-limit", type=float, default=560.0, metavar="SECONDS", help="default: 560")
     parser.add_argument("--start-seconds", type=float, default=120.0, help="start no engine with less time left")
     args = parser.parse_args(argv)
+    if args.tp < 1:
+        parser.error("--tp must be at least 1")
     if (missing := missing_file(args.recipe)) is not None:
         print(f"python -m bench.bench_sglang: {missing} is not there", file=sys.stderr)
         return 2

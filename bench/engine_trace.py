@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt; default: 1024")
     parser.add_argument("--forced", type=float, default=6.5, help="tokens committed a step; default: 6.5")
     parser.add_argument("--order", default="stock/all", help="engines; default: stock/all")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs of an engine; default: 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, kept current")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the picture")
     parser.add_argument("--work", type=Path, default=Path("build/engine_trace"), metavar="DIR", help="logs, traces")

@@ -7,8 +7,12 @@ One that fails, hangs or is missing something is reported and does not stop the 
 directory: logs, JSON, pictures, ``summary.json`` and ``report.md``, which are written anew at the end of every call.
 
 A second call with the same ``--out`` goes on where the first stopped, so a machine may be had in pieces: ``--budget``
-ends a call in time, ``--stages`` chooses, ``--again`` repeats. Benches run without the tuning file, so that their rows
-are those of other runs; what tuning gains is in its own table.
+ends a call in time, ``--stages`` chooses, ``--again`` repeats. At the same commit ``tests`` and ``sanitize`` go on
+inside, too. Benches run without the tuning file, so that their rows are those of other runs; what tuning gains is in
+its own table.
+
+Where there are several GPUs, what is not timed runs on the last one beside what is timed on the first, and then, with
+nothing beside it, what takes all of them. ``CUDA_VISIBLE_DEVICES`` says which GPUs there are.
 
 Exit codes: 0 every stage asked for is fine, or skipped for a reason; 1 one failed, or did not fit the budget; 2 bad
 arguments or no GPU that this package runs on.
@@ -25,8 +29,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -40,8 +48,10 @@ from bench.results import preferred_rows
 __all__ = ["Outcome", "Stage", "device_facts", "main", "make_stages", "run_stages", "write_report"]
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("verify", "alloc", "head", "inject", "draft", "dflash2", "engine", "tp")
+SUITES = ("verify", "alloc", "gemm", "head", "inject", "draft", "dflash2", "engine", "tp")
 DONE = ("ok", "failed", "timeout")  # not run again unless asked
+UNFINISHED = 75  # exit code of a tool that kept what it did and would go on
+NOT_REACHED = "not reached"  # in a bench's note: cases that its time was too short for
 GRACE = 5.0  # seconds from the polite signal to the other
 TAIL = 4000  # characters of a log that the report may quote from
 NEEDS = "a CUDA GPU of compute capability 9.0 (H100, H200) or 10.x (B200, B300) that torch sees"
@@ -58,6 +68,9 @@ class Stage:
         environment: added to the process's.
         produces: files that it writes; those of an earlier attempt are removed first.
         note: after the process has ended, what its output says, for the report; None: nothing.
+        kept: a folder by which it goes on where it was cut; emptied before it starts anew.
+        timed: it measures times, so that nothing else may run on its GPU.
+        every_gpu: it takes all GPUs; nothing runs beside it.
     """
 
     name: str
@@ -69,6 +82,9 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     produces: Sequence[Path] = ()
     note: Callable[[], str] | None = None
+    kept: Path | None = None
+    timed: bool = True
+    every_gpu: bool = False
 
 
 @dataclass
@@ -89,10 +105,15 @@ class Outcome:
 
 
 def run_limited(
-    command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    limit: float,
+    environment: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
 ) -> tuple[int | None, float]:
-    """Exit code (None: ended at the limit, with everything it started) and seconds; its output goes to the log."""
+    """Exit code (None: ended at the limit or by `stop`, with everything it started) and seconds; output to the log."""
     started = time.monotonic()
+    stop = stop or threading.Event()
     with log.open("wb") as out:
         process = subprocess.Popen(
             list(command),
@@ -104,26 +125,58 @@ def run_limited(
             start_new_session=True,
         )
         try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
+            while process.poll() is None and time.monotonic() - started < limit and not stop.is_set():
+                stop.wait(0.05)
+            code = process.poll()
+            seconds = time.monotonic() - started
         finally:
             _end(process)
-    return code, time.monotonic() - started
+    return code, seconds
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """The process's own group, which it leads: politely, then not."""
+    """The process's own group, which it leads, and its descendants in others: politely, then not."""
+    family = _descendants(process.pid) if process.poll() is None else []
     for signal_number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 60.0)):
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal_number)
-        except ProcessLookupError:
-            break
-        try:
+        for pid in family:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal_number)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
     process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    children = defaultdict(list)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            children[int(path.read_text().rsplit(") ", 1)[1].split()[1])].append(int(path.parent.name))
+    found = children[pid][:]
+    for one in found:
+        found += children[one]
+    return found
+
+
+def visible_gpus(facts: Mapping[str, Any]) -> list[str]:
+    """The GPUs that torch sees, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    count = int(facts.get("count", 0))
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if named is None else named.split(",")[:count]
+
+
+Lane = tuple[Sequence[Stage], Mapping[str, str]]  # stages one after another, and what is added to their environment
+
+
+def lanes(stages: Sequence[Stage], gpus: Sequence[str]) -> list[list[Lane]]:
+    """Lanes that run side by side, in groups that follow one another."""
+    if len(gpus) < 2:
+        return [[(stages, {})]]
+    one = [stage for stage in stages if not stage.every_gpu]
+    timed = ([stage for stage in one if stage.timed], {"CUDA_VISIBLE_DEVICES": gpus[0]})
+    others = ([stage for stage in one if not stage.timed], {"CUDA_VISIBLE_DEVICES": gpus[-1]})
+    return [[timed, others], [([stage for stage in stages if stage.every_gpu], {})]]
 
 
 def run_stages(
@@ -140,41 +193,70 @@ def run_stages(
         ValueError: the directory holds the run of another machine.
     """
     out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    end = float("inf") if budget is None else time.monotonic() + budget
     outcomes = read_state(out, facts)
-    for stage in stages:
-        before = outcomes.get(stage.name)
-        if before is not None and before.state in DONE and stage.name not in again:
-            print(f"== {stage.name}: {before.state} already ({before.date})", flush=True)
-            continue
-        left = float("inf") if budget is None else budget - (time.monotonic() - started)
-        outcomes[stage.name] = outcome = _run_stage(stage, out, left, commit)
-        save_state(out, facts, outcomes)
-        print(f"== {stage.name}: {outcome.state} after {outcome.seconds:.0f} s. {outcome.note}".rstrip(), flush=True)
+    lock, stop = threading.Lock(), threading.Event()
+
+    def keep(stage: Stage, outcome: Outcome) -> None:
+        with lock:
+            outcomes[stage.name] = outcome
+            save_state(out, facts, outcomes)
+
+    def run_lane(lane: Lane) -> None:
+        for stage in lane[0]:
+            if stop.is_set():
+                return
+            before = outcomes.get(stage.name)
+            if before is not None and before.state in DONE and stage.name not in again:
+                _say(f"== {stage.name}: {before.state} already ({before.date})")
+                continue
+            going_on = before is not None and before.state == "cut" and before.commit == commit
+            if stage.kept is not None and not going_on:
+                shutil.rmtree(stage.kept, ignore_errors=True)
+                keep(stage, Outcome("cut", note="this process was killed", commit=commit))  # unless it gets further
+            outcome = _run_stage(stage, out, end, commit, lane[1], stop)
+            if not (going_on and outcome.state == "waiting"):  # it can still go on the next time
+                keep(stage, outcome)
+            _say(f"== {stage.name}: {outcome.state} after {outcome.seconds:.0f} s. {outcome.note}".rstrip())
+
+    for group in lanes(stages, visible_gpus(facts)):
+        with ThreadPoolExecutor(len(group)) as pool:
+            try:
+                for lane in as_completed([pool.submit(run_lane, lane) for lane in group]):
+                    lane.result()
+            except BaseException:  # Ctrl-C, too: both lanes end what they run
+                stop.set()
+                raise
     return outcomes
 
 
-def _run_stage(stage: Stage, out: Path, left: float, commit: str) -> Outcome:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+def _say(line: str) -> None:
+    """In one piece, also beside another lane."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _run_stage(
+    stage: Stage, out: Path, end: float, commit: str, environment: Mapping[str, str], stop: threading.Event
+) -> Outcome:
+    now, left = datetime.now(UTC).isoformat(timespec="seconds"), end - time.monotonic()
     if stage.missing or stage.command is None:
         return Outcome("skipped", note=stage.missing or "nothing to run", date=now, commit=commit)
     if left < stage.least:
         return Outcome("waiting", note=f"{max(left, 0):.0f} s of the budget left, {stage.least:.0f} needed", date=now)
     limit = min(stage.limit, left)
-    print(f"== {stage.name}: {stage.what} (at most {limit:.0f} s)", flush=True)
+    _say(f"== {stage.name}: {stage.what} (at most {limit:.0f} s)")
     log = out / f"{stage.name}.log"
-    own = f"{max(10, limit - 15):.0f}"
-    command = [part.replace("{limit}", own) for part in stage.command]
-    environment = {key: value.replace("{limit}", own) for key, value in stage.environment.items()}
+    own = max(10, limit - 15)
+    command = [part.replace("{limit}", f"{own:.0f}") for part in stage.command]
+    environment = {**environment, **{k: v.replace("{limit}", f"{own:.0f}") for k, v in stage.environment.items()}}
     for path in stage.produces:
         path.unlink(missing_ok=True)
     try:
-        code, seconds = run_limited(command, log, limit, environment)
+        code, seconds = run_limited(command, log, limit, environment, stop)
     except OSError as error:
         return Outcome("failed", 0.0, None, f"{type(error).__name__}: {error}", _quoted(command), "", now, commit)
-    state = "ok" if code == 0 else "failed"
-    if code is None:
-        state = "timeout" if limit >= stage.limit else "cut"
+    state = {0: "ok", None: "timeout"}.get(code, "failed")
     note = ""
     if stage.note is not None:
         try:
@@ -184,6 +266,10 @@ def _run_stage(stage: Stage, out: Path, left: float, commit: str) -> Outcome:
             what = f"it wrote no {Path(lacking).name}" if lacking else f"{type(error).__name__}: {error}"
             note = f"its output cannot be read: {what}"
             state = "failed" if state == "ok" else state
+    # The budget ended it, or it ended itself at the limit that the budget had left it.
+    by_budget = limit < stage.limit and (state == "timeout" or (seconds >= own and (code or NOT_REACHED in note)))
+    if code == UNFINISHED or by_budget or (code is None and stop.is_set()):
+        state = "cut"
     if state == "failed":
         note = "; ".join(filter(None, [f"exit code {code}", note, last_line(log)]))
     return Outcome(state, seconds, code, note, _quoted(command), log.name, now, commit)
@@ -277,18 +363,42 @@ def make_stages(out: Path, facts: Mapping[str, Any], quick: bool, recipe: Path |
     to = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
     checkout = (ROOT / "python_tests").is_dir() and (ROOT / "tools" / "gpu_round.sh").is_file()
     no_checkout = "" if checkout else "the tests and tools are in the source tree only"
+    no_tests = no_checkout or ("" if find_spec("pytest") else "pytest is not installed")
+    tests = ["bash", "tools/gpu_round.sh", "tests"]
+    tests_environment = {"PYTHON": python, "TESTS_LIMIT": "{limit}", "MODULE_LIMIT": "240"}
+    count = int(facts.get("count", 0))
+    one_gpu = "" if count > 1 else "one GPU: ranks need one each"
     stages = [
         Stage("doctor", "the install", [python, "-m", "dflash_kernels", "doctor"], 120),
         Stage("info", "versions, kernels in the library", [python, "-m", "dflash_kernels", "info"], 120),
         Stage(
             "tests",
             "every test on the device",
-            ["bash", "tools/gpu_round.sh", "tests"],
-            420,
+            tests,
+            560,
             60,
-            no_checkout or ("" if find_spec("pytest") else "pytest is not installed"),
-            {"OUT": str(to / "tests"), "PYTHON": python, "TESTS_LIMIT": "{limit}", "MODULE_LIMIT": "150"},
+            no_tests,
+            {"OUT": str(to / "tests"), "TESTS_KEPT": str(to / "tests" / "modules"), **tests_environment},
             note=lambda: _tests_note(out / "tests.log"),
+            kept=out / "tests",
+            timed=False,
+        ),
+        Stage(
+            "tests.tp",
+            "tests that take several GPUs",
+            tests,
+            240,
+            60,
+            no_tests or one_gpu,
+            {
+                "OUT": str(to / "tests.tp"),
+                "TEST_MODULES": "python_tests/test_tensor_parallel.py",
+                "TEST_WORKERS": "1",  # ranks wait for each other: nothing beside them
+                **tests_environment,
+            },
+            note=lambda: _tests_note(out / "tests.tp.log"),
+            timed=False,
+            every_gpu=True,
         ),
         Stage(
             "tune",
@@ -308,8 +418,7 @@ def make_stages(out: Path, facts: Mapping[str, Any], quick: bool, recipe: Path |
         if suite == "engine" and (absent := [n for n in ("transformers", "gguf") if not find_spec(n)]):
             missing = f"{', '.join(absent)} not installed: the demo pair cannot run"
         if suite == "tp":
-            count = int(facts.get("count", 0))
-            missing = "" if count > 1 else "one GPU: ranks need one each"
+            missing = one_gpu
             command += ["--tp", ",".join(str(n) for n in (2, 4, 8) if n <= count)]
         stages.append(
             Stage(
@@ -322,9 +431,10 @@ def make_stages(out: Path, facts: Mapping[str, Any], quick: bool, recipe: Path |
                 {"DFLASH_TUNING": "off"},
                 [out / f"bench.{suite}.json", out / f"bench.{suite}.png"],
                 lambda suite=suite: _bench_note(out / f"bench.{suite}.json"),  # type: ignore[misc]
+                every_gpu=suite == "tp",
             )
         )
-    stages.append(_sanitize_stage(python, to, quick, no_checkout))
+    stages.append(_sanitize_stage(python, out, to, quick, no_checkout))
     stages.append(_sglang_stage(python, out, to, quick, recipe))
     return stages
 
@@ -334,12 +444,22 @@ def _tune_command(python: str, to: Path, quick: bool) -> list[str]:
     return command + (["--quick"] if quick else [])
 
 
-def _sanitize_stage(python: str, to: Path, quick: bool, missing: str) -> Stage:
+def _sanitize_stage(python: str, out: Path, to: Path, quick: bool, missing: str) -> Stage:
     if not missing and _sanitizer() is None:
         missing = "compute-sanitizer is neither on the PATH nor under $CUDA_HOME or /usr/local/cuda"
-    command = [python, "tools/sanitize.py", "--out", str(to / "sanitize"), "--time-limit", "{limit}"]
+    command = [python, "tools/sanitize.py", "--out", str(to / "sanitize"), "--go-on", "--time-limit", "{limit}"]
     command += ["--tools", "memcheck"] if quick else []
-    return Stage("sanitize", "every kernel under compute-sanitizer", command, 560, 90, missing)
+    return Stage(
+        "sanitize",
+        "every kernel under compute-sanitizer",
+        command,
+        560,
+        90,
+        missing,
+        {"DFLASH_TUNING": "off"},  # `tune` may write its file meanwhile
+        kept=out / "sanitize",
+        timed=False,
+    )
 
 
 def _sanitizer() -> str | None:
@@ -384,7 +504,7 @@ def _bench_note(path: Path) -> str:
     parts = [f"{len(run['rows'])} rows"]
     parts += [f"ours / best baseline {mean:.2f}" for mean in run["geomean"].values() if mean is not None]
     parts += [
-        f"{len(run[kind])} {word}" for kind, word in (("errors", "failed"), ("skipped", "not reached")) if run[kind]
+        f"{len(run[kind])} {word}" for kind, word in (("errors", "failed"), ("skipped", NOT_REACHED)) if run[kind]
     ]
     return ", ".join(parts)
 
@@ -682,6 +802,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"# {facts['name']}, {facts['multiprocessors']} multiprocessors; torch {facts['torch']}; into {out}", flush=True
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs is ended
     try:
         outcomes = run_stages(wanted, out, facts, args.budget, again, commit_id())
     except (ValueError, OSError) as error:

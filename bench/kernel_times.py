@@ -20,7 +20,7 @@ import torch
 
 from bench.harness import Case
 
-SUITES = ("verify", "alloc", "head", "inject", "draft", "dflash2")  # those that are made of cases
+SUITES = ("verify", "alloc", "gemm", "head", "inject", "draft", "dflash2")  # those that are made of cases
 ROUNDS = 6
 
 

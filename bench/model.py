@@ -134,7 +134,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemm": Family("LM head as one GEMM, in fp8 after its rows are quantised", {"quantise": 5.0}, arithmetic="tensor"),
     "chain": Family(
-        "chains of GEMMs and small kernels (drafter beyond 32 or 64 rows, injection beyond 64, shards)",
+        "chains of GEMMs and small kernels (drafter beyond 32 or 64 rows, injection beyond 64, shards, gemm_fp8)",
         {"kernel": 5.0, "attend": 1 / 300.0},
         arithmetic="tensor",
         borrows={"read": "gemm", "tensor": "gemm"},
@@ -233,6 +233,9 @@ def need_of(row: Mapping[str, Any]) -> Need:
             return _gemm({"kernel": kernels}, rows, flops - attention, size, attention)
         codes = 0.0 if dtype == "bf16" else float(drafter.L * drafter.layer_weights)
         return _stream(draft_handoffs(drafter), rows, flops, codes, size)
+    if op == "gemm_fp8":
+        m, n, k = (_number(letter, shape) for letter in "MNK")
+        return replace(_gemm({"kernel": 1}, int(m), 2.0 * m * n * k, size), fp8=True)
     if op == "inject_kv":
         drafter = _drafter(shape)
         prefill = re.search(r"prefill (\d+)", shape)

@@ -45,7 +45,7 @@ from bench.shapes import QWEN3_8B, QWEN35_397B_TP8, DrafterShape
 __all__ = ["Predicted", "Predictor", "bench_rows", "main", "predict_row"]
 
 FITTED_ON = "h100"
-SUITES = ("verify", "alloc", "head", "inject", "draft", "dflash2")
+SUITES = ("verify", "alloc", "gemm", "head", "inject", "draft", "dflash2")
 TOLERANCE = 0.15
 TARGET_LAYERS = 36  # of Qwen3-8B, each the size of its drafter's
 CONTEXT = 1024

@@ -26,7 +26,7 @@ from bench.harness import HEADER, Case, Row, free_memory, geomean, measure_case
 
 __all__ = ["SUITES", "DeviceLost", "Run", "commit_id"]
 
-SUITES = ("verify", "alloc", "head", "inject", "draft", "dflash2", "engine", "tp")
+SUITES = ("verify", "alloc", "gemm", "head", "inject", "draft", "dflash2", "engine", "tp")
 HANG_SECONDS = 90.0
 ROOT = Path(__file__).resolve().parent.parent
 

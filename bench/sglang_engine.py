@@ -17,12 +17,21 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, STOCK = "plain", "stock"  # no speculation; SGLang's own DFLASH
+# Of an engine on several GPUs of one host, unless the user says otherwise: it need not find an interface to other
+# hosts, and takes no NVLink multicast, which not every host lends. The same for stock and plugin.
+SEVERAL_GPUS = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
 
 
 def environment_facts() -> dict[str, Any]:
@@ -56,7 +65,12 @@ def plugin_path(where: Path) -> list[str]:
     return [str(where)]
 
 
-def environment(seams: str, work: Path, forced: float | None = None) -> dict[str, str]:
+def several_gpus(environment: Mapping[str, str]) -> dict[str, str]:
+    """What `SEVERAL_GPUS` names, as that environment has it or as it is given there."""
+    return {name: environment.get(name, value) for name, value in SEVERAL_GPUS.items()}
+
+
+def environment(seams: str, work: Path, forced: float | None = None, gpus: int = 1) -> dict[str, str]:
     """The child's environment: ``seams`` is PLAIN, STOCK, or what `DFLASH_KERNELS_SEAMS` takes, and perhaps a weight
     format (``all:fp8``).
     """
@@ -68,6 +82,8 @@ def environment(seams: str, work: Path, forced: float | None = None) -> dict[str
     env.setdefault("DFLASH_KERNELS_STRICT", "1")
     env.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "1")  # a leak ends the engine
     env.setdefault("DFLASH_KERNELS_SEAMS_FILE", str((work / "seams").resolve()))
+    if gpus > 1:
+        env.update(several_gpus(env))
     if forced is not None:
         # The recipe's plugin for 0.5.16; newer engines read the other variable.
         env["DFLASH_FORCE_ACC_LEN"] = env["SGLANG_SIMULATE_ACC_LEN"] = str(forced)
@@ -96,7 +112,7 @@ def run_engine(
         child = subprocess.Popen(
             [sys.executable, "-m", "bench.sglang_engine", str(spec)],
             cwd=ROOT,
-            env=environment(seams, work, forced),
+            env=environment(seams, work, forced, engine.get("tp_size", 1)),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

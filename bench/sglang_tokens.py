@@ -9,6 +9,8 @@ differ, the report has the position, both tokens and, once `plain` has run, the 
 difference of their logits: as logits of 16 and more are 0.125 apart in bfloat16, a gap of that size is a tie. The
 report is kept current; with the same --json, a later run does the engines that are missing.
 
+--tp N cuts every engine over N GPUs, for models that `tools/sglang_models.py --tp N` wrote.
+
 --at-once N lets the first engine come up alone, as it fills the compilers' caches, and then keeps N engines running on
 the one GPU. Their texts are what they are alone, their tokens/s are not. Texts that the time limit cuts off are left
 out of the comparison, and their engine counts as missing.
@@ -80,7 +82,7 @@ def against_one(found: Sequence[tuple[int, list[int]]], stock: Sequence[list[int
     return {"identical": same, "texts": len(found)}
 
 
-def engine_arguments(models: Path, seams: str, concurrencies: Sequence[int]) -> dict[str, Any]:
+def engine_arguments(models: Path, seams: str, concurrencies: Sequence[int], gpus: int = 1) -> dict[str, Any]:
     """Arguments of the engine for the demo pair. ``seams``: the engine's name."""
     most = max(concurrencies)
     arguments: dict[str, Any] = {
@@ -98,6 +100,8 @@ def engine_arguments(models: Path, seams: str, concurrencies: Sequence[int]) -> 
         "log_level": "warning",
         "random_seed": 1,
     }
+    if gpus > 1:
+        arguments["tp_size"] = gpus
     if seams == FAULTS:
         arguments.update(
             disable_radix_cache=False,
@@ -247,6 +251,8 @@ class Comparison:
         self.texts: dict[str, Any] = {}
         if args.json.is_file() and self.texts_file.is_file():
             self.report, self.texts = json.loads(args.json.read_text()), json.loads(self.texts_file.read_text())
+            if self.report.get("tp", 1) != args.tp:
+                raise SystemExit(f"{args.json} has engines on {self.report.get('tp', 1)} GPUs, not {args.tp}")
         self.report.update(
             command=shlex.join(["python", "-m", "bench.sglang_tokens", *argv]),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -254,6 +260,7 @@ class Comparison:
             prompts=len(self.prompts),
             new_tokens=args.new_tokens,
             at_once=args.at_once,
+            tp=args.tp,
         )
         done = {name for name, entry in self.report["engines"].items() if entry.get("code") == 0 and not is_cut(entry)}
         self.missing = [engine for engine in self.engines if engine not in done]
@@ -314,7 +321,7 @@ class Comparison:
             seams = {FAULTS: "all"}.get(engine, engine)
             if is_switched(engine):
                 seams = ",".join(seams_of(engine, self.switchable))
-            arguments = engine_arguments(args.models.resolve(), engine, args.concurrency)
+            arguments = engine_arguments(args.models.resolve(), engine, args.concurrency, args.tp)
             if not alone:
                 arguments = beside_others(arguments, number)
             work = args.work / engine.replace(":", "-").replace(",", "+")
@@ -419,6 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--single-count", type=int, metavar="N", help="prompts at concurrency 1 of one seam alone; default: --count"
     )
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs of an engine; default: 1")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="engines on the GPU; default: 1")
     parser.add_argument(
         "--switched", type=int, default=1, metavar="N", help="engines that share the switchable seams; default: 1"
@@ -437,8 +445,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--time-limit", type=float, default=560.0, metavar="SECONDS", help="default: 560")
     parser.add_argument("--start-seconds", type=float, default=100.0, help="start no engine with less time left")
     args = parser.parse_args(argv)
-    if min(args.at_once, args.switched, args.count, args.count if args.single_count is None else args.single_count) < 1:
-        parser.error("--at-once, --switched, --count and --single-count must be at least 1")
+    single_count = args.count if args.single_count is None else args.single_count
+    if min(args.at_once, args.switched, args.count, single_count, args.tp) < 1:
+        parser.error("--at-once, --switched, --count, --single-count and --tp must be at least 1")
     for path in (args.models / "target/config.json", args.models / "draft/config.json", args.prompts):
         if not path.is_file():
             print(f"python -m bench.sglang_tokens: {path} is not there", file=sys.stderr)

@@ -109,7 +109,8 @@ class ProcessGroup:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         torch.cuda.synchronize(device)
         # All ranks' words are filled, or there is no exchange for any of them.
-        missing = int(self.all_reduce(torch.tensor([float(found is None)], device=device)).item())
+        meeting_place = "cpu" if dist.get_backend(self._group) == "gloo" else device
+        missing = int(self.all_reduce(torch.tensor([float(found is None)], device=meeting_place)).item())
         if missing == 0:
             return found
         warnings.warn(f"no peer memory for the drafter's sums on {missing} ranks: {reason or 'not here'}", stacklevel=2)

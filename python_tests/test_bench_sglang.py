@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import __main__ as bench_main
 from bench import bench_sglang, engine_trace, sglang_engine, sglang_tokens
+from dflash_kernels.cli import DEMO_DRAFTER
 from dflash_kernels.integrations.sglang.plugin import SEAMS
 from dflash_kernels.model.config import load_config
+from dflash_kernels.model.drafter import load_drafter
+from tools.sglang_models import divide_heads
 from tools.sglang_recipe import main as recipe_tool
 
 # Counts in base `width`: a text depends on its prompt and, where asked, on the seams.
@@ -273,6 +278,56 @@ def test_step_times(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kinds[1, "all"]["samples"] == 4 and "over_stock" in kinds[1, "all"] and "over_stock" not in kinds[1, "stock"]
     assert kinds[4, "stock"]["tokens_per_step"] == pytest.approx(2.0, rel=0.02)
     assert "over stock" in capsys.readouterr().out
+
+
+def test_engines_on_several_gpus(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--tp reaches every engine and the report, and engines on other numbers of GPUs are not compared."""
+    given: list[dict[str, Any]] = []
+    for module in (bench_sglang, sglang_tokens):
+        start = module.run_engine  # type: ignore[attr-defined]
+        monkeypatch.setattr(module, "run_engine", lambda *a, start=start: (given.append(a[1]), start(*a))[1])
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    report = fake / "step.json"
+    arguments = [str(fake), "--concurrency", "1", "--repeats", "1", "--json", str(report), "--work", str(fake / "work")]
+    assert bench_sglang.main([*arguments, "--ab", "--tp", "2"]) == 0
+    found = json.loads(report.read_text())
+    assert found["tp"] == 2 and [engine["seams"] for engine in found["engines"]] == ["stock", "all"]
+    assert [arguments["tp_size"] for arguments in given] == [2, 2]
+    assert found["collectives"]["NCCL_NVLS_ENABLE"] == "0" and found["collectives"]["NCCL_SOCKET_IFNAME"] == "eth7"
+    assert bench_sglang.main([*arguments, "--order", "all", "--append"]) == 2
+    assert "has another tp: 2, not 1" in capsys.readouterr().err
+    code, found = tokens(fake, "--engines", "stock/all", "--tp", "2", "--concurrency", "1")
+    assert code == 0 and found["tp"] == 2 and [one["tp_size"] for one in given[2:]] == [2, 2]
+    with pytest.raises(SystemExit, match="has engines on 2 GPUs, not 1"):
+        tokens(fake, "--engines", "stock/all/inject", "--concurrency", "1")
+    one, two = (sglang_engine.environment("all", fake / "work", None, gpus) for gpus in (1, 2))
+    assert "NCCL_NVLS_ENABLE" not in one or "NCCL_NVLS_ENABLE" in os.environ
+    assert two["NCCL_NVLS_ENABLE"] == os.environ.get("NCCL_NVLS_ENABLE", "0")
+    assert two["NCCL_SOCKET_IFNAME"] == "eth7" and two["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+
+
+def test_heads_of_zeros_change_nothing(tmp_path: Path) -> None:
+    """The drafter of the demo pair for two GPUs gives the same rows, with 12 query and 4 KV heads."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        shutil.copytree(DEMO_DRAFTER, folder)
+    divide_heads(cut, 3)
+    assert (cut / "config.json").read_text() == (whole / "config.json").read_text()  # they divide
+    divide_heads(cut, 2)
+    config = load_config(cut)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (12, 4, 64)
+    rows = []
+    ids = torch.arange(16)[None]
+    for folder in (whole, cut):
+        drafter = load_drafter(folder, dtype=torch.float32)
+        drafter.embed_weight = torch.randn(100, drafter.hidden_size, generator=torch.Generator().manual_seed(1))
+        caches = [torch.zeros(16, drafter.num_kv_heads, drafter.head_dim) for _ in range(2 * drafter.num_layers)]
+        none, table = torch.tensor([0]), torch.arange(16)[None]
+        halves = (caches[: drafter.num_layers], caches[drafter.num_layers :])
+        rows.append(drafter.forward(ids, ids, ids, none, none, table, *halves).clone())
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-4, atol=1e-4)
 
 
 def test_later_engines_join_a_report_of_the_same_conditions(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:

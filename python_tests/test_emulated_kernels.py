@@ -580,6 +580,27 @@ MUTATIONS = [
         id="a bound within which there are too few tokens",
     ),
     pytest.param(
+        "smxx/verify/verify_sampled_topk.cu",
+        "most * (1.0 + 1.0 / (1 << 18))",
+        "most * 0.01",
+        "verify_sampled-few_tokens or verify_sampled-matches",
+        id="a draft token is taken for rejected that may be accepted",
+    ),
+    pytest.param(
+        "smxx/verify/verify_sampled_topk.cu",
+        "atomicMax(&next, from + unneeded)",
+        "atomicMax(&next, from + unneeded + 1)",
+        "verify_sampled-few_tokens or verify_sampled-matches",
+        id="a needed tile behind those of rejected rows is left out",
+    ),
+    pytest.param(
+        "smxx/verify/verify_block_sampled.cu",
+        "reinterpret_cast<uint4*>(p.workspace.keys)[i] = make_uint4(0, 0, 0, 0);",
+        "",
+        "verify_sampled-matches or verify_sampled-few_tokens",
+        id="keys are left from one call to the next",
+    ),
+    pytest.param(
         "smxx/verify/verify_block_sampled.cu",
         "p.workspace.progress(0)[i] = 0;",
         "",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,13 @@ H100 = {
     "name": "NVIDIA H100 80GB HBM3", "multiprocessors": 132, "capability": [9, 0], "count": 1, "torch": "2.11.0",
     "cuda": "13.0", "l2_bytes": 50 << 20, "memory_bytes": 80 << 30,
 }  # fmt: skip
+TWO = {**H100, "name": "NVIDIA H200", "count": 2}
 B200 = {**H100, "name": "NVIDIA B200", "multiprocessors": 148, "capability": [10, 0]}
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def python(code: str) -> list[str]:
@@ -65,22 +74,26 @@ def test_order_failures_and_resuming(tmp_path: Path) -> None:
 
 
 def test_a_hanging_stage_is_ended_with_what_it_started(tmp_path: Path) -> None:
-    """Its children too, also where they ignore the polite signal; then the next stage runs."""
+    """Its children too, also in a session of their own and deaf to the polite signal; then the next stage runs."""
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     pid_file = tmp_path / "pid"
     hang = (
-        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}], "
+        f"start_new_session=True); "
         f"open({str(pid_file)!r}, 'w').write(str(p.pid)); print('waiting', flush=True); time.sleep(600)"
     )
     started = time.monotonic()
     found = run_stages([stage("hang", hang, limit=3.0), stage("next")], tmp_path / "out", H100)
     assert found["hang"].state == "timeout" and found["hang"].code is None and found["next"].state == "ok"
     assert time.monotonic() - started < 30
-    pid = int(pid_file.read_text())
+    assert _ends(int(pid_file.read_text()))
+
+
+def _ends(pid: int) -> bool:
     deadline = time.monotonic() + 10
     while _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _alive(pid)
+    return not _alive(pid)
 
 
 def _alive(pid: int) -> bool:
@@ -106,6 +119,168 @@ def test_budget(tmp_path: Path) -> None:
     stages[2] = stage("long", "print('done now')")
     found = run_stages(stages, out, H100, budget=300.0)
     assert {outcome.state for outcome in found.values()} == {"ok"}
+
+
+def test_a_bench_that_the_budget_cut_short_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends by itself, before its limit, with exit code 0."""
+    monkeypatch.setattr(first_run, "max", lambda *_: 0.1, raising=False)  # its own limit
+    bench = stage("bench.x", "import time; time.sleep(0.3)", note=lambda: "3 rows, 2 not reached")
+    assert run_stages([bench], tmp_path, H100, budget=10.0)["bench.x"].state == "cut"
+    assert run_stages([bench], tmp_path, H100)["bench.x"].state == "ok"
+
+
+def waiting_for(path: Path) -> str:
+    return (
+        f"import pathlib, time\nend = time.monotonic() + 15\nwhile not pathlib.Path({str(path)!r}).exists():\n"
+        "    assert time.monotonic() < end, 'nothing came'\n    time.sleep(0.02)\n"
+    )
+
+
+def test_two_gpus_two_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not timed runs beside what is, on the last GPU; what takes all of them waits for both."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    ran = tmp_path / "ran"
+
+    def note(word: str) -> str:
+        return f"\nimport os\nopen({str(ran)!r}, 'a').write({word!r} + os.environ['CUDA_VISIBLE_DEVICES'] + ' ')\n"
+
+    # Each of the first two waits until the other has begun: one after the other they would fail.
+    stages = [
+        stage("timed", f"open({str(tmp_path / 't')!r}, 'w')\n" + waiting_for(tmp_path / "u") + note("timed=")),
+        stage("all", note("all="), every_gpu=True),
+        stage(
+            "untimed",
+            f"open({str(tmp_path / 'u')!r}, 'w')\n"
+            + waiting_for(tmp_path / "t")
+            + "time.sleep(0.5)"
+            + note("untimed="),
+            timed=False,
+        ),
+        stage("next", "import time; time.sleep(0.2)" + note("next=")),
+    ]
+    found = run_stages(stages, tmp_path / "out", TWO)
+    assert {name: outcome.state for name, outcome in found.items()} == {s.name: "ok" for s in stages}
+    assert ran.read_text().split() == ["timed=GPU-a", "next=GPU-a", "untimed=GPU-b", "all=GPU-a,GPU-b"]
+    assert read_state(tmp_path / "out", TWO) == found
+
+
+def test_gpus_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert first_run.visible_gpus(TWO) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert first_run.visible_gpus(TWO) == ["3", "5"]
+    one = [stage("a"), stage("b", timed=False), stage("c", every_gpu=True)]
+    assert first_run.lanes(one, first_run.visible_gpus(H100)) == [[(one, {})]], "one GPU: in order, nothing handed down"
+
+
+def test_budget_of_two_lanes(tmp_path: Path) -> None:
+    long = "import time; time.sleep(600)"
+    stages = [
+        stage("a", long, limit=100.0),
+        stage("b", long, limit=100.0, timed=False),
+        stage("c", limit=100.0, least=50.0, every_gpu=True),
+    ]
+    started = time.monotonic()
+    found = run_stages(stages, tmp_path, TWO, budget=3.0)
+    assert [found[s.name].state for s in stages] == ["cut", "cut", "waiting"] and time.monotonic() - started < 10
+
+
+def test_an_interrupt_ends_both_lanes(tmp_path: Path) -> None:
+    def wait_long(name: str) -> str:
+        return f"import os, time; open({str(tmp_path / name)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+
+    stages = [stage("a", wait_long("a"), 600.0), stage("b", wait_long("b"), 600.0, timed=False), stage("c")]
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not all((tmp_path / name).is_file() for name in "ab"):
+            time.sleep(0.05)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(stages, tmp_path / "out", TWO)
+    assert all(_ends(int((tmp_path / name).read_text())) for name in "ab")
+    assert {name: outcome.state for name, outcome in read_state(tmp_path / "out", TWO).items()} == {
+        "a": "cut",
+        "b": "cut",
+    }
+
+
+def test_what_was_cut_goes_on_at_the_same_commit(tmp_path: Path) -> None:
+    """With what it kept; anew at another commit, and when it is asked for again."""
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    step = (
+        f"import os, pathlib; kept = pathlib.Path({str(kept)!r}); kept.mkdir(exist_ok=True); "
+        "n = len(list(kept.iterdir())); "
+        f"(kept / str(n)).write_text(open({str(out / 'state.json')!r}).read()); raise SystemExit(75 if n < 2 else 0)"
+    )
+    stages = [stage("tests", step, kept=kept)]
+
+    def states(commits: str, **options: Any) -> list[str]:
+        return [run_stages(stages, out, H100, commit=commit, **options)["tests"].state for commit in commits]
+
+    assert states("aaa") == ["cut", "cut", "ok"]
+    assert states("a", again=["tests"]) == ["cut"]
+    assert states("abbb") == ["cut", "cut", "cut", "ok"]
+    assert "this process was killed" in (kept / "0").read_text(), "what the call after a killed one would find"
+    # A call without time for it leaves it as it is.
+    assert states("a", again=["tests"]) == ["cut"]
+    stages = [stage("tests", step, kept=kept, least=50.0)]
+    assert states("a", budget=1.0) == ["cut"]
+    stages = [stage("tests", step, kept=kept)]
+    assert states("aa") == ["cut", "ok"]
+
+
+PYTEST = """\
+#!/usr/bin/env bash
+[ "$1" = -c ] && exit 1  # no xdist
+module=$(basename "${@: -1}" .py)
+echo "$module" >>"$RAN"
+sleep "$SLOW"
+[ "$module" = test_bad ] && echo "1 failed, 2 passed in 1s" && exit 1
+[ "$module" = test_none ] && echo "3 deselected in 1s" && exit 5
+echo "4 passed in 1s"
+"""
+
+
+def test_tests_go_on_with_the_modules_that_did_not_end(tmp_path: Path) -> None:
+    """What the script says with a pytest that is none."""
+    fake, ran, kept = tmp_path / "python", tmp_path / "ran", tmp_path / "kept"
+    fake.write_text(PYTEST)
+    fake.chmod(0o755)
+    environment = {
+        **os.environ, "PYTHON": str(fake), "OUT": str(tmp_path), "TESTS_KEPT": str(kept), "RAN": str(ran),
+        "TEST_MODULES": "test_a.py test_bad.py test_none.py test_b.py", "TEST_JOBS": "1",
+    }  # fmt: skip
+
+    def round_of(limit: int, slow: int) -> tuple[int, list[str], str]:
+        ran.write_text("")
+        done = subprocess.run(
+            ["bash", "tools/gpu_round.sh", "tests"],
+            cwd=first_run.ROOT,
+            env={**environment, "TESTS_LIMIT": str(limit), "SLOW": str(slow)},
+            capture_output=True,
+            text=True,
+        )
+        (tmp_path / "tests.log.all").write_text(done.stdout)
+        return done.returncode, ran.read_text().split(), first_run._tests_note(tmp_path / "tests.log.all")
+
+    code, modules, note = round_of(12, 6)  # no module starts with less than 10 s
+    assert code == 75 and modules == ["test_a"], note
+    assert note == "4 passed in 1 modules with GPU tests, 0 modules not clean, 3 not run to their end (tests.log)"
+    code, modules, note = round_of(60, 0)
+    assert code == 1 and modules == ["test_bad", "test_none", "test_b"]
+    assert note == "10 passed in 3 modules with GPU tests, 1 modules not clean (tests.log)"
+    assert round_of(60, 0)[:2] == (1, [])
+    assert (tmp_path / "tests.log").read_text().count("4 passed") == 2
+
+
+def test_modules_with_gpu_tests_are_found() -> None:
+    """The script looks for the marker, or the fixture with its type."""
+    for path in (first_run.ROOT / "python_tests").glob("test_*.py"):
+        for name, arguments in re.findall(r"^def (test_\w+)\((.*?)\) ->", path.read_text(), re.M | re.S):
+            assert not re.search(r"\bdevice\b(?!: str)", arguments), f"{path.name}: {name}({arguments})"
 
 
 def test_limits_reach_the_stage(tmp_path: Path) -> None:
@@ -207,6 +382,9 @@ def test_stages_are_what_they_should_be(tmp_path: Path) -> None:
         for part in s.command[1:]:
             if part.startswith("tools/"):
                 assert (first_run.ROOT / part).is_file()
+    assert {s.name for s in stages.values() if not s.timed} == {"tests", "tests.tp", "sanitize"}
+    assert {s.name for s in stages.values() if s.every_gpu} == {"tests.tp", "bench.tp"}
+    assert {s.name for s in stages.values() if s.kept} == {"tests", "sanitize"}
     two = {s.name: s for s in make_stages(tmp_path, {**H100, "count": 2}, quick=True, recipe=tmp_path)}
     assert not two["bench.tp"].missing and two["bench.tp"].command[-1] == "2"  # type: ignore[index]
     assert "--quick" in two["bench.draft"].command and two["bench.draft"].environment["DFLASH_TUNING"] == "off"  # type: ignore[operator]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -85,6 +88,98 @@ def test_findings_go_to_the_group_they_were_found_in(sanitize: ModuleType, capsy
 def test_clean_needs_the_tools_own_word(summary: str, clean: bool, sanitize: ModuleType) -> None:
     log = f"========= COMPUTE-SANITIZER\n@@sanitize begin alloc\n@@sanitize end alloc 3 0.5\n{summary}\n"
     assert sanitize.print_report("racecheck", sanitize.parse_log(log, ["alloc"]), False, 0) is clean
+
+
+FAKE = """\
+#!/usr/bin/env bash
+# A sanitizer that runs nothing: --tool NAME ... --groups GROUP
+tool=$2 group=${@: -1}
+echo "$tool.$group" >>"$RAN"
+echo "@@sanitize begin $group"
+[ "$group" = draft ] && sleep "$SLOW"
+[ "$tool.$group" = racecheck.head ] && [ -n "$RACE" ] && echo "========= Error: Race reported" && errors=1
+echo "@@sanitize end $group 3 0.5"
+echo "========= ERROR SUMMARY: ${errors:-0} errors"
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file that says what ran."""
+    tool, ran = tmp_path / "compute-sanitizer", tmp_path / "ran"
+    tool.write_text(FAKE)
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: str(tool))
+    for name, value in (("RAN", str(ran)), ("SLOW", "0"), ("RACE", "")):
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    yield ran
+    signal.signal(signal.SIGTERM, before)
+
+
+def ran_since(path: Path) -> list[str]:
+    lines = sorted(path.read_text().split()) if path.is_file() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def test_processes_run_side_by_side(
+    tmp_path: Path,
+    fake: Path,
+    sanitize: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLOW", "1")
+    started = time.monotonic()
+    assert sanitize.main(["--out", str(tmp_path / "out"), "--groups", "alloc,draft", "--jobs", "6"]) == 0
+    assert time.monotonic() - started < 2.5, "three that take a second each"
+    everything = [f"{tool}.{group}" for tool in sanitize.TOOLS for group in ("alloc", "draft")]
+    assert ran_since(fake) == everything
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == everything
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "sanitize: clean" and len(said) == 7 and all(" ok " in line for line in said[:-1])
+    ports = [sanitize.tool_command("x", tool, group)[4] for tool in sanitize.TOOLS for group in sanitize.GROUPS]
+    assert len(set(ports)) == len(ports) == 18 and all(49152 <= int(port) < 65000 for port in ports)
+
+
+def test_what_is_clean_is_not_run_again(
+    tmp_path: Path,
+    fake: Path,
+    sanitize: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLOW", "60")
+    monkeypatch.setenv("RACE", "1")
+    command = ["--out", str(tmp_path), "--groups", "alloc,head,draft", "--tools", "racecheck", "--jobs", "2"]
+    assert sanitize.main([*command, "--time-limit", "2"]) == sanitize.UNFINISHED == 75
+    said = capsys.readouterr().out
+    assert "head     1 FINDINGS" in said and "draft    OUT OF TIME" in said
+    assert said.endswith("sanitize: NOT CLEAN, as far as the time went\n")
+    assert ran_since(fake) == ["racecheck.alloc", "racecheck.draft", "racecheck.head"]
+    monkeypatch.setenv("SLOW", "0")
+    assert sanitize.main([*command, "--go-on"]) == 1
+    assert ran_since(fake) == ["racecheck.draft", "racecheck.head"]
+    monkeypatch.setenv("RACE", "")
+    assert sanitize.main([*command, "--go-on"]) == 0 and ran_since(fake) == ["racecheck.head"]
+    assert sanitize.main([*command, "--go-on"]) == 0 and ran_since(fake) == []
+    assert capsys.readouterr().out.count("alloc    ok") == 3, "what is kept is in the table, too"
+    assert sanitize.main(command) == 0 and len(ran_since(fake)) == 3
+
+
+def test_a_group_that_hangs_is_a_failure(
+    tmp_path: Path,
+    fake: Path,
+    sanitize: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLOW", "60")
+    monkeypatch.setattr(sanitize, "GROUP_LIMIT", 1.0)
+    assert sanitize.main(["--out", str(tmp_path), "--groups", "draft,alloc", "--tools", "memcheck", "--jobs", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "draft    OUT OF TIME" in said and "alloc    ok" in said and said.endswith("sanitize: NOT CLEAN\n")
 
 
 def test_bad_names_are_refused(sanitize: ModuleType) -> None:

@@ -34,7 +34,7 @@ from dflash_kernels.model.quantize import quantize
 
 ACCEPT, PREPARE = "_compute_dflash_accept_bonus_triton_unchecked", "_prepare_dflash_draft_block_unchecked"
 APPEND = "_append_target_hidden_to_draft_kv_by_loc"
-H, HQ, HKV, D, MLP, L, K, T, V, SLOTS = 64, 4, 2, 64, 48, 2, 3, 4, 50, 60
+H, HQ, HKV, D, MLP, L, K, T, V, SLOTS = 64, 4, 2, 64, 96, 2, 3, 4, 50, 60
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DFLASH_KERNELS_STRICT", raising=False)
     monkeypatch.delenv("DFLASH_KERNELS_PACK", raising=False)
     monkeypatch.delenv("DFLASH_KERNELS_WEIGHTS", raising=False)
+    monkeypatch.delenv("DFLASH_KERNELS_PEERS", raising=False)
 
 
 # -- a drafter of torch modules whose methods are SGLang's -------------------------------------------------------------
@@ -90,7 +91,7 @@ class Attention:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Any) -> torch.Tensor:
         keys, values = batch.pool.k_buffer[self.layer_id], batch.pool.v_buffer[self.layer_id]
-        keys[batch.out_cache_loc], values[batch.out_cache_loc] = k.view(-1, HKV, D), v.view(-1, HKV, D)
+        keys[batch.out_cache_loc], values[batch.out_cache_loc] = (x.view(len(x), -1, D) for x in (k, v))
         out = torch.empty_like(q)
         for b, (row, prefix) in enumerate(zip(batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True)):
             slots = batch.req_to_token[row, : prefix + T].long()
@@ -98,9 +99,9 @@ class Attention:
             mask = (of <= at) if self.causal else torch.ones(T, prefix + T, dtype=torch.bool)
             mask = mask & (at - of <= self.left) if self.left >= 0 else mask
             rows = slice(b * T, b * T + T)
-            heads = [x.transpose(0, 1)[None] for x in (q[rows].view(T, HQ, D), keys[slots], values[slots])]
+            heads = [x.transpose(0, 1)[None] for x in (q[rows].view(T, -1, D), keys[slots], values[slots])]
             found = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)
-            out[rows] = found[0].transpose(0, 1).reshape(T, HQ * D)
+            out[rows] = found[0].transpose(0, 1).reshape(T, -1)
         return out
 
 
@@ -173,7 +174,7 @@ def build_drafter(source: Source, dtype: torch.dtype, causal: bool = False, left
     return model.to(dtype).requires_grad_(False)
 
 
-def build_pool(source: Source, dtype: torch.dtype) -> Any:
+def build_pool(source: Source, dtype: torch.dtype, kv_heads: int = HKV) -> Any:
     """SGLang's prefix-valid write on its branch for devices without Triton; `set_kv_buffer` is an indexed store."""
     space: dict[str, Any] = {"torch": torch, "KVCache": object, "_is_cuda": False, "_is_hip": False}
     members = {"MHATokenToKVPool": ("set_kv_buffer_prefix_valid",)}
@@ -188,8 +189,8 @@ def build_pool(source: Source, dtype: torch.dtype) -> Any:
     pool = cls()
     pool.dtype = pool.store_dtype = dtype
     pool.start_layer, pool.kv_cache_layout, pool.use_hnd, pool.is_quantized_kv_cache = 0, "nhd", False, False
-    pool.k_buffer = [torch.full((SLOTS, HKV, D), -7.0, dtype=dtype) for _ in range(L)]
-    pool.v_buffer = [torch.full((SLOTS, HKV, D), -7.0, dtype=dtype) for _ in range(L)]
+    pool.k_buffer = [torch.full((SLOTS, kv_heads, D), -7.0, dtype=dtype) for _ in range(L)]
+    pool.v_buffer = [torch.full((SLOTS, kv_heads, D), -7.0, dtype=dtype) for _ in range(L)]
     return pool
 
 
@@ -447,6 +448,9 @@ def test_settings() -> None:
     for wrong in ("accept=1", "inject", "inject=0", "forward=-3"):
         with pytest.raises(ValueError, match=f"DFLASH_KERNELS_ROWS must be a list .*, got {wrong}"):
             read_settings(known, {"DFLASH_KERNELS_ROWS": wrong})
+    assert read_settings(known, {}).peers == "auto" and read_settings(known, {"DFLASH_KERNELS_PEERS": "0"}).peers == "0"
+    with pytest.raises(ValueError, match="DFLASH_KERNELS_PEERS must be auto or 0, got 1"):
+        read_settings(known, {"DFLASH_KERNELS_PEERS": "1"})
     with pytest.raises(ValueError, match="DFLASH_KERNELS_PACK must be auto, 0, 1, got 2"):
         read_settings(known, {"DFLASH_KERNELS_PACK": "2"})
 
@@ -1046,27 +1050,22 @@ def test_ranks_agree_on_the_codes(
 ) -> None:
     """Memory may suffice on one rank only: then none holds codes, and all have the same limit of rows."""
 
-    class Ranks:
-        world_size = 2
-
-        def all_gather_into_tensor(self, out: torch.Tensor, value: torch.Tensor) -> None:
-            out.copy_(torch.tensor([value.item(), other]))
-
     stock = engine._DflashDraftSampler(
         weight=torch.randn(V, H).to(torch.bfloat16),
         block_size=T,
         num_org=V,
         org_vocab_start=0,
         max_bs=4,
-        tp_group=Ranks(),
+        tp_group=Group(),
     )
     seam = make_worker(engine, parts(source, torch.bfloat16))._dflash_seams["head"]
-    for other, rows in ((1, 1024), (0, 64)):
-        sampler = seam.replace(stock)
-        assert sampler.max_rows == rows and (sampler.head.codes is not None) == bool(other)
-    other = 1
+    monkeypatch.setattr(seam.ranks, "gather", lambda value: [value, other])
+    for other, rows in ((True, 1024), (False, 64)):
+        sampler = seam.meet_with(seam.replace(stock))
+        assert sampler.max_rows == rows and (sampler.head.codes is not None) == other
+    other = True
     monkeypatch.setattr("dflash_kernels.lm_head.has_fp8_head", lambda *head: False)
-    assert seam.replace(stock).max_rows == 64
+    assert seam.meet_with(seam.replace(stock)).max_rows == 64
 
 
 def test_other_draft_samplers_are_declined(
@@ -1313,7 +1312,7 @@ def test_weights_are_packed_only_into_free_memory(
 
 FORWARD_UNSUPPORTED = {
     "compact window": (_set("use_compact_draft_cache", True), "compact draft window"),
-    "tensor parallelism": (_set(f"{ATTENTION}.total_num_heads", 2 * HQ), "tensor parallelism"),
+    "tensor parallelism": (_set(f"{ATTENTION}.total_num_heads", 2 * HQ), "a drafter in 2 parts on 1 ranks"),
     "activation": (_rename("draft_model.layers.0.mlp.act_fn", "GeluAndMul"), "activation GeluAndMul"),
     "logit cap": (_set(f"{ATTENTION}.attn.logit_cap", 30.0), "a logit cap"),
     "window without causality": (_set(f"{ATTENTION}.sliding_window_size", 7), "a sliding window without causality"),

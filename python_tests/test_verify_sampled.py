@@ -39,15 +39,20 @@ def poisoned(batch: int, block_size: int, device: str) -> Verified:
     return out
 
 
+def front_size(batch: int, block_size: int, vocab: int) -> int:
+    """Elements that are zero between calls."""
+    return batch * (2 * block_size + 2) + 3 + batch * block_size * (-(-vocab // 4096) * 8 + 2)
+
+
 def poisoned_workspace(batch: int, block_size: int, vocab: int, device: str) -> torch.Tensor:
     """Zero where it has to be."""
     workspace = ops.verify_workspace(batch, block_size, device, vocab)
-    workspace[batch * (2 * block_size + 2) + 2 :] = -1
+    workspace[front_size(batch, block_size, vocab) :] = -1
     return workspace
 
 
-def is_clean(workspace: torch.Tensor, batch: int, block_size: int) -> bool:
-    return not workspace[: batch * (2 * block_size + 2) + 2].any()
+def is_clean(workspace: torch.Tensor, batch: int, block_size: int, vocab: int) -> bool:
+    return not workspace[: front_size(batch, block_size, vocab)].any()
 
 
 def assert_matches(device: str, arguments: dict[str, Any]) -> Verified:
@@ -55,7 +60,7 @@ def assert_matches(device: str, arguments: dict[str, Any]) -> Verified:
     batch, block_size, vocab = arguments["logits"].shape
     out, workspace = poisoned(batch, block_size, device), poisoned_workspace(batch, block_size, vocab, device)
     ops.verify_block_sampled(**to(device, arguments), out=out, workspace=workspace)
-    assert is_clean(workspace, batch, block_size)
+    assert is_clean(workspace, batch, block_size, vocab)
     margins: list[float] = []
     expected = reference.verify_block_sampled(**arguments, margins=margins)
     for b in range(batch):
@@ -662,7 +667,7 @@ def test_bad_values(
     if device == "cuda":  # unchecked, a bad value harms nobody's memory, and leaves the workspace fit for use
         monkeypatch.setenv("DFLASH_DEBUG", "0")
         ops.verify_block_sampled(**arguments, out=out, workspace=workspace)
-        assert is_clean(workspace, 2, 4)
+        assert is_clean(workspace, 2, 4, 40)
 
 
 @pytest.mark.gpu

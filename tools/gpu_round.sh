@@ -5,17 +5,21 @@
 #
 # Builds nothing, fetches nothing, changes nothing on the card. Each stage has its own time limit and log under $OUT (at
 # most eight files in all); a stage that fails or runs out of time does not stop the next. The last thing printed is a
-# short table. Exit code 0 when every stage is fine, 1 otherwise, 2 for bad arguments.
+# short table. Exit code 0 when every stage is fine, 1 otherwise, 2 for bad arguments, 75 where TESTS_KEPT is set and the
+# time was too short for all test modules: call again.
 #
 # Environment (default):
 #   OUT            folder of the logs and JSON files (a folder under $TMPDIR)
 #   PYTHON         interpreter with torch (python3)
 #   DFLASH_COMMIT  commit named in the rows (the checkout's own; set it where .git is missing or stale)
 #   TESTS_LIMIT SANITIZE_LIMIT BENCH_LIMIT DEMO_LIMIT   seconds of a stage (240 120 170 120)
-#   TEST_MODULES   test modules to run (every python_tests/test_*.py)
-#   MODULE_LIMIT   seconds of one test module (90); TEST_JOBS: modules at a time (4)
+#   TEST_MODULES   test modules to run (every one that has GPU tests)
+#   MODULE_LIMIT   seconds of one test module (90)
+#   TEST_WORKERS   processes of one module, where pytest-xdist is installed (a quarter of the cores, at most 6)
+#   TEST_JOBS      modules at a time (4; 2 of several processes)
+#   TESTS_KEPT     folder of the modules' logs; modules that ended in an earlier call with it are not run again (none)
 #   SANITIZE_ARGS  further arguments of tools/sanitize.py (none)
-#   BENCH_SUITES   suites of the bench stage (verify alloc head inject draft dflash2)
+#   BENCH_SUITES   suites of the bench stage (verify alloc gemm head inject draft dflash2)
 #   DFLASH_DEMO_GGUF   the demo target's GGUF file where its package is not installed
 #   ACCEPT_PROMPTS     JSON file of prompts (`python -m bench.acceptance --write-prompts`); without it the installed sets
 #   ACCEPT_LIMIT       prompts a set (32)
@@ -47,6 +51,7 @@ work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 table="$work/table"
 failed=0
+unfinished=0
 
 # row STAGE VERDICT SECONDS TEXT...: one line of the final table.
 row() {
@@ -60,49 +65,65 @@ detail() { sed 's/^/            /' >>"$table"; }
 verdict() {
   case "$1" in
     0) echo ok ;;
-    124 | 137) echo TIMEOUT ;;
+    75 | 124 | 137) echo TIMEOUT ;;
     *) echo FAILED ;;
   esac
 }
 
-# One module in its own process: a kernel that faults or hangs takes no other module with it.
+# One module in its own processes: a kernel that faults or hangs takes no other module with it.
 test_module() {
-  local name started=$SECONDS code
+  local name started=$SECONDS code limit left=$((TESTS_END - $(date +%s)))
   name=$(basename "$1" .py)
-  # --foreground: stays in the stage's process group, so that the stage's own limit reaches it.
-  timeout --foreground -k 5 "$MODULE_LIMIT" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --tb=short --maxfail=25 \
-    --durations=3 "$1" >"$2/$name.log" 2>&1
+  ! grep -q "^$name " "$2/summary" && [ "$left" -ge 10 ] || return 0
+  limit=$((left < MODULE_LIMIT ? left : MODULE_LIMIT))
+  # shellcheck disable=SC2086  # WORKERS is a list
+  timeout -k 5 "$limit" "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --tb=short --maxfail=25 --durations=3 \
+    $WORKERS "$1" >"$2/$name.log" 2>&1
   code=$?
-  # 5: pytest found no GPU test in the module.
-  [ $code -eq 5 ] || echo "$name $code $((SECONDS - started)) $(grep -E '[0-9]+ (passed|failed|error|skipped)' "$2/$name.log" |
+  case "$code" in
+    124 | 137) [ "$limit" -eq "$MODULE_LIMIT" ] || return 0 ;; # the stage's limit, not the module's
+    143) return 0 ;;                                           # ended from outside
+  esac
+  echo "$name $code $((SECONDS - started)) $(grep -E '[0-9]+ (passed|failed|error|skipped)' "$2/$name.log" |
     tail -1 | tr -d '=')" >>"$2/summary"
 }
 
 stage_tests() {
-  local started=$SECONDS logs="$work/tests" bad passed code
+  local started=$SECONDS logs="${TESTS_KEPT:-$work/tests}" cores at_once modules bad passed left name code=0
+  cores=$(nproc)
+  TEST_WORKERS=${TEST_WORKERS:-$((cores < 24 ? cores / 4 : 6))}
+  export WORKERS=""
+  [ "$TEST_WORKERS" -lt 2 ] || ! "$PYTHON" -c 'import xdist' 2>/dev/null || WORKERS="-n $TEST_WORKERS"
+  export MODULE_LIMIT=${MODULE_LIMIT:-90} TESTS_END=$(($(date +%s) + ${TESTS_LIMIT:-240})) PYTHON
+  [ -n "$WORKERS" ] && at_once=2 || at_once=4 # modules, and threads of a process
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$at_once}
   export -f test_module
-  export MODULE_LIMIT=${MODULE_LIMIT:-90} OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PYTHON
-  mkdir -p "$logs" && : >"$logs/summary"
-  # shellcheck disable=SC2086  # TEST_MODULES is a list
-  ls ${TEST_MODULES:-python_tests/test_*.py} |
-    timeout -k 5 "${TESTS_LIMIT:-240}" xargs -P "${TEST_JOBS:-4}" -I {} bash -c 'test_module "$1" "$2"' - {} "$logs"
-  code=$?
+  mkdir -p "$logs" && touch "$logs/summary"
+  # GPU tests have the marker gpu or the fixture device; the large modules first, which take longest.
+  modules=${TEST_MODULES:-$(grep -lE 'mark\.gpu|device: str' python_tests/test_*.py | xargs ls -S)}
+  # shellcheck disable=SC2086  # a list
+  printf '%s\n' $modules |
+    xargs -P "${TEST_JOBS:-$at_once}" -I {} bash -c 'test_module "$1" "$2"' - {} "$logs"
+  left=$(for name in $modules; do
+    name=$(basename "$name" .py)
+    grep -q "^$name " "$logs/summary" || echo "$name did not run or did not end"
+  done)
   for log in "$logs"/*.log; do
     printf '\n######## %s\n' "$(basename "$log" .log)" && cat "$log"
   done >"$OUT/tests.log"
-  bad=$(awk '$2 != 0' "$logs/summary" | wc -l)
+  # 5: pytest found no GPU test in the module.
+  bad=$(awk '$2 != 0 && $2 != 5' "$logs/summary" | wc -l)
   passed=$(grep -oE '[0-9]+ passed' "$logs/summary" | awk '{n += $1} END {print n + 0}')
-  [ "$bad" -eq 0 ] || [ $code -eq 124 ] || code=1
-  [ "$passed" -gt 0 ] || [ $code -ne 0 ] || code=1 # all skipped: no GPU was seen
+  [ "$bad" -eq 0 ] && [ "$passed" -gt 0 ] || code=1 # none passed: no GPU was seen
+  [ -z "$left" ] || code=124
+  [ -z "$left" ] || [ -z "${TESTS_KEPT:-}" ] || unfinished=1
   row tests "$(verdict $code)" $((SECONDS - started)) \
-    "$passed passed in $(wc -l <"$logs/summary") modules with GPU tests, $bad modules not clean (tests.log)"
-  sort "$logs/summary" | while read -r name code seconds text; do
+    "$passed passed in $(awk '$2 != 5' "$logs/summary" | wc -l) modules with GPU tests," \
+    "$bad modules not clean${left:+, $(wc -l <<<"$left") not run to their end} (tests.log)"
+  awk '$2 != 5' "$logs/summary" | sort | while read -r name code seconds text; do
     printf '%-24s %-7s %4ss %s\n' "$name" "$(verdict "$code")" "$seconds" "$text"
   done | detail
-  for log in "$logs"/*.log; do
-    grep -q "^$(basename "$log" .log) " "$logs/summary" || grep -q 'deselected in' "$log" ||
-      echo "$(basename "$log" .log) did not end"
-  done | detail
+  [ -z "$left" ] || detail <<<"$left"
   grep -hE '^(FAILED|ERROR) ' "$logs"/*.log | cut -c 1-200 | head -40 | detail
 }
 
@@ -125,7 +146,7 @@ stage_sanitize() {
 # A run that lost its device (exit code 3) goes on with the suites not started, in a fresh process.
 stage_bench() {
   local started=$SECONDS limit=${BENCH_LIMIT:-170} code suites left file="$OUT/bench.json"
-  suites=${BENCH_SUITES:-verify alloc head inject draft dflash2}
+  suites=${BENCH_SUITES:-verify alloc gemm head inject draft dflash2}
   # shellcheck disable=SC2086  # lists
   timeout -k 5 "$limit" "$PYTHON" -m bench $suites $quick --time-limit $((limit - 15)) --json "$file" 2>&1 |
     tee "$OUT/bench.log"
@@ -165,4 +186,5 @@ for stage in "${stages[@]}"; do
 done
 printf '\n== gpu_round, commit %s\n' "${DFLASH_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}"
 cat "$table"
+[ $unfinished -eq 0 ] || exit 75
 exit $failed

@@ -1,16 +1,17 @@
 """Every CUDA kernel once under compute-sanitizer: memcheck, racecheck, synccheck.
 
-    python tools/sanitize.py [--out DIR] [--tools memcheck,...] [--groups alloc,...] [--time-limit SECONDS]
+    python tools/sanitize.py [--out DIR] [--tools memcheck,...] [--groups alloc,...] [--time-limit SECONDS] [--jobs N]
 
-One process a tool makes small direct calls of every op, chosen so that each kernel and each path of it runs (tile
-sizes, tails, unaligned rows, splits, both index types, DFLASH_DEBUG's checks). Only kernels of this library are
-instrumented, launches are blocking, and every tensor is its own allocation, so that an access beyond one is seen. The
-tools run side by side unless --sequential. Prints a line per tool and group, and the first findings; whole logs go to
-DIR/<tool>.log.
+One process a tool and group of ops makes small direct calls of every op, chosen so that each kernel and each path of it
+runs (tile sizes, tails, unaligned rows, splits, both index types, DFLASH_DEBUG's checks). Only kernels of this library
+are instrumented, launches are blocking, and every tensor is its own allocation, so that an access beyond one is seen.
+Up to --jobs processes run side by side. Prints a line per tool and group, and the first findings; whole logs go to
+DIR/<tool>.<group>.log. With --go-on, what is clean by its log in DIR is not run again.
 
     --calls-only [--device cpu]    makes the calls without a sanitizer: are they still in step with the ops?
 
-Exit codes: 0 nothing found; 1 findings, a failed call, or a tool out of time; 2 no compute-sanitizer, or bad arguments.
+Exit codes: 0 nothing found; 1 findings, a failed call, or a group that hangs; 2 no compute-sanitizer, or bad arguments;
+75 the time was too short for all: call again with --go-on.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck")
 MARK = "@@sanitize"  # starts the lines by which the calling process says where it is
 FIRST_PORT = 49152
+UNFINISHED = 75  # exit code
+GROUP_LIMIT = 240.0  # seconds of one tool and group: more is a hang
 SHOWN = 6  # lines of findings printed per tool and group
 
 # -- the calls --------------------------------------------------------------------------------------------------------
@@ -445,28 +448,25 @@ def parse_log(text: str, groups: list[str]) -> ToolReport:
     return report
 
 
-def tool_command(sanitizer: str, tool: str, groups: list[str]) -> list[str]:
-    options = ["--tool", tool, "--port", str(FIRST_PORT + 100 * TOOLS.index(tool))]
+def tool_command(sanitizer: str, tool: str, group: str) -> list[str]:
+    place = TOOLS.index(tool) * len(GROUPS) + list(GROUPS).index(group)
+    options = ["--tool", tool, "--port", str(FIRST_PORT + 100 * place)]
     options += ["--kernel-name", "kernel_substring=dflash", "--force-blocking-launches"]
     options += ["--show-backtrace", "no", "--demangle", "simple"]
     options += ["--report-api-errors", "no", "--destroy-on-device-error", "kernel", "--launch-timeout", "60"]
     if tool == "memcheck":
         options += ["--padding", "1024"]
-    return [
-        sanitizer,
-        *options,
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--calls-only",
-        "--groups",
-        ",".join(groups),
-    ]
+    return [sanitizer, *options, sys.executable, str(Path(__file__).resolve()), "--calls-only", "--groups", group]
 
 
 def find_sanitizer() -> str | None:
     places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     beside = (str(Path(place) / "bin" / "compute-sanitizer") for place in places if place)
     return shutil.which("compute-sanitizer") or next((path for path in beside if os.access(path, os.X_OK)), None)
+
+
+def is_clean(report: ToolReport) -> bool:
+    return all(entry.clean for entry in report.groups.values()) and not report.outside and report.total == 0
 
 
 def print_report(tool: str, report: ToolReport, timed_out: bool, exit_code: int | None) -> bool:
@@ -488,12 +488,12 @@ def print_report(tool: str, report: ToolReport, timed_out: bool, exit_code: int 
     for finding in report.outside[:SHOWN]:
         print(f"{tool:<10} outside  {finding[:300]}")
     attributed = sum(len(entry.findings) for entry in report.groups.values())
-    clean = all(entry.clean for entry in report.groups.values()) and not report.outside and report.total == 0
     if report.total is None:
         print(f"{tool:<10} ended without a summary, {'out of time' if timed_out else f'exit code {exit_code}'}")
     elif report.total > attributed + len(report.outside):
         print(f"{tool:<10} counts {report.total} in all")
-    return clean
+    sys.stdout.flush()
+    return is_clean(report)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -503,39 +503,57 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def run_tools(sanitizer: str, tools: list[str], groups: list[str], out: Path, limit: float, sequential: bool) -> bool:
-    """Run and report; whether everything is clean."""
+def run_tools(
+    sanitizer: str, tools: list[str], groups: list[str], out: Path, limit: float, jobs: int, go_on: bool
+) -> tuple[bool, bool]:
+    """Run and report; whether everything that ended is clean, and whether everything ended."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
     environment.pop("DFLASH_DEBUG", None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the tools are stopped below
-    clean = True
-    for batch in [[tool] for tool in tools] if sequential else [tools]:
-        deadline = time.monotonic() + limit
-        running: dict[str, subprocess.Popen[bytes]] = {}
-        try:
-            for tool in batch:
-                with (out / f"{tool}.log").open("w") as log:
-                    running[tool] = subprocess.Popen(
-                        tool_command(sanitizer, tool, groups),
+    deadline, clean = time.monotonic() + limit, True
+    running: dict[tuple[str, str], tuple[subprocess.Popen[bytes], float]] = {}
+
+    def log_of(tool: str, group: str) -> Path:
+        return out / f"{tool}.{group}.log"
+
+    def report_of(tool: str, group: str) -> ToolReport:
+        log = log_of(tool, group)
+        return parse_log(log.read_text(errors="replace") if log.is_file() else "", [group])
+
+    waiting = []
+    for tool in tools:
+        for group in groups:
+            if go_on and is_clean(before := report_of(tool, group)):
+                print_report(tool, before, False, 0)
+            else:
+                log_of(tool, group).unlink(missing_ok=True)
+                waiting.append((tool, group))
+    try:
+        while (waiting or running) and time.monotonic() < deadline:
+            while waiting and len(running) < jobs:
+                tool, group = waiting.pop(0)
+                with log_of(tool, group).open("w") as log:
+                    process = subprocess.Popen(
+                        tool_command(sanitizer, tool, group),
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         env=environment,
                         start_new_session=True,
                     )
-            for tool, process in running.items():
-                timed_out = False
-                try:
-                    process.wait(max(0.0, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    timed_out = True
+                running[tool, group] = process, time.monotonic()
+            time.sleep(0.05)
+            for (tool, group), (process, started) in list(running.items()):
+                hangs = time.monotonic() - started > GROUP_LIMIT
+                if process.poll() is not None or hangs:
                     stop(process)
-                text = (out / f"{tool}.log").read_text(errors="replace")
-                clean &= print_report(tool, parse_log(text, groups), timed_out, process.returncode)
-                sys.stdout.flush()
-        finally:
-            for process in running.values():
-                stop(process)
-    return clean
+                    del running[tool, group]
+                    clean &= print_report(tool, report_of(tool, group), hangs, process.returncode)
+    finally:
+        for process, _ in running.values():
+            stop(process)
+    for tool, group in [*running, *waiting]:
+        print_report(tool, report_of(tool, group), True, None)
+    return clean, not (running or waiting)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -543,8 +561,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the logs (default: they are not kept)")
     parser.add_argument("--tools", default=",".join(TOOLS), help="of memcheck, racecheck, synccheck")
     parser.add_argument("--groups", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)}")
-    parser.add_argument("--time-limit", type=float, default=90.0, help="seconds of each tool (90)")
-    parser.add_argument("--sequential", action="store_true", help="one tool after the other")
+    parser.add_argument("--time-limit", type=float, default=90.0, help="seconds of all (90)")
+    jobs = max(1, min(6, (os.cpu_count() or 1) // 2))
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"tools and groups side by side (here {jobs})")
+    parser.add_argument("--go-on", action="store_true", help="keep what is clean in DIR, from a call for the same code")
     parser.add_argument("--calls-only", action="store_true", help="make the calls, without a sanitizer")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of --calls-only")
     arguments = parser.parse_args(argv)
@@ -563,9 +583,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         out = arguments.out or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)
-        clean = run_tools(sanitizer, tools, groups, out, arguments.time_limit, arguments.sequential)
-    print(f"sanitize: {'clean' if clean else 'NOT CLEAN'}")
-    return 0 if clean else 1
+        limits = arguments.time_limit, max(1, arguments.jobs)
+        clean, whole = run_tools(sanitizer, tools, groups, out, *limits, arguments.go_on)
+    print(f"sanitize: {'clean' if clean else 'NOT CLEAN'}{'' if whole else ', as far as the time went'}")
+    return UNFINISHED if not whole else 0 if clean else 1
 
 
 if __name__ == "__main__":

@@ -110,15 +110,16 @@ Workspace workspace_view(const char* op, const Tensor& workspace, const Tensor& 
 
 SampledWorkspace sampled_workspace_view(const char* op, const Tensor& workspace, const Tensor& first, int64_t batch,
                                         int block_size, int64_t vocab_size) {
-  const int64_t scratch = SampledWorkspace::scratch_size(batch, block_size, vocab_size);
-  const int64_t words = SampledWorkspace::front_size(batch, block_size) + scratch;
+  const int64_t scratch = SampledWorkspace::scratch_size(batch, block_size);
+  const int64_t words = SampledWorkspace::front_size(batch, block_size, vocab_size) + scratch;
   check_workspace(op, workspace, first, words);
   SampledWorkspace view;
   view.words = data<uint64_t>(workspace);
   view.batch = batch;
   view.block_size = block_size;
-  view.row_words = SampledWorkspace::words_of_row(vocab_size);
-  // Scratch is one word longer than its content, so that it can start at a multiple of 16 bytes.
+  view.row_keys = SampledWorkspace::keys_of_row(vocab_size);
+  const auto keys = reinterpret_cast<uintptr_t>(view.words + SampledWorkspace::front_words(batch, block_size));
+  view.keys = reinterpret_cast<uint32_t*>((keys + 15) / 16 * 16);
   const auto begin = reinterpret_cast<uintptr_t>(view.words + workspace.size(0) - (scratch - 1));
   view.scratch = reinterpret_cast<uint64_t*>(begin / 16 * 16);
   return view;
@@ -346,8 +347,8 @@ FiveTensors verify_block_sampled(Tensor candidates, Tensor logits, Tensor prefix
   const auto [batch, block_size] = block_sizes(kSampled, candidates);
   api::check_shape(kSampled, "logits", logits, {batch, block_size, -1});
   const FiveTensors out = new_outputs(candidates, batch, block_size);
-  const int64_t words = SampledWorkspace::front_size(batch, block_size) +
-                        SampledWorkspace::scratch_size(batch, block_size, logits.size(2));
+  const int64_t words = SampledWorkspace::front_size(batch, block_size, logits.size(2)) +
+                        SampledWorkspace::scratch_size(batch, block_size);
   kRun({candidates, logits, prefix_lens, temperature, top_k, top_p, min_p, seeds, offsets, draft_ids, draft_probs,
         token_bitmask, logit_bias, rule},
        out, new_workspace(candidates, words));

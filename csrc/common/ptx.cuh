@@ -259,6 +259,10 @@ __device__ __forceinline__ uint2 load_relaxed(const uint2* from) {
   return v;
 }
 
+__device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;\n" ::"l"(to), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ void store_relaxed(uint4* to, const uint4& v) {
   asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)

@@ -64,13 +64,13 @@ def verify_workspace(
     """Scratch for the ``out`` forms, int64 zeros; with ``vocab_size``, of `verify_block_sampled` too.
 
     Any smaller batch, block or vocabulary may use it too. Every call leaves zero what has to be (the first ``batch *
-    (2 * block_size + 2)`` elements, two more with ``vocab_size``), so it is made once; two calls that may run at the
-    same time need one each.
+    (2 * block_size + 2)`` elements; with ``vocab_size`` three more, and ``8 * ceil(vocab_size / 4096) + 2`` for each
+    row of a block), so it is made once; two calls that may run at the same time need one each.
     """
     size = batch * (2 * block_size + 2)
     if vocab_size is not None:
-        row = 4 + max(-(-vocab_size // 4096) * 8 + 2, 256)
-        size += 2 + batch * (block_size * row + 1) + 1
+        keys = -(-vocab_size // 4096) * 8 + 2
+        size += 3 + batch * block_size * keys + batch * (block_size * 260 + 1) + 1
     return torch.zeros(size, dtype=torch.int64, device=device)
 
 

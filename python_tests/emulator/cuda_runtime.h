@@ -165,6 +165,10 @@ T atomicMin(T* place, std::common_type_t<T> value) {
   return emulated_atomic(place, [=](T old) { return old < value ? old : value; });
 }
 template <typename T>
+T atomicOr(T* place, std::common_type_t<T> value) {
+  return emulated_atomic(place, [=](T old) { return static_cast<T>(old | value); });
+}
+template <typename T>
 T atomicExch(T* place, std::common_type_t<T> value) {
   return emulated_atomic(place, [=](T) { return value; });
 }

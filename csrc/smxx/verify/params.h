@@ -60,41 +60,40 @@ struct Workspace {
   }
 };
 
-// Device scratch of verify_block_sampled. `words`, at the front of the tensor, are zero before the call and zero after
-// it; `scratch`, at its end, has any content. So a tensor may serve smaller batches, blocks and vocabularies too, and
-// verify_block: what one call leaves in its scratch is never in the front part of another.
+// Device scratch of verify_block_sampled. The front of the tensor, `words` and `keys`, is zero before the call and zero
+// after it; `scratch`, at its end, has any content. So a tensor may serve smaller batches, blocks and vocabularies too,
+// and verify_block: what one call leaves in its scratch is never in the front part of another.
 struct SampledWorkspace {
   static constexpr int kKeyElements = 256;  // logits whose largest is one key of a row
   static constexpr int kMaxKept = 256;      // tokens of a row that the top-k path can hold
   static constexpr int kRowHeader = 4;      // words: RowStats, how many tokens the list has, and one for alignment
+  static constexpr int kRowWords = kRowHeader + kMaxKept;  // the header, then the list of the row's tokens
 
   uint64_t* words = nullptr;
+  uint32_t* keys = nullptr;     // 16-byte aligned
   uint64_t* scratch = nullptr;  // 16-byte aligned
   int64_t batch = 0;
   int block_size = 0;
-  int64_t row_words = 0;
+  int64_t row_keys = 0;
 
   // 32-bit keys of a row: of whole runs of kKeyElements, in 16s, and four for what is left at its ends.
-  static int64_t keys(int64_t vocab_size) {
+  static int64_t keys_of_row(int64_t vocab_size) {
     return (vocab_size + 16 * kKeyElements - 1) / (16 * kKeyElements) * 16 + 4;
   }
-  // Words of scratch for a row: the header, then its keys, replaced by the list of its tokens.
-  static int64_t words_of_row(int64_t vocab_size) {
-    const int64_t words = keys(vocab_size) / 2;
-    return kRowHeader + (words > kMaxKept ? words : kMaxKept);
+  static int64_t front_words(int64_t batch, int64_t block_size) { return batch * (2 * block_size + 2) + 2; }
+  // One more, so that the keys can start at a multiple of 16 bytes; scratch likewise.
+  static int64_t front_size(int64_t batch, int64_t block_size, int64_t vocab_size) {
+    return front_words(batch, block_size) + 1 + batch * block_size * keys_of_row(vocab_size) / 2;
   }
-  static int64_t front_size(int64_t batch, int64_t block_size) { return batch * (2 * block_size + 2) + 2; }
-  static int64_t scratch_size(int64_t batch, int64_t block_size, int64_t vocab_size) {
-    return batch * (block_size * words_of_row(vocab_size) + 1) + 1;
-  }
+  static int64_t scratch_size(int64_t batch, int64_t block_size) { return batch * (block_size * kRowWords + 1) + 1; }
 
-  // ---- zero between calls: 2 + B (T + 3) words ----
+  // ---- zero between calls: 2 + B (T + 3) words, and the keys ----
   // Requests that the top-k path leaves to the cluster path, and clusters that have ended.
   DFLASH_HOST_DEVICE unsigned long long* left_count() const { return word(0); }
   DFLASH_HOST_DEVICE unsigned long long* exits() const { return word(1); }
   // Top-k path: bit j: row j is done; bit 32 + j: it ends the accepted prefix.
   DFLASH_HOST_DEVICE unsigned long long* progress(int64_t b) const { return word(2 + b); }
-  // Top-k path: tiles of the row that were read.
+  // Top-k path: tiles of the row that were read; in the high half: how many of them prove that it ends the prefix.
   DFLASH_HOST_DEVICE unsigned long long* tiles_read(int64_t b, int j) const {
     return word(2 + batch + b * block_size + j);
   }
@@ -102,13 +101,16 @@ struct SampledWorkspace {
   DFLASH_HOST_DEVICE unsigned long long* arrivals(int64_t b) const { return word(2 + batch * (block_size + 1) + b); }
   DFLASH_HOST_DEVICE unsigned long long* stop(int64_t b) const { return word(2 + batch * (block_size + 2) + b); }
 
+  // Top-k path: the row's keys. 0: not there yet.
+  DFLASH_HOST_DEVICE uint32_t* keys_of(int64_t b, int j) const { return keys + (b * block_size + j) * row_keys; }
+
   // ---- any content ----
   DFLASH_HOST_DEVICE unsigned long long* row(int64_t b, int j) const {
-    return reinterpret_cast<unsigned long long*>(scratch) + (b * block_size + j) * row_words;
+    return reinterpret_cast<unsigned long long*>(scratch) + (b * block_size + j) * kRowWords;
   }
   // Request i of those left to the cluster path.
   DFLASH_HOST_DEVICE unsigned long long* left(int64_t i) const {
-    return reinterpret_cast<unsigned long long*>(scratch) + batch * block_size * row_words + i;
+    return reinterpret_cast<unsigned long long*>(scratch) + batch * block_size * kRowWords + i;
   }
 
  private:

@@ -433,6 +433,11 @@ __global__ void __launch_bounds__(kThreads, 2) verify_sampled_kernel(SampledPara
        i += int64_t{gridDim.x} * kCluster * kThreads) {
     p.workspace.progress(0)[i] = 0;
   }
+  const int64_t key_quads = p.batch * p.block_size * p.workspace.row_keys / 4;
+  for (int64_t i = (blockIdx.x * kCluster + rank) * kThreads + threadIdx.x; i < key_quads;
+       i += int64_t{gridDim.x} * kCluster * kThreads) {
+    reinterpret_cast<uint4*>(p.workspace.keys)[i] = make_uint4(0, 0, 0, 0);
+  }
   if (left == 0) return;
 
   Share share;

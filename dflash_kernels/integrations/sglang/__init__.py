@@ -14,12 +14,18 @@ table in the log says which and why.
                             GPUs that multiply it, the codes are held once more for rows that are too many to stream
 ``DFLASH_KERNELS_ROWS``     rows (requests times block size, or tokens of a prompt) up to which a seam is used: default
                             ``inject=1024,forward=32,head=64``, and 1024 of a seam that holds such codes
+``DFLASH_KERNELS_PEERS``    with tensor parallelism ``auto`` (default): the ranks' kernels write to each other's memory
+                            for `forward`'s sums and the choice of tokens; ``0``: all take the engine's collectives
 ==========================  ==========================================================================================
 
 For comparisons within one engine, ``DFLASH_KERNELS_SEAMS_FILE`` names a file with a list of seams that is read whenever
 it changes: of the active seams, those that no CUDA graph holds are used as it says.
 
-`plugin` holds the hook and the worker subclass, `seam` what all seams share, and every seam has a module.
+With tensor parallelism every rank has its own worker, and all take the same way at every seam: what one declines, all
+do. Give them the same variables on all hosts.
+
+`plugin` holds the hook and the worker subclass, `seam` what all seams share, `ranks` what the ranks ask each other, and
+every seam has a module.
 """
 
 from dflash_kernels.integrations.sglang.plugin import activate

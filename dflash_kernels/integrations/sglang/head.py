@@ -6,6 +6,9 @@ make_draft_sampler_capture_hook), it leaves the tokens of block positions 1.. in
 after a replay. Ties go to the smallest id, over all ranks, as there; over weights in fp8 or 4 bits the logits are those
 of the rounded weights, and of many rows in fp8 those of rounded rows, too. The other samplers (DFlash2 selector,
 Domino, LiLiCorr) and a head that SGLang keeps eager (quantised, added vocabulary) stay stock.
+
+With tensor parallelism each rank takes the best token of its part of the vocabulary. Kernels of the ranks that write to
+each other's memory find the best of these, or two gathers by the engine and one kernel more.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dflash_kernels.formats import WeightFormat
+from dflash_kernels.integrations.sglang.ranks import Merge
 from dflash_kernels.integrations.sglang.seam import (
     WORKER_MODULE,
     Seam,
@@ -45,7 +48,8 @@ class HeadSeam(Seam):
         require(worker.block_size > 1, "blocks of one token")
 
     def replace(self, stock: Any) -> DraftSampler:
-        """The sampler to capture in place of SGLang's; `Declined` where that is not the plain greedy one."""
+        """The sampler to capture in place of SGLang's, once it has met the other ranks'; `Declined` where that is not
+        the plain greedy one."""
         require(stock is not None, "SGLang keeps the draft head eager")
         require(type(stock).__name__ == "_DflashDraftSampler", f"draft sampler {type(stock).__name__}")
         weight = stock.weight
@@ -55,7 +59,17 @@ class HeadSeam(Seam):
         require(0 < stock.num_org <= 1 << 22, f"a vocabulary shard of {stock.num_org}")
         sampler = DraftSampler(stock)
         self._hold_more(sampler)
+        return sampler
+
+    def meet_with(self, sampler: DraftSampler) -> DraftSampler:
+        """The sampler with what all ranks have to share, where all have one: the limit of rows, and an exchange."""
+        if not all(self.ranks.gather(sampler.head.codes is not None)):
+            sampler.head.drop_codes()  # where one rank lacks the memory: more rows than `max_rows` take SGLang's way
+        if sampler.head.codes is not None:
+            self.note += ", as codes for many rows as much again"
         sampler.max_rows = self.settings.limit("head", fp8_codes=sampler.head.codes is not None)
+        if sampler.merge is not None:
+            self.note = "; ".join(filter(None, (self.note, sampler.merge.meet(self.ranks, self.settings))))
         return sampler
 
     def _hold_more(self, sampler: DraftSampler) -> None:
@@ -70,10 +84,6 @@ class HeadSeam(Seam):
             rows = min(head.max_rows, requests * (sampler.block_size - 1))
             if head.needs_codes(rows) and may_pack(settings, [head.weight])[0]:
                 head.hold_codes(rows)
-        if settings.weights == WeightFormat("fp8") and not sampler.on_all_ranks(head.codes is not None):
-            head.drop_codes()  # where one rank lacks the memory: more rows than `max_rows` take SGLang's collectives
-        if head.codes is not None:
-            self.note += ", as codes for many rows as much again"
 
 
 class DraftSampler:
@@ -88,29 +98,16 @@ class DraftSampler:
         self.stock = stock
         self.max_rows: int | None = None
         self.block_size, self.vocab_start = int(stock.block_size), int(stock.org_vocab_start)
-        self.tp_group = stock.tp_group
         self.out = stock.out
         rows, device = self.out.numel(), self.out.device
         self.head = LMHead(stock.weight.detach()[: stock.num_org], rows)
         self.values = torch.empty(rows, dtype=torch.float32, device=device)
-        if self.tp_group is not None:
-            world = int(self.tp_group.world_size)
+        self.merge: Merge | None = None
+        if stock.tp_group is not None:
             self.ids = torch.empty(rows, dtype=torch.int64, device=device)
-            self.all_ids = torch.empty(world * rows, dtype=torch.int64, device=device)
-            self.all_values = torch.empty(world * rows, dtype=torch.float32, device=device)
-
-    def on_all_ranks(self, holds: bool) -> bool:
-        """Whether `holds` is true on every rank; all of them ask."""
-        if self.tp_group is None:
-            return holds
-        mine = torch.tensor([int(holds)], dtype=torch.int64, device=self.out.device)
-        every = mine.new_empty(int(self.tp_group.world_size))
-        self.tp_group.all_gather_into_tensor(every, mine)
-        return bool(every.all())
+            self.merge = Merge(stock.tp_group, rows, device)
 
     def __call__(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> None:
-        from dflash_kernels.ops import merge_vocab_shards
-
         width = hidden_states.shape[-1]
         if self.max_rows is not None and hidden_states.numel() > self.max_rows * width:
             self.stock(hidden_states, input_ids)
@@ -118,13 +115,9 @@ class DraftSampler:
         hidden = hidden_states.view(-1, self.block_size, width)[:, 1:].reshape(-1, width).to(self.head.weight.dtype)
         rows = hidden.shape[0]
         out = (self.out[:rows], self.values[:rows])
-        if self.tp_group is None:
+        if self.merge is None:
             self.head.argmax(hidden, self.vocab_start, out=out)
             return
         ids, values = self.ids[:rows], self.values[:rows]
         self.head.argmax(hidden, self.vocab_start, out=(ids, values))
-        world = int(self.tp_group.world_size)
-        all_ids, all_values = self.all_ids[: world * rows], self.all_values[: world * rows]
-        self.tp_group.all_gather_into_tensor(all_values, values)
-        self.tp_group.all_gather_into_tensor(all_ids, ids)
-        merge_vocab_shards(all_ids.view(world, rows), all_values.view(world, rows), out=out)
+        self.merge(ids, values, out)

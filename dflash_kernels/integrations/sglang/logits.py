@@ -7,7 +7,11 @@ exact, so the argmax of the bfloat16 logits is the same token, and costs 2 bytes
 In a verify pass that is captured, the LM head therefore writes into a bfloat16 buffer that all batch sizes share, and
 that is what the pass returns. A step that needs more than its argmax (sampling, penalties, a grammar, a logit bias, a
 custom processor) or that this seam is switched off for gets the float32 copy first, in the engine's own buffer. Passes
-that are not captured, other heads, and logits that are scaled, capped or gathered over ranks stay stock.
+that are not captured, other heads, and logits that are scaled or capped stay stock.
+
+With tensor parallelism a rank's verify pass returns the logits of its part of the vocabulary, which SGLang gathers over
+the ranks inside the graph. A greedy step compares the ranks' best tokens instead; any other one gathers the logits
+after the pass. As the ranks have to do the same, the seam is then not switched, and an error in it ends the engine.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from dflash_kernels.integrations.sglang.seam import MEMORY_LEFT, Seam, Target, require
+from dflash_kernels.integrations.sglang.ranks import Merge
+from dflash_kernels.integrations.sglang.seam import MEMORY_LEFT, Refused, Seam, Target, require
 
 PROCESSOR_MODULE = "sglang.srt.layers.logits_processor"
 
@@ -60,18 +65,35 @@ class LogitsSeam(Seam):
         (processor,) = found
         for target in self.targets:
             target.check_function(getattr(type(processor), target.qualname.rpartition(".")[2]))
-        require(not processor.do_tensor_parallel_all_gather, "logits that are gathered over ranks")
+        several = self.ranks.world > 1
+        require(bool(processor.do_tensor_parallel_all_gather) == several, "logits that are gathered in another way")
         require(not processor.do_tensor_parallel_all_gather_dp_attn, "DP attention")
         require(processor.logit_scale is None, "scaled logits")
         require(not processor.final_logit_softcapping, "capped logits")
         require(not processor.use_fp32_lm_head, "an LM head in float32")
         require(processor.rl_on_policy_target is None, "rl_on_policy_target")
         self.vocab_size = int(processor.vocab_size)
+        self.vocab_start, self.width = 0, self.vocab_size  # of this rank's logits
+        self.merge: Merge | None = None
+        if several:
+            self._require_part(worker, processor)
         self.buffers: list[torch.Tensor] = []  # every one that a graph may hold
         self.floats: torch.Tensor | None = None
         self.greedy = False
         self._capture(processor)
         self._settle_after(worker._target_worker)
+
+    def _require_part(self, worker: Any, processor: Any) -> None:
+        """`Declined` unless the head's rows are this rank's part of the vocabulary, of as many rows on all ranks."""
+        require(not processor.use_attn_tp_group, "an LM head over the ranks of the attention")
+        head = worker.model_runner.model.lm_head
+        shard, held = head.shard_indices, int(head.weight.shape[0])
+        require(shard.num_added_elements == 0, "added vocabulary")
+        require(shard.num_org_elements > 0, "a rank without a part of the vocabulary")
+        require(shard.org_vocab_start_index == self.ranks.rank * held, "a vocabulary that is cut in another way")
+        require(held * self.ranks.world >= self.vocab_size, "a vocabulary that is cut in another way")
+        self.vocab_start, self.width, self.held = int(shard.org_vocab_start_index), int(shard.num_org_elements), held
+        self.switchable = False
 
     def bind(self, worker: Any) -> None:
         from dflash_kernels.ops import verify_workspace
@@ -83,6 +105,13 @@ class LogitsSeam(Seam):
         self.workspace = verify_workspace(rows, 1, device)
         self.note = f"a buffer of {sum(b.nbytes for b in self.buffers) / 1e9:.2f} GB"
         GreedyLogits.seam = self
+        if self.ranks.world > 1:
+            self.best_ids, self.best_values = torch.empty_like(self.ids), torch.empty_like(self.values)
+            self.merge = Merge(self.ranks.group, rows, device)
+
+    def meet(self, worker: Any) -> None:
+        assert self.merge is not None
+        self.note += f"; tokens {self.merge.meet(self.ranks, self.settings)}"
 
     def start_step(self, batch: Any) -> None:
         """Whether the step that begins asks for the argmax alone."""
@@ -118,7 +147,7 @@ class LogitsSeam(Seam):
                 if buffer is not None:
                     self._remember(logits_metadata.next_token_logits_buffer)
                     torch.matmul(hidden_states.detach(), lm_head.weight.detach().T, out=buffer)
-                    return buffer[:, : self.vocab_size]
+                    return buffer[:, : self.width]
             return stock(hidden_states, lm_head, logits_metadata, embedding_bias, use_logits_buffer)
 
         processor._get_logits = _get_logits
@@ -128,7 +157,8 @@ class LogitsSeam(Seam):
         floats, weight = getattr(metadata, "next_token_logits_buffer", None), getattr(lm_head, "weight", None)
         method = type(getattr(lm_head, "quant_method", None)).__name__
         return (
-            floats is not None
+            self.agreed
+            and floats is not None
             and floats.dtype is torch.float32
             and tuple(floats.shape) == (hidden.shape[0], self.vocab_size)
             and metadata.forward_mode.is_target_verify()
@@ -136,21 +166,24 @@ class LogitsSeam(Seam):
             and method in ("NoneType", "UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
             and isinstance(weight, torch.Tensor)
             and weight.dtype is hidden.dtype is torch.bfloat16
-            and weight.shape[0] >= self.vocab_size
+            and (weight.shape[0] >= self.vocab_size if self.ranks.world == 1 else weight.shape[0] == self.held)
         )
 
     def _buffer(self, rows: int, weight: torch.Tensor) -> torch.Tensor | None:
         """``rows`` of the shared buffer, which the first, largest batch size makes in its warm-up."""
         if self.buffers and self.buffers[-1].shape[0] >= rows:
             return self.buffers[-1][:rows]
+        fits = True
         if weight.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return None
             free, _ = torch.cuda.mem_get_info(weight.device)
             size = rows * weight.shape[0] * 2
-            if free < size + MEMORY_LEFT:
+            fits = free >= size + MEMORY_LEFT
+            if not fits:
                 self.note = f"{free / 1e9:.1f} GB free, {(size + MEMORY_LEFT) / 1e9:.1f} needed"
-                return None
+        if not all(self.ranks.gather(fits)):  # on all ranks, which capture the same sizes at the same time
+            return None
         with torch.inference_mode(False):  # it is written outside of inference mode, too
             self.buffers.append(torch.empty(rows, weight.shape[0], dtype=weight.dtype, device=weight.device))
         return self.buffers[-1]
@@ -179,6 +212,9 @@ class LogitsSeam(Seam):
             output.next_token_logits = logits.as_subclass(GreedyLogits)
             return
         assert self.floats is not None
+        if self.ranks.group is not None:
+            whole = torch.as_strided(logits, (logits.shape[0], self.held), (self.held, 1))
+            logits = self.ranks.group.all_gather(whole, dim=-1)[:, : self.vocab_size]
         output.next_token_logits = self.floats[: logits.shape[0]].copy_(logits)
 
     def top1(self, logits: torch.Tensor) -> torch.Tensor:
@@ -186,9 +222,15 @@ class LogitsSeam(Seam):
         from dflash_kernels.ops import argmax_logits
 
         rows = logits.shape[0]
+        best = (self.ids[:rows], self.values[:rows])
         try:
-            argmax_logits(logits, out=(self.ids[:rows], self.values[:rows]), workspace=self.workspace)
+            argmax_logits(logits, self.vocab_start, out=best, workspace=self.workspace)
+            if self.merge is None:
+                return best[0]
+            self.merge(*best, (self.best_ids[:rows], self.best_values[:rows]))
+            return self.best_ids[:rows]
         except Exception as error:
             self.failed(error)
+            if self.merge is not None:
+                raise Refused(f"dflash-kernels: seam {self.name} failed on one rank: {error}") from error
             return torch.argmax(logits, dim=-1)
-        return self.ids[:rows]

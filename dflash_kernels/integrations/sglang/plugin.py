@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dflash_kernels.integrations.sglang.inputs import InputsSeam
 from dflash_kernels.integrations.sglang.logits import LogitsSeam
 from dflash_kernels.integrations.sglang.metadata import MetadataSeam
 from dflash_kernels.integrations.sglang.prepare import PrepareSeam
+from dflash_kernels.integrations.sglang.ranks import Ranks, ranks_of
 from dflash_kernels.integrations.sglang.reserve import ReserveSeam
 from dflash_kernels.integrations.sglang.seam import WORKER_MODULE, Declined, Refused, Seam, logger
 from dflash_kernels.integrations.sglang.settings import Settings, read_settings
@@ -82,22 +84,26 @@ class Seams:
             seam.settings = settings
             seam.reason = "not bound yet"
         self._switch_read = -1
+        self._worker_module: Any = None
+        self.ranks = Ranks()
 
     def __getitem__(self, name: str) -> Seam:
         return self.all[name]
 
     def each(self, act: Callable[[Seam], None]) -> None:
-        """Run one phase on the seams that are still in; in strict mode a decline is refused."""
-        for seam in tuple(self._open):
-            try:
-                act(seam)
-            except Declined as declined:
-                self.decline(seam, str(declined))
-            except Refused:
-                raise
-            except Exception as error:
-                # Whatever an engine that changed may do here: stock is the answer, and the table says so.
-                self.decline(seam, f"{type(error).__name__}: {error}")
+        """Run one phase on the seams that are still in, which are the same on all ranks, before and after it; in
+        strict mode a decline is refused."""
+        self.agree({seam.name: _reason(partial(act, seam)) for seam in tuple(self._open)})
+
+    def agree(self, reasons: dict[str, str]) -> None:
+        """Decline, for the first rank's reason, the seams that any rank has a reason against."""
+        every = self.ranks.gather(reasons)
+        for name in reasons:
+            for rank, given in enumerate(every):
+                if given[name]:
+                    on = f" (rank {rank})" if any(other[name] != given[name] for other in every) else ""
+                    self.decline(self.all[name], given[name] + on)
+                    break
 
     def decline(self, seam: Seam, reason: str) -> None:
         if seam in self._open:
@@ -110,12 +116,30 @@ class Seams:
         for seam in tuple(self._open):
             self.decline(seam, reason)
 
+    def _shared_settings(self) -> tuple[object, ...]:
+        """What has to be the same on all ranks, with the seams that are still in."""
+        named = (replace(self.settings, switch=""), sorted(self.settings.rows.items()))
+        return (*named, [seam.name for seam in self._open])
+
     def install(self, worker_module: Any) -> None:
+        self._worker_module = worker_module
         self.each(lambda seam: seam.install(worker_module))
 
     def prepare(self, worker: Any) -> None:
+        ranks = ranks_of(self._worker_module, worker)
+        if ranks is None:
+            self.decline_all("tensor parallelism, and no group of its ranks")
+            return
+        self.ranks = ranks
+        for seam in self._open:
+            seam.ranks = ranks
+        if len(set(map(repr, ranks.gather(self._shared_settings())))) > 1:
+            self.decline_all("ranks with different settings")
+            return
         self.each(_require_device(worker))
         self.each(lambda seam: seam.prepare(worker))
+        for seam in self._open:
+            seam.agreed = True
 
     def bind(self, worker: Any) -> None:
         def bind(seam: Seam) -> None:
@@ -124,6 +148,8 @@ class Seams:
             seam.reason = ""
 
         self.each(bind)
+        if self.ranks.world > 1:
+            self.each(lambda seam: seam.meet(worker))
 
     def captured(self, worker: Any) -> None:
         self.each(lambda seam: seam.captured(worker))
@@ -166,6 +192,20 @@ class Seams:
             state, why = ("active", seam.note) if seam.active else ("stock ", seam.reason)
             lines.append(f"  {name:<{width}}  {state}  {why}".rstrip())
         return "\n".join(["dflash-kernels seams in SGLang's DFLASH worker:", *lines])
+
+
+def _reason(act: Callable[[], object]) -> str:
+    """Why a phase of a seam ended without success; empty if it did not."""
+    try:
+        act()
+    except Declined as declined:
+        return str(declined) or "declined"
+    except Refused:
+        raise
+    except Exception as error:
+        # Whatever an engine that changed may do here: stock is the answer, and the table says so.
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _require_device(worker: Any) -> Callable[[Seam], None]:
@@ -220,11 +260,10 @@ def _subclass(base: type) -> type:
             head = self._dflash_seams["head"]
             if not head.active:
                 return stock
-            try:
-                return head.replace(stock)  # type: ignore[attr-defined]
-            except Declined as declined:
-                self._dflash_seams.decline(head, str(declined))
-                return stock
+            found: list[Any] = []
+            reason = _reason(lambda: found.append(head.replace(stock)))  # type: ignore[attr-defined]
+            self._dflash_seams.agree({head.name: reason})
+            return head.meet_with(found[0]) if head.active else stock  # type: ignore[attr-defined]
 
         def _append_target_hidden_to_draft_kv_by_loc(self, **kwargs: Any) -> None:
             inject = self._dflash_seams["inject"]

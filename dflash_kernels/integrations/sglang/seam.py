@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from dflash_kernels.formats import QuantizedWeight, WeightFormat, concatenate, stack
+from dflash_kernels.integrations.sglang.ranks import Ranks
 from dflash_kernels.integrations.sglang.settings import Settings
 from dflash_kernels.tiles import Weight
 
@@ -72,12 +73,13 @@ class Seam:
 
     ``prepare`` runs when the worker has been built (the models are loaded, no pool exists yet), ``bind`` before the
     drafter's CUDA graphs are captured (the pools and the target's graphs exist), ``captured`` after it. All raise
-    `Declined` to stay stock.
+    `Declined` to stay stock; with tensor parallelism they ask no other rank, as it may have declined. ``meet`` runs
+    after ``bind``, on all ranks or on none, and may.
     """
 
     name: ClassVar[str]
     targets: ClassVar[tuple[Target, ...]]
-    switchable: ClassVar[bool] = True  # nothing of it is captured in a CUDA graph
+    switchable: bool = True  # nothing of it is captured in a CUDA graph, and no other rank waits for it
 
     def __init__(self) -> None:
         self.active = False
@@ -86,6 +88,8 @@ class Seam:
         self.note = ""
         self.error: BaseException | None = None
         self.settings = Settings((), False)
+        self.ranks = Ranks()
+        self.agreed = False  # all ranks have gone through `prepare` without a decline
 
     def install(self, worker_module: ModuleType) -> None:
         """Check the targets on the imported module; a function seam wraps its target here."""
@@ -98,6 +102,9 @@ class Seam:
 
     def bind(self, worker: Any) -> None:
         """Check the pools, build the rest."""
+
+    def meet(self, worker: Any) -> None:
+        """Build what takes the other ranks."""
 
     def captured(self, worker: Any) -> None:
         """The graphs are captured: what needs them."""

@@ -15,6 +15,8 @@ PACKING = ("auto", "0", "1")
 SWITCH_VARIABLE = "DFLASH_KERNELS_SEAMS_FILE"
 ROWS_VARIABLE = "DFLASH_KERNELS_ROWS"
 WEIGHTS_VARIABLE = "DFLASH_KERNELS_WEIGHTS"
+PEERS_VARIABLE = "DFLASH_KERNELS_PEERS"
+PEERS = ("auto", "0")
 # Rows up to which a seam takes a call, where nothing else is said. Longer prompts stay with SGLang: its library GEMMs
 # gain there what the fused op gains on a few rows. A pass over more than 32 rows and a head over more than 64 are no
 # stream of weights any more: the head is slower in the engine, the pass beside the engine's time (bench/NOTES.md).
@@ -30,7 +32,8 @@ class Settings:
     ``pack``: "auto" where a GPU has the memory, "0" never, "1" always. ``switch``: a file that names the seams to use
     from the next step on, for comparisons within one engine. ``rows``: up to how many a seam is used, of those seams
     for which it was said (:meth:`limit`).
-    ``weights``: the format of the packed drafter and draft head; None: bf16.
+    ``weights``: the format of the packed drafter and draft head; None: bf16. ``peers``: with tensor parallelism "auto",
+    kernels of the ranks hand each other what is summed and compared, or "0", the engine's collectives do.
     """
 
     seams: tuple[str, ...]
@@ -39,6 +42,7 @@ class Settings:
     switch: str = ""
     rows: Mapping[str, int] = field(default_factory=dict)
     weights: WeightFormat | None = None
+    peers: str = "auto"
 
     def limit(self, seam: str, fp8_codes: bool = False) -> int:
         """Rows up to which a seam of `ROWS` is used; `fp8_codes`: where it multiplies fp8 codes for many."""
@@ -81,4 +85,7 @@ def read_settings(known: Sequence[str], environment: Mapping[str, str] = os.envi
         weights = None if named == "bf16" else WeightFormat.parse(named)
     except ValueError as error:
         raise ValueError(f"{WEIGHTS_VARIABLE} must be bf16 or a weight format: {error}") from error
-    return Settings(seams, strict == "1", pack, environment.get(SWITCH_VARIABLE, "").strip(), rows, weights)
+    peers = environment.get(PEERS_VARIABLE, "auto").strip() or "auto"
+    if peers not in PEERS:
+        raise ValueError(f"{PEERS_VARIABLE} must be {' or '.join(PEERS)}, got {peers}")
+    return Settings(seams, strict == "1", pack, environment.get(SWITCH_VARIABLE, "").strip(), rows, weights, peers)

@@ -84,6 +84,7 @@ inline uint2 load_relaxed(const uint2* from) {
   emulator::spin();
   return *from;
 }
+inline void store_relaxed(uint32_t* to, uint32_t value) { *to = value; }
 inline void store_relaxed(uint4* to, const uint4& v) { *to = v; }
 inline uint4 load_relaxed_system(const uint4* from) {
   emulator::spin_outside();
