@@ -70,7 +70,7 @@ __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineS
     const uint32_t current = state.stage;
     state.advance();
     ready = barrier_passed(full + state.stage * 8, state.parity);  // asked while the products run
-    wgmma_wait<1>();  // the products of the previous stage are done
+    wgmma_wait<1>();                                               // the products of the previous stage are done
     if (k > 0) release(previous);
     previous = current;
   }
@@ -118,11 +118,10 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
     PipelineState<C> state;
     float acc[C::BN / 2];
     for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
-      const many_rows::TileAt where = at.at(work, schedule, tile);
-      epilogue.begin(at.template row0<C>(where) + 16 * warp, work.live_rows);
+      epilogue.begin(at.template row0<C>(tile, work.pairs) + 16 * warp, work.live_rows);
       multiply_tile(pipe, state, warp / 4, work.num_steps, pair, acc);
       if (schedule.splits > 1) many_rows::reduce_over_splits<C, Epilogue>(acc, shared_bytes, schedule.splits, at);
-      epilogue.finish(acc, at.column_tile(where), schedule.splits, at.split);
+      epilogue.finish(acc, at.column_tile(tile, work.pairs), schedule.splits, at.split);
     }
   }
   cluster_sync();

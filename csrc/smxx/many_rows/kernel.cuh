@@ -60,7 +60,6 @@ struct Schedule {
   int across;  // column tiles that share A
   int splits;
   int column_groups;  // of column tiles that share A
-  int neighbours;  // groups of column tiles that go before the next row tiles
   int steps_per_source;
   int k_steps;
   int box_rows;  // of A that one TMA load brings
@@ -77,22 +76,9 @@ struct Schedule {
 // What all roles know.
 struct Work {
   int64_t live_rows;
-  int pairs;  // live row tiles, or pairs of them
-  int groups;  // of column tiles
-  int tiles;  // of clusters: pairs of row tiles times groups of column tiles
+  int pairs;                  // live row tiles, or pairs of them
+  int tiles;                  // of clusters: pairs of row tiles times groups of column tiles
   int first_step, num_steps;  // this block's part of K
-};
-
-// Tile t of a cluster: see the order of tiles above.
-struct TileAt {
-  int pair, group;
-  __device__ __forceinline__ TileAt(int tile, int pairs, int groups, int neighbours) {
-    const int of_round = neighbours * pairs;
-    const int round = tile / of_round, rest = tile - round * of_round;
-    const int width = min(neighbours, groups - round * neighbours);
-    pair = rest / width;
-    group = round * neighbours + rest - pair * width;
-  }
 };
 
 // This block's place among the blocks that share a tile, and the cluster's among all. pair_size, across: of the
@@ -111,16 +97,13 @@ struct Place {
     pair.column = blockIdx.x / pair.size % pair.across;
     pair.first = (static_cast<uint32_t>(split) * pair.across + pair.column) * pair.size;
   }
-  static __device__ __forceinline__ TileAt at(const Work& work, const Schedule& schedule, int tile) {
-    return TileAt(tile, work.pairs, work.groups, schedule.neighbours);
-  }
-  // First row and column tile of this block.
+  // This block's share of tile `tile` of the cluster, with `pairs` pairs of row tiles: first row, column tile.
   template <typename C>
-  __device__ __forceinline__ int64_t row0(const TileAt& tile) const {
-    return (static_cast<int64_t>(tile.pair) * pair.size + pair.index) * C::BM;
+  __device__ __forceinline__ int64_t row0(int tile, int pairs) const {
+    return (static_cast<int64_t>(tile % pairs) * pair.size + pair.index) * C::BM;
   }
-  __device__ __forceinline__ int column_tile(const TileAt& tile) const {
-    return tile.group * static_cast<int>(pair.across) + static_cast<int>(pair.column);
+  __device__ __forceinline__ int column_tile(int tile, int pairs) const {
+    return tile / pairs * static_cast<int>(pair.across) + static_cast<int>(pair.column);
   }
 };
 
@@ -137,7 +120,6 @@ __device__ __forceinline__ Work find_work(const GemmParams& p, const Schedule& s
   if (p.live.commit_lens.data != nullptr) work.live_rows = max(min(p.live.commit_lens.at(0), p.m), int64_t{0});
   const auto row_tiles = static_cast<uint32_t>((work.live_rows + C::BM - 1) / C::BM);
   work.pairs = static_cast<int>((row_tiles + place.pair.size - 1) / place.pair.size);
-  work.groups = schedule.column_groups;
   work.tiles = work.pairs * schedule.column_groups;
   work.first_step = schedule.first_step(place.split);
   work.num_steps = schedule.first_step(place.split + 1) - work.first_step;
@@ -172,8 +154,7 @@ template <typename C, bool kGated>
 __device__ __forceinline__ void prefetch_w(const GemmParams& p, const CUtensorMap* w_map, const Schedule& schedule,
                                            const Place& place) {
   if (place.cluster >= schedule.expected_pairs * schedule.column_groups) return;
-  const int column_tile =
-      place.column_tile(TileAt(place.cluster, schedule.expected_pairs, schedule.column_groups, schedule.neighbours));
+  const int column_tile = place.column_tile(place.cluster, schedule.expected_pairs);
   const int half = C::BN / 2;
   const int row0 = column_tile * (kGated ? half : C::BN);
   const int row1 = kGated ? row0 + static_cast<int>(p.n / 2) : row0 + half;
@@ -218,10 +199,11 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
     if (leader && place.cluster < work.tiles) {
       ahead = min(C::kStages, work.num_steps);
       Position at(work.first_step, schedule.steps_per_source);
-      const TileAt first = place.at(work, schedule, place.cluster);
+      const int64_t row0 = place.template row0<C>(place.cluster, work.pairs);
+      const int column_tile = place.column_tile(place.cluster, work.pairs);
       for (int s = 0; s < ahead; ++s) {  // a fresh stage is empty
-        C::Loader::announce(pipe.full(s), bytes_of(place.template row0<C>(first)), pair);
-        load_w_step<C, kGated>(p, pipe, s, w_map, source_k, at, place.column_tile(first), pair);
+        C::Loader::announce(pipe.full(s), bytes_of(row0), pair);
+        load_w_step<C, kGated>(p, pipe, s, w_map, source_k, at, column_tile, pair);
         at.advance();
       }
     }
@@ -230,8 +212,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
   PipelineState<C> state;
   for (int tile = place.cluster; tile < work.tiles; tile += place.clusters) {
     if (leader) {
-      const TileAt where = place.at(work, schedule, tile);
-      const int64_t row0 = place.template row0<C>(where);
+      const int64_t row0 = place.template row0<C>(tile, work.pairs);
+      const int column_tile = place.column_tile(tile, work.pairs);
       const int boxes = boxes_of(row0);
       const uint32_t bytes = bytes_of(row0);
       Position at(work.first_step, schedule.steps_per_source);
@@ -242,7 +224,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
         } else {
           barrier_wait(pipe.empty(state.stage), state.parity ^ 1);
           C::Loader::announce(full, bytes, pair);
-          load_w_step<C, kGated>(p, pipe, state.stage, w_map, source_k, at, place.column_tile(where), pair);
+          load_w_step<C, kGated>(p, pipe, state.stage, w_map, source_k, at, column_tile, pair);
         }
         for (int i = static_cast<int>(pair.column); i < boxes; i += static_cast<int>(pair.across)) {
           C::Loader::load(pipe.a(state.stage) + i * box_bytes, &a_maps.map[at.source], at.step * C::BK,
@@ -279,7 +261,8 @@ __device__ __forceinline__ void reduce_over_splits(float (&acc)[C::BN / 2], unsi
     for (int i = 0; i < kBatch; ++i) total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 2
     for (int s = 0; s < splits; ++s) {
-      const auto rank = (static_cast<unsigned>(s) * place.pair.across + place.pair.column) * place.pair.size + place.pair.index;
+      const auto rank =
+          (static_cast<unsigned>(s) * place.pair.across + place.pair.column) * place.pair.size + place.pair.index;
       const float4* from = cluster.map_shared_rank(mine, rank);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -324,7 +307,6 @@ void launch(Kernel kernel, int threads, const GemmParams& p, const Operands& of,
   schedule.pair_size = plan.pair;
   schedule.splits = plan.splits;
   schedule.across = plan.across;
-  schedule.neighbours = plan.neighbours;
   const int64_t group = int64_t{C::BN} * plan.across;
   schedule.column_groups = static_cast<int>((p.n + group - 1) / group);
   schedule.steps_per_source = static_cast<int>((p.k / p.num_sources + C::BK - 1) / C::BK);
@@ -352,10 +334,11 @@ inline bool prepare(Operands* operands, const GemmParams& p, int granule, int nu
   const int64_t rows = p.expected_live > 0 ? p.expected_live : p.m;
   const int bytes = element_bytes(p);
   const int64_t k_steps = (source_k * bytes + kRowBytes - 1) / kRowBytes * p.num_sources;
-  operands->plan = choose_plan(rows, p.n, k_steps, granule, num_sms, rates, narrowest);
+  operands->plan =
+      choose_plan(rows, p.n, k_steps, granule, num_sms, rates, narrowest, p.live.commit_lens.data != nullptr);
   for (int s = 0; s < p.num_sources; ++s) {
-    if (p.a_stride[s] < source_k ||
-        !make_tensor_map(&operands->a_maps.map[s], p.a[s], bytes, p.m, source_k, p.a_stride[s], box_rows_of(p, operands->plan))) {
+    if (p.a_stride[s] < source_k || !make_tensor_map(&operands->a_maps.map[s], p.a[s], bytes, p.m, source_k,
+                                                     p.a_stride[s], box_rows_of(p, operands->plan))) {
       return false;
     }
   }
