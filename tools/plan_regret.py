@@ -28,7 +28,7 @@ int main() {
   int granule, sms;
   using namespace dflash::many_rows;
   while (std::scanf("%ld %ld %ld %d %d", &rows, &n, &k_steps, &granule, &sms) == 5) {
-    const Plan plan = choose_plan(rows, n, k_steps, granule, sms, kH100Rates, kColumnChoices[0]);
+    const Plan plan = choose_plan(rows, n, k_steps, granule, sms, kHopperRates, kColumnChoices[0], 256, counted != 0);
     std::printf("%d,%d,%d\\n", plan.columns, plan.pair, plan.splits);
   }
 }

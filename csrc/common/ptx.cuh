@@ -22,6 +22,10 @@ __device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// A value that all lanes of the warp have: the compiler is told so, keeps it and can use uniform registers for what
+// depends on it.
+__device__ __forceinline__ uint32_t same_in_warp(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
 // The launch's dynamic shared memory.

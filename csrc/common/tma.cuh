@@ -35,18 +35,20 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 // TMA writes there: then a barrier must follow.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Arrives at the same barrier of block `rank` of the cluster (this one included). Orders no writes beyond this block:
-// for consumers, whose reads are over and who wrote nothing; a release for the cluster would cost a full fence each
-// time.
+// The same barrier of block `rank` of the cluster (this one included).
+__device__ __forceinline__ uint32_t barrier_at(uint32_t barrier, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(remote) : "r"(barrier), "r"(rank));
+  return remote;
+}
+
+// Arrives at a barrier that barrier_at found. Orders no writes beyond this block: for consumers, whose reads are over
+// and who wrote nothing; a release for the cluster would cost a full fence each time.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t remote) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(remote) : "memory");
+}
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
+  barrier_arrive_at(barrier_at(barrier, rank));
 }
 
 // Waits for the end of the phase of that parity. A fresh barrier counts as having ended a phase of parity 1.
@@ -62,6 +64,21 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// Whether that phase has ended, without waiting.
+__device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
+  uint32_t passed;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(passed)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return passed != 0;
 }
 
 // -- clusters --------------------------------------------------------------------------------------------------------

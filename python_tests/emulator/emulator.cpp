@@ -555,6 +555,12 @@ void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes) {
   s.complete_if_done();
 }
 
+bool mbarrier_passed(uint64_t* barrier, unsigned parity) {
+  const bool passed = state(barrier).phase != (parity & 1);
+  if (passed) tensor_state().waited = true;
+  return passed;
+}
+
 void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   std::vector<Operation>& operations = machine().operations;
   while (state(barrier).phase == (parity & 1)) {

@@ -79,6 +79,7 @@ void spin_outside();  // the same, of memory that another device may change
 void pause();         // others may run, in random order
 void mbarrier_init(uint64_t* barrier, unsigned arrivals);
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes);
+bool mbarrier_passed(uint64_t* barrier, unsigned parity);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
 void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
 

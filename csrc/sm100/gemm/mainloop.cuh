@@ -240,12 +240,11 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
     TensorMemory<C> memory(barriers, tmem);
     float acc[C::BN / 2];
     for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
-      epilogue.begin((static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM + first_row_of(warp),
-                     work.live_rows);
+      epilogue.begin(at.template row0<C>(tile, work.pairs) + first_row_of(warp), work.live_rows);
       take_tile(memory, warp, pair, acc);
       memory.advance();
       if (schedule.splits > 1) many_rows::reduce_over_splits<C, Epilogue>(acc, shared_bytes, schedule.splits, at);
-      epilogue.finish(acc, tile / work.pairs, schedule.splits, at.split);
+      epilogue.finish(acc, at.column_tile(tile, work.pairs), schedule.splits, at.split);
     }
   } else {
     give_back_registers<kFewRegisters>();

@@ -39,7 +39,7 @@ struct Launcher {
 }  // namespace
 
 bool launch_gemm_fp8(const GemmParams& p, int num_sms, cudaStream_t stream) {
-  return many_rows::launch_store(p, num_sms, many_rows::kH100Rates, Launcher{p, num_sms, stream});
+  return many_rows::launch_store(p, num_sms, many_rows::kHopperRates, Launcher{p, num_sms, stream});
 }
 
 }  // namespace dflash::sm90::gemm

@@ -39,7 +39,7 @@ struct Launcher {
 }  // namespace
 
 bool launch_project(const GemmParams& p, const WriteParams& write, int num_sms, cudaStream_t stream) {
-  return dflash::inject::launch_write_heads(p, write, num_sms, many_rows::kH100Rates,
+  return dflash::inject::launch_write_heads(p, write, num_sms, many_rows::kHopperRates,
                                             Launcher{p, write, num_sms, stream});
 }
 

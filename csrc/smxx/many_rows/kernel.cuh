@@ -60,8 +60,9 @@ constexpr int kScaleWords = 4 * kScaleBlock / 8;  // of such a map along K that 
 struct Schedule {
   int expected_pairs;  // live row tiles, or pairs of them, likely
   int pair_size;
+  int across;  // column tiles that share A
   int splits;
-  int column_tiles;
+  int column_groups;  // of column tiles that share A
   int steps_per_source;
   int k_steps;
   int box_rows;  // of A that one TMA load brings
@@ -75,27 +76,38 @@ struct Schedule {
   }
 };
 
-// This block's place among the blocks that share a tile, and the cluster's among all. pair_size: of the schedule.
+// What all roles know.
+struct Work {
+  int64_t live_rows;
+  int pairs;                  // live row tiles, or pairs of them
+  int tiles;                  // of clusters: pairs of row tiles times groups of column tiles
+  int first_step, num_steps;  // this block's part of K
+};
+
+// This block's place among the blocks that share a tile, and the cluster's among all. pair_size, across: of the
+// schedule.
 struct Place {
   Pair pair;
   int split;
   int cluster, clusters;
-  explicit __device__ __forceinline__ Place(int pair_size)
+  explicit __device__ __forceinline__ Place(int pair_size, int across = 1)
       : split(static_cast<int>(blockIdx.z)),
-        cluster(static_cast<int>(blockIdx.x) / pair_size),
-        clusters(static_cast<int>(gridDim.x) / pair_size) {
+        cluster(static_cast<int>(blockIdx.x) / (pair_size * across)),
+        clusters(static_cast<int>(gridDim.x) / (pair_size * across)) {
     pair.size = static_cast<uint32_t>(pair_size);
     pair.index = blockIdx.x % pair.size;
-    pair.first = static_cast<uint32_t>(split) * pair.size;
+    pair.across = static_cast<uint32_t>(across);
+    pair.column = blockIdx.x / pair.size % pair.across;
+    pair.first = (static_cast<uint32_t>(split) * pair.across + pair.column) * pair.size;
   }
-};
-
-// What all roles know.
-struct Work {
-  int64_t live_rows;
-  int pairs;  // live row tiles, or pairs of them
-  int tiles;
-  int first_step, num_steps;  // this block's part of K
+  // This block's share of tile `tile` of the cluster, with `pairs` pairs of row tiles: first row, column tile.
+  template <typename C>
+  __device__ __forceinline__ int64_t row0(int tile, int pairs) const {
+    return (static_cast<int64_t>(tile % pairs) * pair.size + pair.index) * C::BM;
+  }
+  __device__ __forceinline__ int column_tile(int tile, int pairs) const {
+    return tile / pairs * static_cast<int>(pair.across) + static_cast<int>(pair.column);
+  }
 };
 
 template <typename C>
@@ -111,7 +123,7 @@ __device__ __forceinline__ Work find_work(const GemmParams& p, const Schedule& s
   if (p.live.commit_lens.data != nullptr) work.live_rows = max(min(p.live.commit_lens.at(0), p.m), int64_t{0});
   const auto row_tiles = static_cast<uint32_t>((work.live_rows + C::BM - 1) / C::BM);
   work.pairs = static_cast<int>((row_tiles + place.pair.size - 1) / place.pair.size);
-  work.tiles = work.pairs * schedule.column_tiles;
+  work.tiles = work.pairs * schedule.column_groups;
   work.first_step = schedule.first_step(place.split);
   work.num_steps = schedule.first_step(place.split + 1) - work.first_step;
   return work;
@@ -148,8 +160,8 @@ __device__ __forceinline__ void load_w_step(const GemmParams& p, const Pipeline<
 template <typename C, bool kGated>
 __device__ __forceinline__ void prefetch_w(const GemmParams& p, const CUtensorMap* w_map, const Schedule& schedule,
                                            const Place& place) {
-  const int column_tile = place.cluster / schedule.expected_pairs;
-  if (column_tile >= schedule.column_tiles) return;
+  if (place.cluster >= schedule.expected_pairs * schedule.column_groups) return;
+  const int column_tile = place.column_tile(place.cluster, schedule.expected_pairs);
   const int half = C::BN / 2;
   const int row0 = column_tile * (kGated ? half : C::BN);
   const int row1 = kGated ? row0 + static_cast<int>(p.n / 2) : row0 + half;
@@ -192,17 +204,16 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
     const auto boxes = static_cast<uint32_t>(boxes_of(row0));
     return C::kBytesW + C::kScaleBytes + boxes * box_bytes + (boxes > 0 ? C::kScaleBytes : 0);
   };
-  const auto row_of = [&](int tile) {
-    return (static_cast<int64_t>(tile % work.pairs) * pair.size + pair.index) * C::BM;
-  };
   int ahead = 0;  // stages whose W goes ahead of the wait
   if (!counted) {
     if (leader && place.cluster < work.tiles) {
       ahead = min(C::kStages, work.num_steps);
       Position at(work.first_step, schedule.steps_per_source);
+      const int64_t row0 = place.template row0<C>(place.cluster, work.pairs);
+      const int column_tile = place.column_tile(place.cluster, work.pairs);
       for (int s = 0; s < ahead; ++s) {  // a fresh stage is empty
-        C::Loader::announce(pipe.full(s), bytes_of(row_of(place.cluster)), pair);
-        load_w_step<C, kGated>(p, pipe, s, a_maps, w_map, source_k, at, place.cluster / work.pairs, pair);
+        C::Loader::announce(pipe.full(s), bytes_of(row0), pair);
+        load_w_step<C, kGated>(p, pipe, s, a_maps, w_map, source_k, at, column_tile, pair);
         at.advance();
       }
     }
@@ -211,7 +222,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
   PipelineState<C> state;
   for (int tile = place.cluster; tile < work.tiles; tile += place.clusters) {
     if (leader) {
-      const int64_t row0 = row_of(tile);
+      const int64_t row0 = place.template row0<C>(tile, work.pairs);
+      const int column_tile = place.column_tile(tile, work.pairs);
       const int boxes = boxes_of(row0);
       const uint32_t bytes = bytes_of(row0);
       Position at(work.first_step, schedule.steps_per_source);
@@ -222,9 +234,9 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Pipeline<C>& 
         } else {
           barrier_wait(pipe.empty(state.stage), state.parity ^ 1);
           C::Loader::announce(full, bytes, pair);
-          load_w_step<C, kGated>(p, pipe, state.stage, a_maps, w_map, source_k, at, tile / work.pairs, pair);
+          load_w_step<C, kGated>(p, pipe, state.stage, a_maps, w_map, source_k, at, column_tile, pair);
         }
-        for (int i = 0; i < boxes; ++i) {
+        for (int i = static_cast<int>(pair.column); i < boxes; i += static_cast<int>(pair.across)) {
           C::Loader::load(pipe.a(state.stage) + i * box_bytes, &a_maps.map[at.source], at.step * C::BK,
                           static_cast<int>(row0) + i * schedule.box_rows, full, pair);
         }
@@ -265,7 +277,8 @@ __device__ __forceinline__ void reduce_over_splits(float (&acc)[C::BN / 2], unsi
     for (int i = 0; i < kBatch; ++i) total[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 2
     for (int s = 0; s < splits; ++s) {
-      const auto rank = static_cast<unsigned>(s) * place.pair.size + place.pair.index;
+      const auto rank =
+          (static_cast<unsigned>(s) * place.pair.across + place.pair.column) * place.pair.size + place.pair.index;
       const float4* from = cluster.map_shared_rank(mine, rank);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -287,7 +300,9 @@ __device__ __forceinline__ void reduce_over_splits(float (&acc)[C::BN / 2], unsi
 
 // Where the last row tile is likely to be half empty, its dead rows are not fetched: A crosses from L2 to the SMs once
 // for every column tile, which between 129 and some 300 rows is as much as W. Otherwise one load a tile.
-inline int box_rows_of(const GemmParams& p) { return p.live.commit_lens.data != nullptr ? 32 : 128; }
+inline int box_rows_of(const GemmParams& p, const Plan& plan) {
+  return p.live.commit_lens.data != nullptr ? 32 : 128 / plan.across;
+}
 
 struct Operands {
   Plan plan;
@@ -307,15 +322,18 @@ void launch(Kernel kernel, int threads, const GemmParams& p, const Operands& of,
   schedule.expected_pairs = static_cast<int>(pairs_of(p.expected_live > 0 ? p.expected_live : p.m));
   schedule.pair_size = plan.pair;
   schedule.splits = plan.splits;
-  schedule.column_tiles = static_cast<int>((p.n + C::BN - 1) / C::BN);
+  schedule.across = plan.across;
+  const int64_t group = int64_t{C::BN} * plan.across;
+  schedule.column_groups = static_cast<int>((p.n + group - 1) / group);
   schedule.steps_per_source = static_cast<int>((p.k / p.num_sources + C::BK - 1) / C::BK);
   schedule.k_steps = schedule.steps_per_source * p.num_sources;
-  schedule.box_rows = box_rows_of(p);
+  schedule.box_rows = box_rows_of(p, plan);
   const int64_t clusters =
-      std::min<int64_t>(pairs_of(p.m) * schedule.column_tiles, std::max(num_sms / (plan.pair * plan.splits), 1));
-  schedule.wakes_early = p.next_fetches || 4 * clusters * plan.pair * plan.splits <= 3 * int64_t{num_sms};
-  const dim3 grid(static_cast<unsigned>(clusters * plan.pair), 1, static_cast<unsigned>(plan.splits));
-  const dim3 cluster(static_cast<unsigned>(plan.pair), 1, static_cast<unsigned>(plan.splits));
+      std::min<int64_t>(pairs_of(p.m) * schedule.column_groups, std::max(num_sms / plan.blocks(), 1));
+  schedule.wakes_early = p.next_fetches || 4 * clusters * plan.blocks() <= 3 * int64_t{num_sms};
+  const int wide = plan.pair * plan.across;
+  const dim3 grid(static_cast<unsigned>(clusters * wide), 1, static_cast<unsigned>(plan.splits));
+  const dim3 cluster(static_cast<unsigned>(wide), 1, static_cast<unsigned>(plan.splits));
   launch_in_clusters(kernel, grid, threads, C::kSharedBytes, cluster, stream, p.early_start, what, p, of.a_maps,
                      of.w_map, schedule, more...);
 }
@@ -332,10 +350,11 @@ inline bool prepare(Operands* operands, const GemmParams& p, int granule, int nu
   const int64_t rows = p.expected_live > 0 ? p.expected_live : p.m;
   const int bytes = element_bytes(p);
   const int64_t k_steps = (source_k * bytes + kRowBytes - 1) / kRowBytes * p.num_sources;
-  operands->plan = choose_plan(rows, p.n, k_steps, granule, num_sms, rates, narrowest, widest);
+  operands->plan =
+      choose_plan(rows, p.n, k_steps, granule, num_sms, rates, narrowest, widest, p.live.commit_lens.data != nullptr);
   for (int s = 0; s < p.num_sources; ++s) {
-    if (p.a_stride[s] < source_k ||
-        !make_tensor_map(&operands->a_maps.map[s], p.a[s], bytes, p.m, source_k, p.a_stride[s], box_rows_of(p))) {
+    if (p.a_stride[s] < source_k || !make_tensor_map(&operands->a_maps.map[s], p.a[s], bytes, p.m, source_k,
+                                                     p.a_stride[s], box_rows_of(p, operands->plan))) {
       return false;
     }
   }

@@ -23,11 +23,25 @@
 
 namespace dflash::many_rows {
 
-// Which of the cluster's blocks share W.
+// Which of the cluster's blocks share W, and which A.
 struct Pair {
-  uint32_t size;   // 1 or 2
-  uint32_t first;  // rank in the cluster of the first of them
+  uint32_t size;   // row tiles that share W: 1 or 2
+  uint32_t first;  // rank in the cluster of the first of these blocks
   uint32_t index;  // of this block: 0 .. size - 1
+  // Column tiles that share A: 1 or 2, each with `size` blocks, one after the other. This block's: 0 .. across - 1.
+  uint32_t across = 1;
+  uint32_t column = 0;
+  // Of the blocks that write into this one's ring, this one included: size - 1 with W, across - 1 with A.
+  __device__ __forceinline__ uint32_t writers() const { return size + across - 1; }
+  __device__ __forceinline__ uint32_t writer(uint32_t i) const {
+    if (i < size) return first + i;
+    const uint32_t other = i - size;
+    return first - column * size + (other + (other >= column ? 1 : 0)) * size + index;
+  }
+  // The blocks with this one's row tile.
+  __device__ __forceinline__ uint16_t row_mask() const {
+    return static_cast<uint16_t>((across == 1 ? 1u : 1u | 1u << size) << (first - column * size + index));
+  }
 };
 
 // How a block's operands get into the ring, where every block keeps all of W. sm100/gemm has another way.
@@ -38,8 +52,12 @@ struct Multicast {
     barrier_arrive_expect(full, bytes);
   }
   static __device__ __forceinline__ void load(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t full,
-                                              const Pair& /*pair*/) {
-    tma_load(to, map, column, row, full);
+                                              const Pair& pair) {
+    if (pair.across == 1) {
+      tma_load(to, map, column, row, full);
+    } else {
+      tma_load_multicast(to, map, column, row, full, pair.row_mask());
+    }
   }
   // W [BN, BK] of columns k.., half h of which begins at row h.
   static __device__ __forceinline__ void load_w(uint32_t to, uint32_t half_bytes, const CUtensorMap* map, int k,

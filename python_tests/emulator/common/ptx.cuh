@@ -12,6 +12,7 @@ namespace dflash {
 inline int opaque(int x) { return x; }
 template <int kCount>
 void pin_registers(float (&)[kCount]) {}
+inline uint32_t same_in_warp(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 inline unsigned long long global_timer() {
   static thread_local unsigned long long reads = 0;
   return ++reads;

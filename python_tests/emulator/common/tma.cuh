@@ -23,8 +23,14 @@ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   emulator::mbarrier_arrive(emulated_barrier(barrier), bytes);
 }
 inline void async_proxy_fence() {}
-inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  emulator::mbarrier_arrive(emulated_barrier(barrier, rank), 0);
+constexpr int kRankBit = 24;  // of the addresses that barrier_at makes
+inline uint32_t barrier_at(uint32_t barrier, uint32_t rank) { return barrier | rank << kRankBit; }
+inline void barrier_arrive_at(uint32_t remote) {
+  emulator::mbarrier_arrive(emulated_barrier(remote & ((1u << kRankBit) - 1), remote >> kRankBit), 0);
+}
+inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) { barrier_arrive_at(barrier_at(barrier, rank)); }
+inline bool barrier_passed(uint32_t barrier, uint32_t parity) {
+  return emulator::mbarrier_passed(emulated_barrier(barrier), parity);
 }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   emulator::mbarrier_wait(emulated_barrier(barrier), parity);
