@@ -3,7 +3,7 @@
     python tools/plan_regret.py [bench/results/CARD/many_rows_sweep.json]
 
 Compiles plan.h with the host's C++ compiler (CXX, else g++) and prints, for each GEMM of the sweep, the chosen
-candidate and the fastest one. A candidate is (columns, row tiles that share W, parts of K).
+candidate and the fastest one. A candidate is (columns, row tiles that share W, parts of K, column tiles that share A).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SWEEP = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3" / "many_rows_sweep.json"
+SWEEP = ROOT / "bench" / "results" / "nvidia-h200" / "many_rows_sweep.json"
 PROGRAM = """
 #include <cstdio>
 #include "smxx/many_rows/plan.h"
 int main() {
   long rows, n, k_steps;
-  int granule, sms;
+  int granule, counted, sms;
   using namespace dflash::many_rows;
-  while (std::scanf("%ld %ld %ld %d %d", &rows, &n, &k_steps, &granule, &sms) == 5) {
+  while (std::scanf("%ld %ld %ld %d %d %d", &rows, &n, &k_steps, &granule, &counted, &sms) == 6) {
     const Plan plan = choose_plan(rows, n, k_steps, granule, sms, kHopperRates, kColumnChoices[0], 256, counted != 0);
-    std::printf("%d,%d,%d\\n", plan.columns, plan.pair, plan.splits);
+    std::printf("%d,%d,%d,%d\\n", plan.columns, plan.pair, plan.splits, plan.across);
   }
 }
 """
@@ -58,7 +58,7 @@ def choices(sweep: dict[str, Any]) -> list[Choice]:
         KeyError: a chosen candidate was not measured.
     """
     gemms = sweep["gemms"]
-    fields = ("rows", "n", "k_steps", "granule")
+    fields = ("rows", "n", "k_steps", "granule", "counted")
     lines = [" ".join(str(g[f]) for f in fields) + f" {sweep['multiprocessors']}" for g in gemms]
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "plan.cpp", Path(folder) / "plan"
