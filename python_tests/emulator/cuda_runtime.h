@@ -217,3 +217,4 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 // The C library has a function of this name.
 inline float emulated_expf(float x) { return std::exp(x); }
 #define __expf emulated_expf
+inline float __fdividef(float x, float y) { return x / y; }

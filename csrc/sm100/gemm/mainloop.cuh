@@ -240,11 +240,12 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
     TensorMemory<C> memory(barriers, tmem);
     float acc[C::BN / 2];
     for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
-      epilogue.begin(at.template row0<C>(tile, work.pairs) + first_row_of(warp), work.live_rows);
+      const int column_tile = at.column_tile(tile, work.pairs);
+      epilogue.begin(at.template row0<C>(tile, work.pairs) + first_row_of(warp), work.live_rows, column_tile);
       take_tile(memory, warp, pair, acc);
       memory.advance();
       if (schedule.splits > 1) many_rows::reduce_over_splits<C, Epilogue>(acc, shared_bytes, schedule.splits, at);
-      epilogue.finish(acc, at.column_tile(tile, work.pairs), schedule.splits, at.split);
+      epilogue.finish(acc, column_tile, schedule.splits, at.split);
     }
   } else {
     give_back_registers<kFewRegisters>();

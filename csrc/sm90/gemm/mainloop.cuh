@@ -118,10 +118,11 @@ __device__ __forceinline__ void run(const GemmParams& p, const SourceMaps& a_map
     PipelineState<C> state;
     float acc[C::BN / 2];
     for (int tile = at.cluster; tile < work.tiles; tile += at.clusters) {
-      epilogue.begin(at.template row0<C>(tile, work.pairs) + 16 * warp, work.live_rows);
+      const int column_tile = at.column_tile(tile, work.pairs);
+      epilogue.begin(at.template row0<C>(tile, work.pairs) + 16 * warp, work.live_rows, column_tile);
       multiply_tile(pipe, state, warp / 4, work.num_steps, pair, acc);
       if (schedule.splits > 1) many_rows::reduce_over_splits<C, Epilogue>(acc, shared_bytes, schedule.splits, at);
-      epilogue.finish(acc, at.column_tile(tile, work.pairs), schedule.splits, at.split);
+      epilogue.finish(acc, column_tile, schedule.splits, at.split);
     }
   }
   cluster_sync();

@@ -26,7 +26,7 @@ class WriteHeads {
 
   static __device__ __forceinline__ constexpr int group_of(int j) { return j / kEights; }
 
-  __device__ __forceinline__ void begin(int64_t row0, int64_t live_rows) {
+  __device__ __forceinline__ void begin(int64_t row0, int64_t live_rows, int /*column_tile*/) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = row0 + threadIdx.x % 32 / 4 + 8 * half;

@@ -25,7 +25,7 @@
 //   kGated             W's rows are gate's and up's
 //   group_of(j)        group of columns 8 j .. 8 j + 7 of the tile, alike for j = 4 i .. 4 i + 3; with K in parts, part
 //                      s gets the groups g with g % splits == s
-//   begin(row0, live)  before the products of a tile: row0 is the first of this warp's 16 rows
+//   begin(row0, live, column_tile)  before the products of a tile: row0 is the first of this warp's 16 rows
 //   finish(acc, column_tile, splits, split)
 #pragma once
 

@@ -21,29 +21,50 @@ template <int BN, bool kGated_, bool kScaled = false>
 class Store {
  public:
   static constexpr bool kGated = kGated_;
-  static constexpr int kGroups = BN / (kGated ? 64 : 32);
+  static constexpr int kColumns = BN / (kGated ? 2 : 1);  // of C
+  static constexpr int kGroups = kColumns / 32;
 
   explicit __device__ __forceinline__ Store(const GemmParams& p) : p_(p) {}
 
   static __device__ __forceinline__ constexpr int group_of(int j) { return (kGated ? j % (BN / 16) : j) / 4; }
 
-  __device__ __forceinline__ void begin(int64_t row0, int64_t live_rows) {
+  // Scales and the residual are on their way to L1 while the products run.
+  __device__ __forceinline__ void begin(int64_t row0, int64_t live_rows, int column_tile) {
     row0_ = row0;
     live_rows_ = live_rows;
+    const int lane = threadIdx.x % 32;
+    const int64_t width = kGated ? p_.n / 2 : p_.n;
+    const int64_t column0 = static_cast<int64_t>(column_tile) * kColumns;
+    if constexpr (kScaled) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = row0 + lane / 4 + 8 * half;
+        a_scale_[half] = row < live_rows ? p_.a_scale[row] : 0.0f;
+      }
+      const int64_t column = column0 + 32 * lane;  // of each a line
+      if (lane < kColumns / 32 && column < width) {
+        prefetch_l1(p_.w_scale + column);
+        if constexpr (kGated) prefetch_l1(p_.w_scale + width + column);
+      }
+    }
+    if constexpr (!kGated) {
+      if (p_.residual != nullptr) {
+        for (int i = lane; i < 16 * (kColumns / 32); i += 32) {
+          const int64_t row = row0 + i % 16, column = column0 + 32 * (i / 16);
+          if (row < live_rows && column < width) prefetch_l1(p_.residual + row * p_.residual_stride + column);
+        }
+      }
+    }
   }
 
   __device__ __forceinline__ void finish(const float (&acc)[BN / 2], int column_tile, int splits, int split) const {
     const int lane = threadIdx.x % 32, q = lane % 4;
     const int64_t width = kGated ? p_.n / 2 : p_.n;
-    const int64_t column0 = static_cast<int64_t>(column_tile) * (kGated ? BN / 2 : BN);
+    const int64_t column0 = static_cast<int64_t>(column_tile) * kColumns;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = row0_ + lane / 4 + 8 * half;
       const bool live = row < live_rows_;
-      float a_scale = 0.0f;
-      if constexpr (kScaled) {
-        if (live) a_scale = p_.a_scale[row];
-      }
       uint16_t* const c = p_.c + (live && p_.c_rows != nullptr ? p_.c_rows[row] : row) * p_.c_stride;
       // C may be the residual, so that no load moves over a store: four groups' loads, then their stores.
       constexpr int kBatch = kGroups % 4 == 0 ? 4 : kGroups;
@@ -74,7 +95,7 @@ class Store {
             const int64_t column = column0 + 8 * j + 2 * q;
             float2 value = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
             if constexpr (kScaled) {
-              if (column < width) value = scaled(value, a_scale, p_.w_scale + column);
+              if (column < width) value = scaled(value, a_scale_[half], p_.w_scale + column);
             }
             if (p_.bias != nullptr && column < width) value = sum(value, load_pair(p_.bias + column));
             v[r] = rounded(value);
@@ -82,7 +103,7 @@ class Store {
               const int u = j + BN / 16;
               float2 up = make_float2(acc[4 * u + 2 * half], acc[4 * u + 2 * half + 1]);
               if constexpr (kScaled) {
-                if (column < width) up = scaled(up, a_scale, p_.w_scale + width + column);
+                if (column < width) up = scaled(up, a_scale_[half], p_.w_scale + width + column);
               }
               if (p_.bias != nullptr && column < width) up = sum(up, load_pair(p_.bias + width + column));
               const float2 g_rounded = pair_of(v[r]), u_rounded = pair_of(rounded(up));
@@ -116,6 +137,7 @@ class Store {
 
   const GemmParams& p_;
   int64_t row0_ = 0, live_rows_ = 0;
+  float a_scale_[2] = {};  // of this thread's rows, where there are scales
 };
 
 // Launches launch_tiles<BN, kGated>(.., operands, ..) of `Launcher` for the tiles of the plan. False, with nothing
