@@ -34,6 +34,8 @@ OTHERS = (
     "sglang",
     "sglang_stock",
     "many_rows_sweep",
+    "verify_sampled",
+    "sglang_tp2",
     "engine_trace",
 )  # filed there too, but no runs of the suites
 

@@ -321,6 +321,15 @@ def test_sass_table_reads_and_judges() -> None:
     assert "sm_90a one: must carry __launch_bounds__, got none" in sass.violations(grouped, rules, ["sm_90a"])
 
 
+@pytest.mark.parametrize(("products", "fences", "batched"), [(8, 4, True), (8, 8, False), (8, 16, False), (0, 0, True)])
+def test_sass_table_sees_serialised_wgmma(products: int, fences: int, batched: bool) -> None:
+    sass = load("tools/sass_table.py")
+    code = sass.Code(registers=32, max_threads=384, opcodes=Counter(HGMMA=products, WARPGROUP=fences, EXIT=1))
+    found = sass.violations({("sm_90a", "one"): [code]}, {"one": sass.Rule(32)}, [])
+    text = f"sm_90a one: must issue wgmma in batches, got {fences} fences for {products} products"
+    assert found == ([] if batched else [text])
+
+
 def test_kernel_names() -> None:
     name = load("tools/sass_table.py").kernel_name
     kernel = "dflash::gemm::gemm_kernel"

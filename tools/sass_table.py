@@ -208,6 +208,11 @@ def violations(grouped: Mapping[Key, list[Code]], rules: Mapping[str, Rule], arc
             if not code.opcodes:
                 found.append(f"{arch} {name}: must have machine code, got none")
             found += [f"{arch} {name}: must contain {op}, got none" for op in rule.must if not occurrences(code, op)]
+            # A batch of wgmma has a fence before and a wait behind it. ptxas puts them around every single one where it
+            # cannot prove the accumulators untouched, and says so in a remark that is no warning (C7510 to C7515).
+            products, fences = occurrences(code, "HGMMA|QGMMA"), code.opcodes["WARPGROUP"]
+            if products and fences >= products:
+                found.append(f"{arch} {name}: must issue wgmma in batches, got {fences} fences for {products} products")
             found += [
                 f"{arch} {name}: must not contain {op}, got {code.opcodes[op]}"
                 for op in (*(() if rule.stack else NEVER), *rule.must_not)

@@ -142,22 +142,25 @@ __device__ __forceinline__ void read_units(const Slices& slices, int vocab_size,
   };
 
   if (threadIdx.x == 0) next = kReaders;
+  if constexpr (Job::kSkips) job.forget();
+  const bool listens = Job::kSkips && warp == kReaders;
+  Unit now{kNone, 0};
+  uint32_t guess = 0;  // of the row that is being read
+  if (!listens) {
+    now = unit_of(slices, static_cast<unsigned>(warp));
+    load(span_of(now));
+    if constexpr (Job::kSkips) {
+      if (now.row != kNone) guess = job.guess(now.row);
+    }
+  }
+  __syncthreads();  // `next` is there
   if constexpr (Job::kSkips) {
-    job.forget();
-    if (warp == kReaders) {
-      __syncthreads();
+    if (listens) {
       const auto is_more = [&] { return unit_of(slices, load_relaxed_shared(&next)).row != kNone; };
       while (__ballot_sync(kFullWarp, is_more()) != 0) job.listen();
       return;
     }
   }
-  Unit now = unit_of(slices, static_cast<unsigned>(warp));
-  load(span_of(now));
-  uint32_t guess = 0;  // of the row that is being read
-  if constexpr (Job::kSkips) {
-    if (now.row != kNone) guess = job.guess(now.row);
-  }
-  __syncthreads();  // `next` is there
 
 #pragma unroll 1
   while (now.row != kNone) {
