@@ -6,9 +6,9 @@
 // both are alike, and the path from L2 to the SMs, which carries A and W once for every tile, is as narrow: hence pairs
 // of row tiles that share W, and tiles as wide as still fill the SMs.
 //
-// Partition: tile t of a cluster is the row tile (or pair of them) t % pairs and the BN columns t / pairs, so clusters
-// that run together share W. How many row tiles are live is read on the device. Few tiles: K is cut over up to 4 blocks
-// (or pairs) of a cluster. At the end of a tile they put their accumulators into their own pipeline memory, which is
+// Partition: tile t of a cluster is the row tile (or pair of them) t % pairs and the BN columns (or two times BN, whose
+// blocks share A) t / pairs, so clusters that run together share W. How many row tiles are live is read on the device.
+// Few tiles: K is cut over up to 4 blocks (or pairs) of a cluster. At the end of a tile they put their accumulators into their own pipeline memory, which is
 // free by then, and each adds up its share of the epilogue's groups of columns in a fixed order; all other warps wait
 // meanwhile (two cluster barriers a tile).
 //

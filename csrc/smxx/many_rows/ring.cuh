@@ -9,12 +9,12 @@
 // of which one thread issues TMA loads. Blocks may be persistent: the producer runs ahead into the next tile while the
 // others finish with theirs. Of W each block loads BN / 2 rows and multicasts them into both: with BN = 256, 32 KB of
 // L2 reads for 4.2 MFLOP, where 48 would be too many. A block without a partner (pair = 1) loads both halves itself.
+// Likewise blocks of two column tiles may share A: each loads every other box of it, for both.
 // Barriers of a stage:
-//   full   1 arrival (the producer, announcing the bytes) + the bytes: its own A, its own half of W, the other's half
-//   empty  as many from each block of the pair as its tensor cores' side makes, because the other block's producer
-//          writes here too
+//   full   1 arrival (the producer, announcing the bytes) + the bytes: all of its A and W, whoever loads them
+//   empty  as many as its tensor cores' side makes, from this block and from each that its producer writes to
 // A producer that is ahead signals bytes to a full barrier whose phase still lacks its block's own arrival, so no phase
-// ends early; it cannot be a whole round ahead, because its own empty barrier needs the other block's too.
+// ends early; it cannot be a whole round ahead, because its own empty barrier needs the other blocks' too.
 // Blocks leave together (cluster barrier): nobody signals or writes into a block that has gone.
 // Edges: TMA fills what lies outside of A or W with zeros.
 #pragma once
