@@ -8,9 +8,9 @@
 //
 // Partition: tile t of a cluster is the row tile (or pair of them) t % pairs and the BN columns (or two times BN, whose
 // blocks share A) t / pairs, so clusters that run together share W. How many row tiles are live is read on the device.
-// Few tiles: K is cut over up to 4 blocks (or pairs) of a cluster. At the end of a tile they put their accumulators into their own pipeline memory, which is
-// free by then, and each adds up its share of the epilogue's groups of columns in a fixed order; all other warps wait
-// meanwhile (two cluster barriers a tile).
+// Few tiles: K is cut over up to 4 blocks (or pairs) of a cluster. At the end of a tile they put their accumulators
+// into their own pipeline memory, which is free by then, and each adds up its share of the epilogue's groups of columns
+// in a fixed order; all other warps wait meanwhile (two cluster barriers a tile).
 //
 // Block: threads 0 .. 255 end up with a tile's accumulators, 16 rows a warp; thread 256 issues all loads. Gated: the
 // first half of a tile's rows of W are gate's, the second half up's, so that a thread has both of a column. A from
