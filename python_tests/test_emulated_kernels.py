@@ -826,7 +826,7 @@ MUTATIONS += [
     ),
     pytest.param(
         "sm90/gemm/mainloop.cuh",
-        "    wgmma_wait<1>();  // the products of the previous stage are done\n",
+        "    wgmma_wait<1>();\n",
         "",
         "many_rows and inject-matches",
         id="stages are given back while wgmma reads them",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,12 @@ def test_order_failures_and_resuming(tmp_path: Path) -> None:
 
 def test_a_hanging_stage_is_ended_with_what_it_started(tmp_path: Path) -> None:
     """Its children too, also in a session of their own and deaf to the polite signal; then the next stage runs."""
-    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     pid_file = tmp_path / "pid"
     hang = (
         f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}], "
         f"start_new_session=True); "
-        f"open({str(pid_file)!r}, 'w').write(str(p.pid)); print('waiting', flush=True); time.sleep(600)"
+        f"open({str(pid_file)!r}, 'w').write(str(p.pid)); print('waiting', flush=True); time.sleep(60)"
     )
     started = time.monotonic()
     found = run_stages([stage("hang", hang, limit=3.0), stage("next")], tmp_path / "out", H100)
@@ -109,7 +110,7 @@ def test_budget(tmp_path: Path) -> None:
     stages = [
         stage("needs much", least=50.0),
         stage("short"),
-        stage("long", "import time; time.sleep(600)", limit=100.0),
+        stage("long", "import time; time.sleep(60)", limit=100.0),
         stage("after", least=1.0),
     ]
     out = tmp_path / "out"
@@ -173,7 +174,7 @@ def test_gpus_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_budget_of_two_lanes(tmp_path: Path) -> None:
-    long = "import time; time.sleep(600)"
+    long = "import time; time.sleep(60)"
     stages = [
         stage("a", long, limit=100.0),
         stage("b", long, limit=100.0, timed=False),
@@ -184,9 +185,18 @@ def test_budget_of_two_lanes(tmp_path: Path) -> None:
     assert [found[s.name].state for s in stages] == ["cut", "cut", "waiting"] and time.monotonic() - started < 10
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process whose starter ignores SIGINT (a job in the background) ignores it, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_both_lanes(tmp_path: Path) -> None:
     def wait_long(name: str) -> str:
-        return f"import os, time; open({str(tmp_path / name)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+        return f"import os, time; open({str(tmp_path / name)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
 
     stages = [stage("a", wait_long("a"), 600.0), stage("b", wait_long("b"), 600.0, timed=False), stage("c")]
 

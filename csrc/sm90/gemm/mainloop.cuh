@@ -70,8 +70,8 @@ __device__ __forceinline__ void multiply_tile(const Pipeline<C>& pipe, PipelineS
     const uint32_t current = state.stage;
     state.advance();
     ready = barrier_passed(full + state.stage * 8, state.parity);  // asked while the products run
-    wgmma_wait<1>();                                               // the products of the previous stage are done
-    if (k > 0) release(previous);
+    wgmma_wait<1>();
+    if (k > 0) release(previous);  // whose products are done
     previous = current;
   }
   wgmma_wait<0>();
