@@ -28,8 +28,8 @@ struct Rates {
   bool shares_a;  // the kernels know of column tiles that share A
 };
 
-// Fitted to the times of up to 30 candidates for 54 GEMMs on an H200: tools/plan_regret.py. An H100 has the same SMs and
-// slower memory (about 1750); its choices with these were not measured.
+// Fitted to the times of up to 30 candidates for 54 GEMMs on an H200: tools/plan_regret.py. An H100 has the same SMs
+// and slower memory (about 1750); its choices with these were not measured.
 constexpr Rates kHopperRates = {4.1, 4660, 2500, true};
 
 // A B200 at 1.85 GHz as published, nothing measured: 4096 multiply-adds of bf16 a cycle and SM; L2 to an SM as on an
